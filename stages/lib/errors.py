@@ -1,0 +1,18 @@
+"""The one exception for what a user can cause; everything else keeps its traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+import click
+
+
+class UserError(click.ClickException):
+    """A mistake the user can mend: say where, what was found, what was expected and what to run. Exit code 1."""
+
+    exit_code = 1
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the known word most like `word`, or "" when none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,414 @@
+"""Recipes: one TOML file a run, read strictly into frozen dataclasses, a table a class.
+
+Every table is checked whenever any stage reads the recipe, so that a slip in `[gguf]` shows before the first stage and
+not after hours of training. There are no hidden defaults: a field without a default here must be in the file.
+"""
+
+import dataclasses
+import re
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stages.lib.errors import UserError, nearest
+
+
+# llama.cpp's types (LLAMA_FTYPE in llama.h) and the mean KL divergence (nats) that a file of each may have from the
+# merged model, where [gguf.max_mean_kl] says nothing else: docs/fidelity.md.
+GGUF_TYPES = {
+    "f32": 1e-4, "f16": 1e-4, "bf16": 1e-3,
+    "q8_0": 1e-2, "q6_k": 2e-2,
+    "q5_k_m": 4e-2, "q5_k_s": 4e-2, "q5_1": 4e-2, "q5_0": 4e-2,
+    "q4_k_m": 1e-1, "q4_k_s": 1e-1, "q4_1": 1e-1, "q4_0": 1e-1, "iq4_nl": 1e-1, "iq4_xs": 1e-1, "mxfp4_moe": 1e-1,
+    "nvfp4": 1e-1,
+    "q3_k_l": 3e-1, "q3_k_m": 3e-1, "q3_k_s": 3e-1, "iq3_m": 3e-1, "iq3_s": 3e-1, "iq3_xs": 3e-1, "iq3_xxs": 3e-1,
+    "q2_k": 1.0, "q2_k_s": 1.0, "q2_0": 1.0, "iq2_m": 1.0, "iq2_s": 1.0, "iq2_xs": 1.0, "iq2_xxs": 1.0, "tq2_0": 1.0,
+    "iq1_m": 2.0, "iq1_s": 2.0, "q1_0": 2.0, "tq1_0": 2.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """`[model]`: what is trained, and with which engine."""
+
+    name: str  # a hub name (then `revision` is a must), a local folder, or "base-model": the one this run makes
+    dtype: Literal["float32", "bfloat16", "float16"]  # of the weights in training
+    engine: Literal["trl", "unsloth"]
+    revision: str = ""  # the hub commit, 40 hex digits
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """`[base_model]`: the embedded tiny base model, made by its own stage for recipes that have this table."""
+
+    seed: int
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    attention_heads: int
+    key_value_heads: int
+    initializer_range: float
+    vocabulary_size: int
+    max_position_tokens: int
+    corpus_problems: int  # word problems in the corpus, each once as a conversation
+    drill_share: float  # of the corpus' documents, those that are nine single steps and no conversation
+    eval_problems: int  # problems kept out of the corpus, for prepare-data to examine on
+    train_problems: int  # likewise, to train on
+    working_share: float  # of train_problems, those whose solution shows its working
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    warmup_steps: int
+
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One `[[data.sources]]`: where rows come from, which columns count and which sets they go to."""
+
+    name: str  # a hub name (then `revision` is a must), a file, a folder, or "base-model": the problems it made
+    use: list[Literal["sft", "grpo", "eval"]]  # the sets its rows go to: to each of them, unless there are `shares`
+    question: str  # the column of the problem
+    answer: str  # the column of the answer
+    solution: str = ""  # the column of the worked solution, which sft needs; "": none, or within `answer` (gsm8k)
+    style: Literal["plain", "gsm8k", "think"] = "plain"  # gsm8k: solution, "####" and answer are one column, with
+    #   calculator marks; think: the solution has <think> marks, and one without its end was cut off
+    revision: str = ""  # the hub commit, 40 hex digits
+    config: str = ""  # the hub's name for a part of the dataset, such as "main" or "en"
+    split: str = "train"
+    shares: list[float] = dataclasses.field(default_factory=list)  # one a set in `use`, together at most 1: each
+    #   problem then goes to one set, or to none, by the hash of its question
+    unreadable: Literal["refuse", "drop"] = "refuse"  # rows without question, answer or solution, or with one that
+    #   can't be read: end with an error that names the first, or leave them out and count them
+    max_rows: int = 0  # read so many rows from the start; 0: all
+
+
+@dataclass(frozen=True)
+class Data:
+    """`[data]`: which problems, how they are cleaned and split."""
+
+    sources: list[Source]
+    max_prompt_tokens: int  # of the rendered prompt, chat markup and system prompt included; longer ones are dropped
+    ngram_words: int  # questions are compared by their runs of so many words (a sign counts as one)
+    near_duplicate_jaccard: float  # in a set, of two questions that share this much of their n-grams one stays; 1: only
+    #   exact duplicates go
+    contamination_overlap: float  # a training question goes when this share of its n-grams, or of those of an eval
+    #   question (whichever has fewer), is in both
+
+
+@dataclass(frozen=True)
+class Format:
+    """`[format]`: how an answer is written; `stages/lib/formats.py` knows each."""
+
+    name: str
+    system_prompt: str = ""  # "" is the format's own
+
+
+@dataclass(frozen=True)
+class Lora:
+    """`[lora]`: the adapter that SFT starts and GRPO goes on with."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    target_modules: list[str]  # module names, or ["all-linear"]
+
+
+@dataclass(frozen=True)
+class Sft:
+    """`[sft]`: supervised fine-tuning on worked solutions."""
+
+    seed: int
+    steps: int
+    batch_size: int  # examples an optimizer step
+    micro_batch_size: int  # examples a forward pass
+    max_tokens: int  # of prompt and completion together; longer examples are refused, not cut
+    learning_rate: float
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"]
+    warmup_steps: int
+    optimizer: str
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    max_grad_norm: float
+    packing: bool
+    gradient_checkpointing: bool
+    save_steps: int
+    log_steps: int
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """`[rewards]`: what GRPO pays for; `stages/lib/rewards.py` knows each."""
+
+    functions: list[str]
+    weights: list[float]  # one a function; 0 logs without paying
+    length_cache_tokens: int | None = None  # length_penalty: the last so many completion tokens cost
+    repetition_ngram_tokens: int | None = None  # repetition_penalty: the length of what is repeated
+    repetition_max_penalty: float | None = None  # repetition_penalty: what nothing but repetition costs
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """`[grpo]`: group relative policy optimization (arXiv 2402.03300) and what came after it."""
+
+    seed: int
+    steps: int
+    prompts_per_step: int
+    completions_per_prompt: int
+    micro_batch_size: int  # completions a forward and backward pass
+    num_iterations: int  # optimizer passes over one batch of completions
+    max_completion_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int  # 0: all
+    min_p: float
+    repetition_penalty: float
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+    scale_rewards: Literal["group", "batch", "none"]
+    beta: float
+    epsilon: float
+    epsilon_high: float
+    mask_truncated_completions: bool
+    learning_rate: float
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"]
+    warmup_steps: int
+    optimizer: str
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    max_grad_norm: float
+    gradient_checkpointing: bool
+    save_steps: int
+    log_steps: int
+    show_completions_steps: int  # every so many steps, a table of samples on the terminal
+
+
+@dataclass(frozen=True)
+class Infer:
+    """`[infer]`: the examination on held-out problems."""
+
+    problems: int  # at most so many of the eval set
+    batch_size: int
+    max_completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Merge:
+    """`[merge]`: the adapter folded into the base."""
+
+    dtype: Literal["bfloat16", "float16"]
+    prompts: int = 50  # of the eval set, on which merged and adapter-on-base are compared
+    positions_per_prompt: int = 64  # at which next-token distributions are compared, spread over the prompt
+    max_mean_kl: float = 1e-4  # nats
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """`[gguf]`: the quantizations, and how far from the merged model each may be."""
+
+    types: list[str]  # out of GGUF_TYPES, in any case
+    prompts: int = 200  # of the eval set, on which every file is held against the merged model
+    positions_per_prompt: int = 32  # at which next-token distributions are compared, spread over prompt and completion
+    max_mean_kl: dict[str, float] = dataclasses.field(default_factory=dict)  # nats, by type; GGUF_TYPES has the others'
+    importance_prompts: int = 0  # of the sft set, for an importance matrix; 0: none
+    max_lost_ends: int = 0  # prompts for which a file may not end by itself though the merged model does
+
+
+@dataclass(frozen=True)
+class Ollama:
+    """`[ollama]`: the Modelfile."""
+
+    quantization: str  # the recommended one, out of [gguf] types
+    num_ctx: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repeat_penalty: float = 1.0  # 1: none, as in training; Ollama's own default has been 1.1
+    license: str = ""  # the name or the text of the licence that the model goes out under; "": none is stated
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe. `path` is the file it was read from."""
+
+    path: Path
+    model: Model
+    data: Data
+    format: Format
+    lora: Lora
+    sft: Sft
+    rewards: Rewards
+    grpo: Grpo
+    infer: Infer
+    merge: Merge
+    gguf: Gguf
+    ollama: Ollama
+    base_model: BaseModel | None = None
+
+    def tables(self, *names: str) -> dict[str, Any]:
+        """Return the named tables as plain dicts: what a stage's manifest states as used."""
+        return {name: dataclasses.asdict(getattr(self, name)) for name in names if getattr(self, name) is not None}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises `UserError`, naming file, key and nearest match, for an unknown, missing or mistyped key, and for what
+    contradicts itself across tables.
+    """
+    try:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such recipe. Run: make help") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML: {error}") from error
+    recipe = build(Recipe, tables, path, "", given={"path": path})
+    check(recipe)
+    return recipe
+
+
+def build(kind: type, table: dict[str, Any], path: Path, where: str, given: dict[str, Any] | None = None) -> Any:
+    """Return `kind`, a dataclass, from a TOML table; `where` is the table's dotted name, "" for the whole file."""
+    given = given or {}
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in given}
+    for key in table:
+        if key not in fields:
+            name = f"[{where}] {key}" if where else f"[{key}]"
+            raise UserError(f"{path}: {name} is not known{nearest(key, fields)}; known: {', '.join(sorted(fields))}")
+    hints = typing.get_type_hints(kind)
+    values = dict(given)
+    for name, field in fields.items():
+        spelled = f"[{where}] {name}" if where else f"[{name}]"
+        if name in table:
+            values[name] = convert(table[name], hints[name], path, f"{where}.{name}".lstrip("."), spelled)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{path}: {spelled} is missing")
+    return kind(**values)
+
+
+def convert(value: Any, hint: Any, path: Path, where: str, spelled: str) -> Any:
+    """Return `value` as the type `hint` asks for, or raise `UserError`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return convert(value, next(kind for kind in arguments if kind is not type(None)), path, where, spelled)
+    if origin is Literal:
+        if value not in arguments:
+            close = nearest(str(value), arguments)
+            raise UserError(f"{path}: {spelled} = {value!r}; expected one of {', '.join(arguments)}{close}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise UserError(f"{path}: {spelled} = {value!r}; expected a list")
+        return [convert(item, arguments[0], path, where, f"{spelled}, item {n}") for n, item in enumerate(value, 1)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {spelled} = {value!r}; expected a table [{where}]")
+        return {key: convert(item, arguments[1], path, f"{where}.{key}", f"[{where}] {key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {spelled} = {value!r}; expected a table [{where}]")
+        return build(hint, value, path, where)
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise UserError(f"{path}: {spelled} = {value!r}; expected {hint.__name__}, found {type(value).__name__}")
+    return value
+
+
+def is_hub_name(name: str) -> bool:
+    """Say whether `name` is a hub repository (`owner/name`) and not a path on this disk, or one that is misspelt."""
+    looks = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
+    return looks and not name.endswith(DATA_SUFFIXES) and not Path(name).exists()
+
+
+def check(recipe: Recipe) -> None:
+    """Raise `UserError` for what one table alone can't show."""
+    path = recipe.path
+    pinned = [("[model]", recipe.model.name, recipe.model.revision)]
+    pinned += [("[[data.sources]]", source.name, source.revision) for source in recipe.data.sources]
+    for where, name, revision in pinned:
+        if is_hub_name(name) and not re.fullmatch(r"[0-9a-f]{40}", revision):
+            raise UserError(
+                f"{path}: {where} name = {name!r} is fetched from the hub, so revision must be a commit "
+                f"(40 hex digits); found {revision!r}"
+            )
+        if name == "base-model" and recipe.base_model is None:
+            raise UserError(f"{path}: {where} name = 'base-model' asks for a [base_model] table; there is none")
+    if len(recipe.rewards.functions) != len(recipe.rewards.weights):
+        raise UserError(
+            f"{path}: [rewards] has {len(recipe.rewards.functions)} functions and {len(recipe.rewards.weights)} weights"
+        )
+    check_data(recipe)
+    divides(path, "[sft] batch_size", recipe.sft.batch_size, "micro_batch_size", recipe.sft.micro_batch_size)
+    batch = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt
+    divides(path, "[grpo] prompts_per_step x completions_per_prompt", batch, "micro_batch_size", recipe.grpo.micro_batch_size)
+    for where, table in (("[sft]", recipe.sft), ("[grpo]", recipe.grpo)):
+        if not 1 <= table.log_steps <= table.steps or table.save_steps < 1:
+            raise UserError(f"{path}: {where} log_steps must be 1 to steps = {table.steps}, save_steps 1 or more")
+    if recipe.grpo.completions_per_prompt < 2:
+        raise UserError(f"{path}: [grpo] completions_per_prompt must be 2 or more: a reward counts against its group's mean")
+    check_gguf(path, recipe.gguf)
+    if recipe.ollama.quantization.lower() not in [name.lower() for name in recipe.gguf.types]:
+        raise UserError(
+            f"{path}: [ollama] quantization = {recipe.ollama.quantization!r} is not among [gguf] types {recipe.gguf.types}"
+        )
+
+
+def check_data(recipe: Recipe) -> None:
+    """Raise `UserError` when the sources can't make the three sets, or a threshold of `[data]` is out of bounds."""
+    path, data = recipe.path, recipe.data
+    for source in data.sources:
+        where = f"{path}: [[data.sources]] {source.name!r}"
+        if not source.use or len(set(source.use)) < len(source.use):
+            raise UserError(f"{where} use = {source.use}; expected one or more of sft, grpo, eval, each once")
+        if source.name == "base-model" and source.split not in ("train", "eval"):
+            raise UserError(f"{where} split = {source.split!r}; base-model makes 'train' and 'eval'")
+        if source.max_rows < 0:
+            raise UserError(f"{where} max_rows = {source.max_rows}; expected 0 (all) or more")
+        if "sft" in source.use and not source.solution and source.style != "gsm8k":
+            raise UserError(f"{where} goes to sft, so solution must name the column of the worked solution")
+        if source.style == "gsm8k" and source.solution:
+            raise UserError(f"{where} has style = 'gsm8k': the solution is in the answer column; leave solution out")
+        if source.style == "think" and not source.solution:
+            raise UserError(f"{where} has style = 'think', so solution must name the column with the <think> marks")
+        if source.shares and (
+            len(source.shares) != len(source.use) or min(source.shares) <= 0 or sum(source.shares) > 1 + 1e-9
+        ):
+            raise UserError(f"{where} shares = {source.shares}; expected one a set in {source.use}, over 0, at most 1 in all")
+        if "eval" in source.use and len(source.use) > 1 and not source.shares:
+            raise UserError(f"{where} would train on its own eval problems; give shares, one a set in {source.use}")
+    for name in ("sft", "grpo", "eval"):
+        if not any(name in source.use for source in data.sources):
+            raise UserError(f"{path}: no [[data.sources]] has {name!r} in its use; sft, grpo and eval all need one")
+    if data.ngram_words < 1:
+        raise UserError(f"{path}: [data] ngram_words = {data.ngram_words}; expected 1 or more")
+    for name in ("near_duplicate_jaccard", "contamination_overlap"):
+        if not 0 < getattr(data, name) <= 1:
+            raise UserError(f"{path}: [data] {name} = {getattr(data, name)}; expected over 0 and at most 1")
+    if data.max_prompt_tokens < 1:
+        raise UserError(f"{path}: [data] max_prompt_tokens = {data.max_prompt_tokens}; expected 1 or more")
+
+
+def divides(path: Path, what: str, whole: int, by: str, part: int) -> None:
+    """Raise `UserError` unless `part` is positive and divides `whole`."""
+    if part < 1 or whole < 1 or whole % part:
+        raise UserError(f"{path}: {what} = {whole} is not a multiple of {by} = {part}")
+
+
+def check_gguf(path: Path, gguf: Gguf) -> None:
+    """Raise `UserError` for a type that llama.cpp does not know, and for none at all."""
+    for where, names in (("types", gguf.types), ("max_mean_kl", gguf.max_mean_kl)):
+        for name in names:
+            if name.lower() not in GGUF_TYPES:
+                close = nearest(name.lower(), GGUF_TYPES)
+                raise UserError(f"{path}: [gguf] {where}: {name!r} is no type of llama.cpp{close}; {', '.join(GGUF_TYPES)}")
+    if not gguf.types or len({name.lower() for name in gguf.types}) < len(gguf.types):
+        raise UserError(f"{path}: [gguf] types = {gguf.types}; expected one or more, each once")

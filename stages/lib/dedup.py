@@ -1,0 +1,268 @@
+"""Which questions are the same, nearly the same, or too close to one that is to be examined.
+
+A question is compared as its words: letters and digits in a row, and every other sign by itself, whatever the case and
+the white space ("What is 3+4?" is what, is, 3, +, 4, ?). Its identity is a 64-bit hash of all of them; its likeness to
+another is measured on the sets of their n-grams, runs of n words, each a 32-bit hash. All of a batch is hashed at once
+with numpy: the same bytes on every machine, about a tenth of the time of a loop.
+
+Near duplicates are looked for with MinHash (Broder 1997) in bands (Leskovec, Rajaraman, Ullman, Mining of Massive
+Datasets, 3.4): two questions meet when all `BAND_ROWS` minima of one of `BANDS` bands agree. A pair with Jaccard index s
+meets with probability 1 - (1 - s^3)^8: 0.997 at 0.8, 0.965 at 0.7, 0.66 at 0.5. Whether it is one is then counted,
+not estimated. Of many that meet in one band each is held against the first, so the work grows with the rows, not with
+their pairs.
+"""
+
+import os
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import BinaryIO
+
+import numpy as np
+
+BANDS, BAND_ROWS = 8, 3
+MAX_CHARACTERS = 1 << 17  # hashed together: what the processor's cache can hold
+MAX_PAIRS = 1 << 15  # looked at together; this and the next bound the memory
+MAX_GRAMS = 1 << 21
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+_ODD_INVERSE = np.uint64(pow(int(_ODD), -1, 1 << 64))
+_WORD = np.uint64(0xD1342543DE82EF95)
+_SPACE, _LETTER, _SIGN = 0, 1, 2
+_KIND = np.full(256, _SIGN, np.uint8)
+_KIND[[0, *range(9, 14), *range(28, 33)]] = _SPACE
+_KIND[[*range(ord("0"), ord("9") + 1), *range(ord("a"), ord("z") + 1), *range(128, 256)]] = _LETTER
+_VALUE = np.where(_KIND == _SPACE, 0, np.arange(256)).astype(np.uint64)
+_MULTIPLIERS = np.random.Generator(np.random.PCG64(0)).integers(0, 1 << 31, BANDS * BAND_ROWS, np.uint32) * 2 + 1
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """Of each question: `ids` uint64 [rows], the number of n-grams `counts` int64 [rows], `bands` uint64 [rows, BANDS].
+
+    `grams` uint32 [sum of counts] are the n-grams, row after row, in the order of the text.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    bands: np.ndarray
+    grams: np.ndarray
+
+
+def fingerprint(questions: list[str], ngram_words: int) -> Fingerprints:
+    """Return the fingerprints of `questions`, none of which may be empty or only white space."""
+    pieces = -(-sum(map(len, questions)) // MAX_CHARACTERS)
+    if pieces > 1 < len(questions):
+        size = -(-len(questions) // pieces)
+        parts = [fingerprint(questions[i : i + size], ngram_words) for i in range(0, len(questions), size)]
+        return Fingerprints(
+            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Fingerprints))
+        )
+    words, first, counts = hashed_words(questions)
+    position = np.arange(len(words)) - np.repeat(first, counts)
+    ids = _mixed(np.add.reduceat(words * _powers(_WORD, counts.max())[position], first) ^ counts.astype(np.uint64))
+
+    windows = max(len(words) - ngram_words + 1, 0)
+    rolled = np.zeros(windows, np.uint64)
+    for offset in range(ngram_words):
+        rolled = rolled * _ODD + words[offset : offset + windows]
+    inside = position[:windows] + ngram_words <= np.repeat(counts, counts)[:windows]
+    each = np.maximum(counts - ngram_words + 1, 1)
+    grams = np.zeros(each.sum(), np.uint32)
+    short = counts < ngram_words  # too short for a run: all of its words are its only n-gram
+    filled = np.repeat(~short, each)
+    grams[filled] = rolled[inside] >> np.uint64(32)
+    grams[~filled] = ids[short] >> np.uint64(32)
+    return Fingerprints(ids, each, _bands(grams, each), grams)
+
+
+def hashed_words(questions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the hashes of all words, uint64, where each question's begin among them, and how many each has."""
+    parts = [
+        text.lower() if text.isascii() else " ".join(unicodedata.normalize("NFC", text).casefold().split())
+        for text in questions
+    ]
+    joined = "\0".join(parts) + "\0"
+    if joined.count("\0") > len(parts):
+        joined = "\0".join(part.replace("\0", " ") for part in parts) + "\0"
+    raw = np.frombuffer(joined.encode("utf-8"), np.uint8)
+    kind = _KIND[raw]
+    letters = kind == _LETTER
+    begins = letters.copy()
+    begins[1:] &= ~letters[:-1]
+    starts = np.flatnonzero(begins | (kind == _SIGN))
+    # The hash of a run of bytes is sum(byte * ODD^k), got from differences of one running sum; modulo 2^64 throughout.
+    sums = np.zeros(len(raw) + 1, np.uint64)
+    np.cumsum(_VALUE[raw] * _powers(_ODD, len(raw)), out=sums[1:])
+    words = _mixed(np.diff(sums[np.append(starts, len(raw))]) * _powers(_ODD_INVERSE, len(raw))[starts])
+    first = np.searchsorted(starts, np.append(0, np.flatnonzero(raw == 0) + 1))
+    return words, first[:-1], np.diff(first)
+
+
+def exact_duplicates(ids: np.ndarray) -> np.ndarray:
+    """Return, for each id, the index of the first that is equal: its own where there is none before it."""
+    first = np.arange(len(ids))
+    ordered = np.sort(ids)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if len(repeated):  # seldom many: only these are worth an order that keeps track of the places
+        place = np.minimum(np.searchsorted(repeated, ids), len(repeated) - 1)
+        several = np.flatnonzero(repeated[place] == ids)
+        _, start, inverse = np.unique(ids[several], return_index=True, return_inverse=True)
+        first[several] = several[start[inverse]]
+    return first
+
+
+class Grams:
+    """The n-grams of all rows, kept in a file: `counts[row]` numbers (uint32) a row, one row after the other."""
+
+    def __init__(self, file: BinaryIO, counts: np.ndarray) -> None:
+        self.file, self.counts = file, counts
+        self.starts = np.cumsum(counts) - counts
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the n-grams of `rows`, one row after the other."""
+        descriptor = self.file.fileno()
+        spans = zip((self.counts[rows] * 4).tolist(), (self.starts[rows] * 4).tolist(), strict=True)
+        return np.frombuffer(b"".join([os.pread(descriptor, size, start) for size, start in spans]), np.uint32)
+
+    def chunks(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield (first row, row after the last, their n-grams) until every row was there, in order."""
+        ends = self.starts + self.counts
+        first = 0
+        while first < len(ends):
+            last = max(int(np.searchsorted(ends, self.starts[first] + MAX_GRAMS, "right")), first + 1)
+            size = int(ends[last - 1] - self.starts[first])
+            raw = os.pread(self.file.fileno(), size * 4, int(self.starts[first]) * 4)
+            yield first, last, np.frombuffer(raw, np.uint32)
+            first = last
+
+
+def near_duplicates(
+    rows: np.ndarray, bands: np.ndarray, grams: Grams, threshold: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (row, an earlier row like it, their Jaccard index) for the `rows` whose index reaches `threshold`.
+
+    `rows` are ascending; `bands` holds the bands of all rows. Each row is named once.
+    """
+    found = []
+    for band in range(bands.shape[1]):
+        first = exact_duplicates(bands[rows, band])
+        met = np.flatnonzero(first < np.arange(len(rows)))
+        found.append(met.astype(np.uint64) << np.uint64(32) | first[met].astype(np.uint64))
+    pairs = np.unique(np.concatenate(found))
+    later, earlier = rows[(pairs >> np.uint64(32)).astype(np.int64)], rows[pairs.astype(np.uint32)]
+    alike = np.zeros(len(later))
+    for start in range(0, len(later), MAX_PAIRS):
+        alike[start : start + MAX_PAIRS] = jaccard(
+            grams, later[start : start + MAX_PAIRS], earlier[start : start + MAX_PAIRS]
+        )
+    near = np.flatnonzero(alike >= threshold)
+    near = near[np.unique(later[near], return_index=True)[1]]
+    return later[near], earlier[near], alike[near]
+
+
+def jaccard(grams: Grams, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return the Jaccard index of the n-gram sets of each pair of rows."""
+    sides = [distinct(grams, rows) for rows in (left, right)]
+    keys = np.sort(np.concatenate(sides))
+    both = keys[1:][keys[1:] == keys[:-1]]
+    first, second, common = (sizes_of(keys, len(left)) for keys in (*sides, both))
+    return common / (first + second - common)
+
+
+def distinct(grams: Grams, rows: np.ndarray) -> np.ndarray:
+    """Return the n-grams of `rows`, each once a row, sorted: the place in `rows` times 2^32, plus the n-gram."""
+    place = np.repeat(np.arange(len(rows), dtype=np.uint64) << np.uint64(32), grams.counts[rows])
+    return np.unique(place | grams.of(rows))
+
+
+def sizes_of(keys: np.ndarray, rows: int) -> np.ndarray:
+    """Return how many n-grams each of `rows` rows has among the `keys` that `distinct` gives."""
+    return np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=rows)
+
+
+def contaminated(
+    evaluated: np.ndarray, trained: np.ndarray, grams: Grams, threshold: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (row, the `evaluated` row closest to it, their overlap) for the `trained` rows that reach `threshold`.
+
+    The overlap is the number of n-grams in both over the number in the one that has fewer, so that an eval problem
+    inside a longer training problem counts in full. The n-grams of the `evaluated` rows are held in memory.
+    """
+    keys = distinct(grams, evaluated)
+    sizes = sizes_of(keys, len(evaluated))
+    order = np.argsort(keys.astype(np.uint32), kind="stable")
+    owners = (keys >> np.uint64(32)).astype(np.int64)[order]
+    known, first, owned = np.unique(keys.astype(np.uint32)[order], return_index=True, return_counts=True)
+    mask = np.uint32((1 << max(16, (len(known) * 16).bit_length())) - 1)
+    seen = np.zeros(int(mask) + 1, bool)  # a small table that rules most n-grams out before any search
+    seen[known & mask] = True
+    is_trained = np.zeros(len(grams.counts), bool)
+    is_trained[trained] = True
+    found = []
+    for start, end, values in grams.chunks():
+        row = np.repeat(np.arange(start, end), grams.counts[start:end])
+        kept = seen[values & mask] & is_trained[row]
+        values, row = values[kept], row[kept]
+        place = np.minimum(np.searchsorted(known, values), len(known) - 1)
+        kept = known[place] == values
+        met = np.unique(row[kept] << 32 | place[kept])  # an n-gram counts once, however often the question has it
+        row, place = met >> 32, met & 0xFFFFFFFF
+        # The same n-gram may be in many eval problems: take so many rows at once that all their matches fit.
+        ends = np.cumsum(owned[place])
+        cuts = np.searchsorted(ends, np.arange(MAX_GRAMS, ends[-1] if len(ends) else 0, MAX_GRAMS))
+        cuts = np.unique(np.searchsorted(row, row[cuts]))  # never within a row
+        for part in np.split(np.arange(len(row)), cuts):
+            times = owned[place[part]]
+            nth = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
+            owner = owners[np.repeat(first[place[part]], times) + nth]
+            found.append(closest(grams, np.repeat(row[part], times), owner, sizes, threshold))
+    row, owner, overlap = (np.concatenate(column) for column in zip(*found, strict=True))
+    return row, evaluated[owner], overlap
+
+
+def closest(
+    grams: Grams, row: np.ndarray, owner: np.ndarray, sizes: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (row, owner, overlap) for the rows that reach `threshold` with the owner they overlap most.
+
+    `row` and `owner` name a pair for every n-gram the two share; `sizes` are the owners' numbers of n-grams.
+    """
+    pairs, common = np.unique(row << 32 | owner, return_counts=True)
+    row, owner = pairs >> 32, pairs & 0xFFFFFFFF
+    rows, index = np.unique(row, return_inverse=True)
+    overlap = common / np.minimum(sizes_of(distinct(grams, rows), len(rows))[index], sizes[owner])
+    order = np.lexsort((-overlap, row))
+    order = order[np.unique(row[order], return_index=True)[1]]
+    order = order[overlap[order] >= threshold]
+    return row[order], owner[order], overlap[order]
+
+
+def _bands(grams: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return a hash, uint64 [rows, BANDS], of the minima of each band."""
+    starts = np.cumsum(counts) - counts
+    minima = np.stack([np.minimum.reduceat(grams * odd, starts) for odd in _MULTIPLIERS], axis=1)
+    folded = np.zeros((len(counts), BANDS), np.uint64)
+    for column in minima.reshape(len(counts), BANDS, BAND_ROWS).transpose(2, 0, 1):
+        folded = _mixed(folded * _ODD + column)
+    return folded
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Return `values` with every bit spread over all others (the finalizer of SplitMix64)."""
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)
+
+
+def _powers(base: np.uint64, count: int) -> np.ndarray:
+    """Return base^0, base^1, ... modulo 2^64, at least `count` of them up to the next power of two."""
+    return _table(int(base), 1 << max(int(count) - 1, 0).bit_length())[:count]
+
+
+@lru_cache(maxsize=16)
+def _table(base: int, size: int) -> np.ndarray:
+    powers = np.full(size, base, np.uint64)
+    powers[0] = 1
+    return np.multiply.accumulate(powers)

@@ -1,0 +1,156 @@
+"""Examine base, fine-tuned and GRPO model on held-out problems: accuracy with intervals, and whether each step helped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stages.lib import answers, artifact, formats, models, options, stats
+from stages.lib.recipe import Recipe, read_recipe
+
+ROOM_BYTES = 100_000_000
+MODELS = ("base", "sft", "grpo")
+
+
+@click.command(help=__doc__)
+@options.recipe
+@options.reads("prepare-data")
+@options.reads("sft")
+@options.reads("grpo")
+@options.base_model
+@options.out
+def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Path | None, out: Path) -> None:
+    run_recipe = read_recipe(recipe)
+    inputs = {"prepare-data": prepare_data, "sft": sft, "grpo": grpo}
+    inputs |= {"base-model": base_model} if base_model else {}
+    tables = run_recipe.tables("model", "format", "infer")
+    with artifact.writing(out, "infer", tables, inputs, room_bytes=ROOM_BYTES) as run:
+        with (prepare_data / "eval.jsonl").open() as file:
+            problems = [json.loads(line) for _, line in zip(range(run_recipe.infer.problems), file, strict=False)]
+        adapters = {"sft": sft / "adapter", "grpo": grpo / "adapter"}
+        rows = answer(run_recipe, problems, base_model, adapters)
+        with (run.folder / "answers.jsonl").open("w") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        run.metrics.update(examine(rows))
+        click.echo(table(run.metrics))
+
+
+def answer(
+    recipe: Recipe, problems: list[dict[str, Any]], base_model: Path | None, adapters: dict[str, Path]
+) -> list[dict[str, Any]]:
+    """Return every model's greedy answer to every problem, a row each, in the order of the problems.
+
+    A row holds `id`, `question`, `answer` (the right one), `model`, `completion`, `tokens` (the end token counted),
+    `ended` (false: cut off), `well_formed`, `given` (the canonical answer read, or None) and `right`.
+    """
+    import torch
+    from peft import PeftModel
+    from tqdm import tqdm
+
+    tokenizer = models.load_tokenizer(recipe, base_model)
+    tokenizer.padding_side = "left"
+    model = models.load_model(recipe, base_model)
+    ends = set(models.end_ids(model, tokenizer))
+    for name, adapter in adapters.items():
+        if isinstance(model, PeftModel):
+            model.load_adapter(adapter, adapter_name=name)
+        else:
+            model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
+    model.eval()
+    answer_format = formats.get(recipe.format.name)
+    size = recipe.infer.batch_size
+    rows = []
+    bar = tqdm(total=len(MODELS) * len(problems), desc="infer", unit="answer", dynamic_ncols=True)
+    for name in MODELS:
+        model.base_model.disable_adapter_layers() if name == "base" else model.base_model.enable_adapter_layers()
+        if name in adapters:
+            model.set_adapter(name)
+        for first in range(0, len(problems), size):
+            batch = problems[first : first + size]
+            prompts = [
+                tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
+                for problem in batch
+            ]
+            encoded = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
+            with torch.inference_mode():
+                generated = model.generate(
+                    **encoded,
+                    max_new_tokens=recipe.infer.max_completion_tokens,
+                    do_sample=False,
+                    eos_token_id=sorted(ends),
+                    pad_token_id=tokenizer.pad_token_id,
+                )[:, encoded["input_ids"].shape[1] :].tolist()
+            for problem, ids in zip(batch, generated, strict=True):
+                end = next((place for place, token in enumerate(ids) if token in ends), None)
+                completion = tokenizer.decode(ids if end is None else ids[:end], skip_special_tokens=True)
+                rows.append(
+                    {
+                        "id": problem["id"],
+                        "question": problem["prompt"][-1]["content"],
+                        "answer": problem["answer"],
+                        "model": name,
+                        "completion": completion,
+                        "tokens": len(ids) if end is None else end + 1,
+                        "ended": end is not None,
+                        **mark(answer_format, completion, problem["answer"]),
+                    }
+                )
+            bar.update(len(batch))
+    bar.close()
+    return rows
+
+
+def mark(answer_format: formats.Format, completion: str, right: str) -> dict[str, Any]:
+    """Return what a completion is worth: `well_formed`, `given` (canonical, None if none can be read) and `right`."""
+    read = answer_format.read(completion)
+    given = answers.canonical(read.answer) if read else None
+    return {"well_formed": read is not None, "given": given, "right": given is not None and given == right}
+
+
+def examine(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of the examination, a dict a model, and `steps`: for each model and the one before it McNemar.
+
+    `accuracy`, `well_formed` and `cut_off` are shares of 1, `accuracy_interval` is Wilson's 95% interval, `tokens` the
+    mean of the completion. In a step, `gained` problems only the later model solves, `lost` only the earlier one; `p` is
+    the two-sided exact probability of a split at least as uneven if neither were better.
+    """
+    figures: dict[str, Any] = {}
+    right: dict[str, list[bool]] = {}
+    for name in MODELS:
+        own = [row for row in rows if row["model"] == name]
+        right[name] = [row["right"] for row in own]
+        total = len(own)
+        figures[name] = {
+            "problems": total,
+            "accuracy": sum(right[name]) / total,
+            "accuracy_interval": list(stats.wilson(sum(right[name]), total)),
+            "well_formed": sum(row["well_formed"] for row in own) / total,
+            "tokens": sum(row["tokens"] for row in own) / total,
+            "cut_off": sum(not row["ended"] for row in own) / total,
+        }
+    figures["steps"] = {}
+    for before, after in zip(MODELS, MODELS[1:], strict=False):
+        pairs = list(zip(right[before], right[after], strict=True))
+        gained, lost = pairs.count((False, True)), pairs.count((True, False))
+        figures["steps"][f"{before} to {after}"] = {"gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost)}
+    return figures
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Return the figures as a table for the terminal."""
+    lines = [f"{'':6} {'accuracy':>9} {'95% interval':>17} {'well formed':>12} {'tokens':>7} {'cut off':>8}"]
+    for name in MODELS:
+        own = figures[name]
+        low, high = own["accuracy_interval"]
+        lines.append(
+            f"{name:6} {own['accuracy']:9.1%} {f'{low:.1%} to {high:.1%}':>17} {own['well_formed']:12.1%} "
+            f"{own['tokens']:7.1f} {own['cut_off']:8.1%}"
+        )
+    for step, own in figures["steps"].items():
+        lines.append(f"{step}: {own['gained']} problems gained, {own['lost']} lost, McNemar p = {own['p']:.2g}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What SFT and GRPO share: checkpoints that can be trusted, an orderly end on TERM, and what a person sees meanwhile."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stages.lib.artifact import LOGS, Run
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+COMPLETE = "complete"  # in a checkpoint: everything was written; transformers itself writes one file after another
+
+
+def train(trainer: "Trainer", checkpoints: Path, bar: tuple[str, ...], extra: tuple[Any, ...] = ()) -> None:
+    """Run `trainer`, from its last complete checkpoint if there is one, with `bar` naming the metrics beside the bar.
+
+    On TERM or INT the step in hand is finished, a checkpoint is saved, and the process exits with 128 + the signal.
+    """
+    from transformers import PrinterCallback, ProgressCallback
+
+    progress, stop = make_callbacks(bar)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    for callback in (progress, stop, *extra):
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    if stop.signal is not None:
+        click.echo(f"stopped by {signal.Signals(stop.signal).name}, saved at step {trainer.state.global_step}", err=True)
+        raise SystemExit(128 + stop.signal)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete checkpoint under `folder`, or None; delete those that a crash left incomplete."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).is_file():
+            complete.append(path)
+        else:
+            shutil.rmtree(path)
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def keep_logs(checkpoints: Path) -> None:
+    """Let TensorBoard's files lie with the checkpoints, so that a run that is carried on keeps its curves."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(checkpoints / LOGS)
+
+
+def make_callbacks(bar: tuple[str, ...]) -> tuple[Any, Any]:
+    """Return the progress bar and the signal handler, as callbacks of transformers' Trainer."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        """A bar with the metrics named in `bar` and the time left."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.tqdm = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.tqdm.update(state.global_step - self.tqdm.n)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.tqdm.set_postfix({name: f"{logs[name]:.3f}" for name in bar if name in logs})
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.tqdm.close()
+
+    class StopOnSignal(TrainerCallback):
+        """Save and stop after the step in which TERM or INT came; mark what was saved as complete."""
+
+        signal: int | None = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self.note)
+
+        def note(self, number, frame):
+            self.signal = number
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.signal is not None:
+                control.should_save = control.should_training_stop = True
+
+        def on_save(self, args, state, control, **kwargs):
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+
+    return Progress(), StopOnSignal()
+
+
+def save_adapter(trainer: "Trainer", tokenizer: Any, run: Run) -> None:
+    """Save the adapter under `adapter/`, the tokenizer with its chat template under `tokenizer/`, the curves under `logs/`."""
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(run.folder / "adapter")
+    (run.folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    tokenizer.save_pretrained(run.folder / "tokenizer")
+    shutil.rmtree(run.folder / "cache", ignore_errors=True)
+    (run.checkpoints / LOGS).rename(run.folder / LOGS)

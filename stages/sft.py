@@ -1,0 +1,136 @@
+"""Fine-tune the base model on worked solutions, so that it learns the answer format."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stages.lib import artifact, models, options, training
+from stages.lib.recipe import Recipe, read_recipe
+
+ROOM_BYTES = 500_000_000
+
+
+@click.command(help=__doc__)
+@options.recipe
+@options.reads("prepare-data")
+@options.base_model
+@options.out
+def main(recipe: Path, prepare_data: Path, base_model: Path | None, out: Path) -> None:
+    run_recipe = read_recipe(recipe)
+    inputs = {"prepare-data": prepare_data, **({"base-model": base_model} if base_model else {})}
+    tables = run_recipe.tables("model", "format", "lora", "sft")
+    with artifact.writing(out, "sft", tables, inputs, room_bytes=ROOM_BYTES) as run:
+        run.metrics.update(train(run_recipe, prepare_data / "sft.jsonl", base_model, run))
+
+
+def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """Return the fields of TRL's SFTConfig: every one that changes the result, none left to a default."""
+    knobs = recipe.sft
+    return {
+        "output_dir": str(output),
+        "max_steps": knobs.steps,
+        "per_device_train_batch_size": knobs.micro_batch_size,
+        "gradient_accumulation_steps": knobs.batch_size // knobs.micro_batch_size,
+        "max_length": knobs.max_tokens,
+        "packing": knobs.packing,
+        "packing_strategy": "bfd",
+        "padding_free": False,
+        "completion_only_loss": True,
+        "assistant_only_loss": False,
+        "loss_type": "nll",
+        "shuffle_dataset": False,  # the sampler shuffles
+        "learning_rate": knobs.learning_rate,
+        "lr_scheduler_type": knobs.lr_scheduler,
+        "warmup_steps": knobs.warmup_steps,
+        "optim": knobs.optimizer,
+        "weight_decay": knobs.weight_decay,
+        "adam_beta1": knobs.adam_beta1,
+        "adam_beta2": knobs.adam_beta2,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": knobs.max_grad_norm,
+        "label_smoothing_factor": 0.0,
+        "neftune_noise_alpha": None,
+        "bf16": recipe.model.dtype == "bfloat16",
+        "fp16": recipe.model.dtype == "float16",
+        "gradient_checkpointing": knobs.gradient_checkpointing,
+        "activation_offloading": False,
+        "average_tokens_across_devices": True,
+        "seed": knobs.seed,
+        "data_seed": knobs.seed,
+        "dataloader_drop_last": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+        "save_strategy": "steps",
+        "save_steps": knobs.save_steps,
+        "save_total_limit": 2,
+        "logging_strategy": "steps",
+        "logging_steps": knobs.log_steps,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "no",
+        "report_to": ["tensorboard"],
+        "push_to_hub": False,
+        "trust_remote_code": False,
+    }
+
+
+def train(recipe: Recipe, examples: Path, base_model: Path | None, run: artifact.Run) -> dict[str, Any]:
+    """Train a LoRA adapter on `examples`, save it under `run.folder`, return what it came to.
+
+    Metrics: `examples` used, `dropped_too_long`, `loss` (mean nats a completion token over the last tenth of the
+    steps) and `trainable_parameters`.
+    """
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    training.keep_logs(run.checkpoints)
+    tokenizer = models.load_tokenizer(recipe, base_model)
+    model = models.load_model(recipe, base_model)
+    rows = load_dataset("json", data_files=str(examples), split="train", cache_dir=str(run.folder / "cache"))
+    rows = rows.select_columns(["prompt", "completion"])
+
+    def fits(row: dict[str, Any]) -> bool:
+        ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
+        return len(ids) <= recipe.sft.max_tokens
+
+    kept = rows.filter(fits, desc="measuring")  # cut short, an example would teach never to end
+    if len(kept) == 0:
+        raise click.ClickException(
+            f"{examples}: all {len(rows)} examples are longer than [sft] max_tokens = {recipe.sft.max_tokens}"
+        )
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**arguments(recipe, run.checkpoints)),
+        train_dataset=kept,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=recipe.lora.rank,
+            lora_alpha=recipe.lora.alpha,
+            lora_dropout=recipe.lora.dropout,
+            target_modules=adapted_modules(recipe),
+            bias="none",
+            use_rslora=False,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    training.train(trainer, run.checkpoints, ("loss",))
+    training.save_adapter(trainer, tokenizer, run)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    last = losses[-max(1, len(losses) // 10) :]
+    return {
+        "examples": len(kept),
+        "dropped_too_long": len(rows) - len(kept),
+        "loss": sum(last) / len(last),
+        "trainable_parameters": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
+    }
+
+
+def adapted_modules(recipe: Recipe) -> str | list[str]:
+    """Return PEFT's `target_modules`: its word for all linear layers, or the recipe's list."""
+    modules = recipe.lora.target_modules
+    return "all-linear" if modules == ["all-linear"] else modules
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""Make GGUF files of the merged model, and prove that each answers like it."""
+
+import contextlib
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stages.lib import answers, artifact, formats, imatrix, llama, options, parity, stats, weights
+from stages.lib.errors import UserError
+from stages.lib.recipe import GGUF_TYPES, Gguf, Recipe, read_recipe
+
+SEQUENCES = 8  # completions at once
+COLUMNS = (
+    "type",
+    "MB",
+    "mean KL",
+    "p99 KL",
+    "max KL",
+    "same top",
+    "perplexity",
+    "same text",
+    "right",
+    "flips",
+    "ended",
+)
+
+
+@click.command(help=__doc__)
+@options.recipe
+@options.reads("merge")
+@options.reads("prepare-data")
+@options.out
+def main(recipe: Path, merge: Path, prepare_data: Path, out: Path) -> None:
+    run_recipe = read_recipe(recipe)
+    merged = artifact.read(merge, "merge")
+    room = room_bytes(run_recipe.gguf, merged["metrics"]["parameters"], merge / "model")
+    tables = run_recipe.tables("format", "gguf") | {
+        "model": {"name": run_recipe.model.name},
+        "infer": {"max_completion_tokens": run_recipe.infer.max_completion_tokens},
+    }
+    inputs = {"merge": merge, "prepare-data": prepare_data}
+    with artifact.writing(out, "gguf", tables, inputs, room_bytes=room) as run:
+        weights.refuse_quantized(merge / "model", "gguf")
+        rows = parity.first_rows(prepare_data / "eval.jsonl", run_recipe.gguf.prompts, "[gguf] prompts")
+        run.checkpoints.mkdir(exist_ok=True)
+        paths = make_files(merge / "model", prepare_data / "sft.jsonl", run_recipe, run)
+        run.metrics.update(prove(merge / "model", paths, rows, run_recipe, run))
+
+
+def kinds(gguf: Gguf) -> list[str]:
+    """Return the types asked for, in llama.cpp's spelling in lower case."""
+    return [name.lower() for name in gguf.types]
+
+
+def limits(gguf: Gguf) -> dict[str, float]:
+    """Return the largest mean KL divergence (nats) allowed by type: the recipe's, or else `GGUF_TYPES`'."""
+    return GGUF_TYPES | {name.lower(): limit for name, limit in gguf.max_mean_kl.items()}
+
+
+def room_bytes(gguf: Gguf, parameters: int, model: Path) -> int:
+    """Return what the stage writes at most for a model of so many `parameters` in the folder `model`.
+
+    A type's digit understates its bits: scales, embeddings in a finer type, and rows that are no multiple of 256 and
+    so fall back to one. 3 bits more cover all of them.
+    """
+    tokenizer = sum(path.stat().st_size for path in model.iterdir() if path.suffix != ".safetensors")
+    kept = [name for name in kinds(gguf) if name != source_kind(gguf)]
+    digits = {name: int(re.search(r"\d+", name)[0]) for name in kept}
+    bits = [digit if digit > 8 else min(digit + 3, 9) for digit in digits.values()]
+    files = parameters * 2 + sum(parameters * count // 8 for count in bits)
+    reference = gguf.prompts * gguf.positions_per_prompt * weights.vocabulary_size(model) * 4
+    return files + reference + (len(kept) + 1) * (tokenizer + 1_000_000)
+
+
+def source_kind(gguf: Gguf) -> str:
+    """Return the 16-bit type all others are made from: f16, or bf16 where that alone is asked for.
+
+    A bfloat16 weight fits in float16 to the last bit but for the very smallest and largest (under 6e-5, over 65504).
+    """
+    return "bf16" if "bf16" in kinds(gguf) and "f16" not in kinds(gguf) else "f16"
+
+
+def make_files(model: Path, training: Path, recipe: Recipe, run: artifact.Run) -> dict[str, Path]:
+    """Convert the model in the folder `model` to 16 bits once, and that to every type asked for. Return paths by type.
+
+    `training` is prepare-data's sft.jsonl, for the importance matrix where the recipe asks for one. The 16-bit file
+    stays only where it was asked for: else it lies with the checkpoints, which go at the end.
+    """
+    wanted, source = kinds(recipe.gguf), source_kind(recipe.gguf)
+    paths = {kind: run.folder / f"model.{kind}.gguf" for kind in wanted}
+    source_path = paths.get(source, run.checkpoints / f"model.{source}.gguf")
+    started = time.monotonic()
+    # llama.cpp reads Phi-3's control tokens rightly only where general.name says Phi-3 (src/llama-vocab.cpp), so the
+    # base's name has to be in it.
+    name = f"{recipe.model.name.rsplit('/', 1)[-1]} {recipe.path.stem}"
+    llama.convert(model, source_path, source, name, run.checkpoints / "convert.log")
+    run.seconds["convert"] = time.monotonic() - started
+    importance = None
+    if recipe.gguf.importance_prompts:
+        started = time.monotonic()
+        rows = parity.first_rows(training, recipe.gguf.importance_prompts, "[gguf] importance_prompts")
+        importance = weigh(model, source_path, rows)
+        run.seconds["importance"] = time.monotonic() - started
+    for kind in wanted:
+        if kind != source:
+            started = time.monotonic()
+            llama.quantize(source_path, paths[kind], kind, importance)
+            run.seconds[f"quantize {kind}"] = time.monotonic() - started
+    return paths
+
+
+def weigh(model: Path, source: Path, rows: Sequence[dict]) -> dict[str, Any]:
+    """Return the importance matrix of the model in the folder `model`, and in the 16-bit GGUF `source`, over `rows`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    texts = [template_tokens(tokenizer, row["prompt"] + row["completion"]) for row in rows]
+    with contextlib.closing(llama.Vocabulary(source)) as file:
+        architecture = file.metadata("general.architecture")
+    return imatrix.collect(parity.load(model), texts, architecture)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the merged model does in transformers: every file is held against it."""
+
+    tokenizer: Any
+    rows: list[dict[str, Any]]
+    prompts: list[list[int]]  # token ids
+    texts: list[parity.Text]  # prompts with their reference completions
+    logits: Path
+    completions: list[str]  # greedy, without the end token
+    right: list[bool]
+    ended: int  # completions that ended by themselves
+    max_tokens: int
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest text, or prompt with a completion, in tokens."""
+        longest = max(len(prompt) for prompt in self.prompts) + self.max_tokens
+        return max(longest, *(len(text.tokens) for text in self.texts))
+
+
+def prove(model: Path, paths: dict[str, Path], rows: list[dict], recipe: Recipe, run: artifact.Run) -> dict[str, Any]:
+    """Hold every GGUF file against the merged model; write parity.json and parity.png; return what they say.
+
+    Raises `UserError` when a file reads a prompt as other tokens, is farther away than its limit, or does not end.
+    """
+    started = time.monotonic()
+    reference = refer(model, rows, recipe, run.checkpoints)
+    run.seconds["reference"] = time.monotonic() - started
+    total = len(reference.prompts)
+    figures: dict[str, Any] = {
+        "reference": {
+            "prompts": total,
+            "positions": sum(len(text.positions) for text in reference.texts),
+            **accuracy(reference.right),
+            "ended": reference.ended,
+        },
+        "files": {},
+    }
+    allowed = limits(recipe.gguf)
+    for kind, path in paths.items():
+        started = time.monotonic()
+        figures["files"][kind] = examine(path, reference, recipe) | {"max_mean_kl": allowed[kind]}
+        run.seconds[f"examine {kind}"] = time.monotonic() - started
+    reference.logits.unlink()
+    artifact.write_json(run.folder / "parity.json", figures)
+    draw(figures["files"], run.folder / "parity.png")
+    click.echo(table(figures))
+    missed = [line for kind in paths for line in misses(kind, figures, recipe.gguf.max_lost_ends)]
+    if missed:
+        raise UserError("the files do not answer like the merged model:\n  " + "\n  ".join(missed))
+    return figures
+
+
+def refer(model: Path, rows: list[dict], recipe: Recipe, scratch: Path) -> Reference:
+    """Run the merged model in the folder `model` in transformers on `rows`; keep its logits under `scratch`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    loaded = parity.load(model)
+    ends = parity.end_tokens(loaded.generation_config)
+    llama.verify_end(tokenizer, ends, str(model / "generation_config.json"))
+    prompts = [template_tokens(tokenizer, row["prompt"], add_generation_prompt=True) for row in rows]
+    max_tokens = recipe.infer.max_completion_tokens
+    generated = parity.model_greedy(loaded, prompts, max_tokens, ends, SEQUENCES)
+    texts = []
+    for row, prompt, tokens in zip(rows, prompts, generated, strict=True):
+        if "completion" in row:
+            whole = template_tokens(tokenizer, row["prompt"] + row["completion"])
+        else:
+            whole = prompt + tokens
+        texts.append(parity.Text(whole, parity.spread(len(whole), recipe.gguf.positions_per_prompt)))
+    logits = scratch / "merged.npy"
+    parity.store(logits, texts, loaded.config.get_text_config().vocab_size, parity.model_logits(loaded, texts))
+    completions = [written(tokenizer, tokens, ends) for tokens in generated]
+    return Reference(
+        tokenizer=tokenizer,
+        rows=rows,
+        prompts=prompts,
+        texts=texts,
+        logits=logits,
+        completions=completions,
+        right=grade(completions, rows, recipe.format.name),
+        ended=sum(tokens[-1] in ends for tokens in generated),
+        max_tokens=max_tokens,
+    )
+
+
+def template_tokens(tokenizer: Any, messages: list[dict], *, add_generation_prompt: bool = False) -> list[int]:
+    """Return the ids of `messages` in the tokenizer's chat template."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=False)
+
+
+def written(tokenizer: Any, tokens: list[int], ends: Sequence[int]) -> str:
+    """Return a completion's text, without the end token."""
+    return tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens, skip_special_tokens=False)
+
+
+def grade(completions: Sequence[str], rows: Sequence[dict], format_name: str) -> list[bool]:
+    """Say for each completion whether it is well formed and gives its row's answer."""
+    answer_format = formats.get(format_name)
+    parsed = [answer_format.read(completion) for completion in completions]
+    return [
+        answer is not None and answers.canonical(answer.answer) == row["answer"]
+        for answer, row in zip(parsed, rows, strict=True)
+    ]
+
+
+def accuracy(right: Sequence[bool]) -> dict[str, Any]:
+    """Return the share of right answers with its 95% Wilson interval."""
+    low, high = stats.wilson(sum(right), len(right))
+    return {"accuracy": sum(right) / len(right), "accuracy_low": low, "accuracy_high": high}
+
+
+def examine(path: Path, reference: Reference, recipe: Recipe) -> dict[str, Any]:
+    """Return the figures of one GGUF file against the reference.
+
+    Raises `UserError` when it can't be loaded or does not read the prompts as the tokens the model was trained with.
+    """
+    with llama.Loaded(path, reference.context_tokens, SEQUENCES) as file:
+        for row in reference.rows:
+            llama.verify_prompt(file, reference.tokenizer, row["prompt"], f"{path}, problem {row['id']}")
+        llama.verify_end(reference.tokenizer, [n for n in range(file.size) if file.is_end(n)], str(path))
+        difference = parity.compare(reference.logits, reference.texts, file.logits(reference.texts))
+        generated = file.greedy(reference.prompts, reference.max_tokens)
+        ends = {tokens[-1] for tokens in generated if file.is_end(tokens[-1])}
+        ended = sum(file.is_end(tokens[-1]) for tokens in generated)
+    completions = [written(reference.tokenizer, tokens, list(ends)) for tokens in generated]
+    right = grade(completions, reference.rows, recipe.format.name)
+    pairs = list(zip(reference.right, right, strict=True))
+    same = sum(ours == theirs for ours, theirs in zip(reference.completions, completions, strict=True))
+    return {
+        "bytes": path.stat().st_size,
+        **difference,
+        "same_text": same / len(completions),
+        **accuracy(right),
+        "flipped_to_wrong": sum(before and not after for before, after in pairs),
+        "flipped_to_right": sum(after and not before for before, after in pairs),
+        "ended": ended,
+        "answer": completions[0],
+    }
+
+
+def misses(kind: str, figures: dict[str, Any], max_lost_ends: int) -> list[str]:
+    """Return one line for each limit that the file of type `kind` misses, with figure, limit and likely causes."""
+    file, lines = figures["files"][kind], []
+    if not file["mean_kl"] <= file["max_mean_kl"]:
+        if kind in ("f32", "f16", "bf16"):
+            causes = (
+                "tensors mapped or tied wrongly by the converter, another RoPE or attention setting, or weights beyond "
+                "float16's range (then bf16 in [gguf] types instead of f16)"
+            )
+        else:
+            causes = (
+                "too few bits for this model; see whether the 16-bit file is close, then take a larger type, or raise "
+                f"[gguf.max_mean_kl] {kind}"
+            )
+        lines.append(
+            f"{kind}: mean KL {file['mean_kl']:.2e} nats; limit {file['max_mean_kl']:.2e}. Likely causes: {causes}"
+        )
+    lost = figures["reference"]["ended"] - file["ended"]
+    if lost > max_lost_ends:
+        lines.append(
+            f"{kind}: {file['ended']} of {figures['reference']['prompts']} completions end by themselves, against "
+            f"{figures['reference']['ended']} in transformers; limit [gguf] max_lost_ends = {max_lost_ends}. Likely "
+            f"causes: an end token that the file does not mark as one, or too few bits for this model"
+        )
+    return lines
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Return the figures as lines for the terminal, a file a line."""
+    reference = figures["reference"]
+    lines = [COLUMNS]
+    for kind, file in figures["files"].items():
+        lines.append((
+            kind,
+            f"{file['bytes'] / 1e6:,.1f}",
+            *(f"{file[name]:.1e}" for name in ("mean_kl", "p99_kl", "max_kl")),
+            f"{file['same_top']:.2%}",
+            f"{file['perplexity']:.4f}",
+            f"{file['same_text']:.1%}",
+            f"{file['accuracy']:.1%}",
+            f"{file['flipped_to_wrong']}/{file['flipped_to_right']}",
+            f"{file['ended']}",
+        ))  # fmt: skip
+        perplexity = f"{file['reference_perplexity']:.4f}"
+    lines.append((
+        "merged", "", "", "", "", "", perplexity, "", f"{reference['accuracy']:.1%}", "", f"{reference['ended']}"
+    ))  # fmt: skip
+    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text.append(
+        f"{reference['prompts']} prompts, {reference['positions']:,} positions; KL in nats against the merged model; "
+        f"right: {reference['accuracy_low']:.1%} to {reference['accuracy_high']:.1%} (95%) for the merged model; "
+        f"flips: answers gone wrong/right"
+    )
+    return "\n".join(text)
+
+
+def draw(files: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw KL divergence and size by type to a PNG."""
+    from matplotlib.figure import Figure
+
+    names = list(files)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    divergence, size = figure.subplots(1, 2)
+    for name, label, marker in (
+        ("mean_kl", "mean", "o"),
+        ("p99_kl", "99th percentile", "^"),
+        ("max_kl", "maximum", "x"),
+    ):
+        divergence.plot(names, [max(files[kind][name], 1e-12) for kind in names], marker, label=label)
+    divergence.plot(
+        names, [files[kind]["max_mean_kl"] for kind in names], "_", markersize=24, label="limit of the mean"
+    )
+    divergence.set(yscale="log", ylabel="KL(merged || file), nats", title="Distance from the merged model")
+    divergence.legend()
+    size.bar(names, [files[kind]["bytes"] / 1e6 for kind in names])
+    size.set(ylabel="MB", title="Size")
+    figure.savefig(path, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Fold the adapter into the base model, as 16-bit safetensors, and prove that the result is the model trained."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stages.lib import artifact, llama, models, options, parity, weights
+from stages.lib.errors import UserError
+from stages.lib.recipe import Merge, read_recipe
+
+SHARD_SIZE = "5GB"
+
+
+@click.command(help=__doc__)
+@options.recipe
+@options.reads("grpo")
+@options.reads("prepare-data")
+@options.base_model
+@options.out
+def main(recipe: Path, grpo: Path, prepare_data: Path, base_model: Path | None, out: Path) -> None:
+    run_recipe = read_recipe(recipe)
+    name, revision = models.locate(run_recipe.model, base_model)
+    inputs = {"grpo": grpo, "prepare-data": prepare_data, **({"base-model": base_model} if base_model else {})}
+    room = room_bytes(weights.local_folder(name, revision), run_recipe.merge)
+    with artifact.writing(out, "merge", run_recipe.tables("model", "merge"), inputs, room_bytes=room) as run:
+        knobs = run_recipe.merge
+        rows = parity.first_rows(prepare_data / "eval.jsonl", knobs.prompts, "[merge] prompts")
+        base = weights.folder(name, revision)
+        weights.refuse_quantized(base, "merge")
+        fold(base, grpo, knobs.dtype, run.folder / "model")
+        run.checkpoints.mkdir(exist_ok=True)
+        run.metrics.update(verify(base, grpo, run.folder / "model", rows, knobs, run.checkpoints))
+    show(run.metrics)
+
+
+def room_bytes(base: Path | None, knobs: Merge) -> int:
+    """Return what merging the model in the folder `base` writes at most; 0 when there are no weights yet to count.
+
+    That is its weights in 16 bits, the tokenizer, and two sets of logits for the comparison.
+    """
+    if base is None or not any(base.glob("*.safetensors")):
+        return 0
+    tokenizer = sum(path.stat().st_size for path in base.iterdir() if path.is_file() and path.suffix != ".safetensors")
+    logits = 2 * knobs.prompts * knobs.positions_per_prompt * weights.vocabulary_size(base) * 4
+    return 2 * weights.parameter_count(base) + 2 * tokenizer + logits + 1_000_000
+
+
+def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
+    """Write to `out` the model in the folder `base` with the adapter of `grpo` folded in, and its tokenizer.
+
+    The sum is made in float32 and rounded once, to `dtype`.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(grpo / "tokenizer", trust_remote_code=False)
+    model = PeftModel.from_pretrained(parity.load(base), grpo / "adapter").merge_and_unload(safe_merge=True)
+    model.to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
+    model.generation_config.eos_token_id = end_tokens(parity.end_tokens(model.generation_config), tokenizer)
+    model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    llama.save_tokenizer(tokenizer, base, out)
+
+
+def end_tokens(stated: Sequence[int], tokenizer: Any) -> list[int]:
+    """Return the ids that end a generation: those the base states, the tokenizer's eos and the template's turn end."""
+    ends = [*stated, tokenizer.eos_token_id, llama.turn_end(tokenizer, tokenizer.name_or_path)]
+    return list(dict.fromkeys(end for end in ends if end is not None))
+
+
+def verify(
+    base: Path, grpo: Path, merged: Path, rows: Sequence[dict], knobs: Merge, scratch: Path
+) -> dict[str, float | int]:
+    """Return how far the model saved in `merged` is from the adapter on its base, and the base from that.
+
+    Next-token distributions are compared at positions spread over the prompts of `rows`, and over their completions
+    where they have one. Raises `UserError`, with the cause, when merged is not the model that was trained.
+    """
+    from peft import PeftModel
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
+    verify_tokenizer(AutoTokenizer.from_pretrained(base, trust_remote_code=False), tokenizer, merged)
+    llama.verify_end(
+        tokenizer, parity.end_tokens(GenerationConfig.from_pretrained(merged)), str(merged / "generation_config.json")
+    )
+    texts = [text_of(tokenizer, row, knobs.positions_per_prompt) for row in rows]
+    if cause := untied_cause(base, merged):
+        raise UserError(f"{merged}: is not the model that was trained. Cause: {cause}")
+
+    stored = scratch / "adapter-on-base.npy"
+    adapted = PeftModel.from_pretrained(parity.load(base), grpo / "adapter").eval()
+    parity.store(stored, texts, adapted.config.get_text_config().vocab_size, parity.model_logits(adapted, texts))
+    with adapted.disable_adapter():
+        from_base = parity.compare(stored, texts, parity.model_logits(adapted, texts))
+    del adapted  # before the next one is loaded: together they may not fit
+    difference = compare_merged(merged, stored, texts)
+
+    limit = knobs.max_mean_kl
+    if not from_base["mean_kl"] > limit:
+        raise UserError(
+            f"{grpo / 'adapter'}: does next to nothing: with it the base differs from itself by a mean KL of "
+            f"{from_base['mean_kl']:.2e} nats, not above [merge] max_mean_kl = {limit:.2e}, so merging can't be told "
+            f"from not merging. Look at the training's loss and reward, or lower the limit"
+        )
+    if not difference["mean_kl"] <= limit:
+        cause = find_cause(base, grpo, merged, texts, limit, scratch)
+        raise UserError(
+            f"{merged}: is not the model that was trained: mean KL {difference['mean_kl']:.2e} nats from the adapter "
+            f"on its base over {difference['positions']:,} positions; expected at most [merge] max_mean_kl = "
+            f"{limit:.2e}. Cause: {cause}"
+        )
+    return {
+        "prompts": len(texts),
+        "positions": difference["positions"],
+        "merged_mean_kl": difference["mean_kl"],
+        "merged_max_kl": difference["max_kl"],
+        "merged_same_top": difference["same_top"],
+        "base_mean_kl": from_base["mean_kl"],
+        "parameters": weights.parameter_count(merged),
+        "bytes": sum(path.stat().st_size for path in merged.glob("*.safetensors")),
+    }
+
+
+def compare_merged(merged: Path, stored: Path, texts: Sequence[parity.Text]) -> dict[str, float | int]:
+    """Return `parity.compare` of the model saved in `merged`, loaded as any user would, with the reference `stored`."""
+    return parity.compare(stored, texts, parity.model_logits(parity.load(merged), texts))
+
+
+def text_of(tokenizer: Any, row: dict, positions: int) -> parity.Text:
+    """Return an eval row's prompt, and completion where it has one, with at most so many positions."""
+    completion = row.get("completion")
+    tokens = tokenizer.apply_chat_template(
+        row["prompt"] + (completion or []), add_generation_prompt=completion is None, return_dict=False
+    )
+    return parity.Text(tokens, parity.spread(len(tokens), positions))
+
+
+def verify_tokenizer(base: Any, merged: Any, folder: Path) -> None:
+    """Raise `UserError` when a token of the base has another id, and so another embedding, in the merged model."""
+    ids = merged.get_vocab()
+    for token, number in base.get_vocab().items():
+        if ids.get(token) != number:
+            raise UserError(
+                f"{folder}: its tokenizer has a shifted id: {token!r} is {ids.get(token, 'missing')}, and {number} in "
+                f"the base, whose embedding the model was trained with. Delete the grpo and sft artifacts' tokenizer "
+                f"and run: make sft grpo merge"
+            )
+
+
+def find_cause(base: Path, grpo: Path, merged: Path, texts: Sequence[parity.Text], limit: float, scratch: Path) -> str:
+    """Say why `merged` is not the adapter on its base, by trying what usually goes wrong."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    if cause := touched_cause(base, grpo):
+        return cause
+    stored = scratch / "merged.npy"
+    model = parity.load(merged)
+    parity.store(stored, texts, model.config.get_text_config().vocab_size, parity.model_logits(model, texts))
+    del model
+    adapted = PeftModel.from_pretrained(parity.load(base), grpo / "adapter").eval()
+    with adapted.disable_adapter():
+        if parity.compare(stored, texts, parity.model_logits(adapted, texts))["mean_kl"] <= limit:
+            return "the adapter was not applied: merged equals the base"
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling = {name: 2 * scale for name, scale in module.scaling.items()}
+    if parity.compare(stored, texts, parity.model_logits(adapted, texts))["mean_kl"] <= limit:
+        return "the adapter was applied twice"
+    return (
+        "unknown; likely an adapter trained on another base or revision, a base trained in 4 bits and merged in 16, or "
+        "weights too large for the merge's dtype (then bfloat16 in [merge] dtype)"
+    )
+
+
+def untied_cause(base: Path, merged: Path) -> str | None:
+    """Say how input and output embedding, which are one matrix in the base, came apart; None if they did not.
+
+    Looked at in the files: transformers may tie them again when it loads, and llama.cpp's converter does not.
+    """
+    if has_output_layer(base) or not weights.config(base).get("tie_word_embeddings", True):
+        return None
+    if has_output_layer(merged) or not weights.config(merged).get("tie_word_embeddings", True):
+        return (
+            "tied embeddings broken: the base has one matrix for input and output embedding, and merged an output "
+            "layer of its own"
+        )
+    return None
+
+
+def touched_cause(base: Path, grpo: Path) -> str | None:
+    """Say that the adapter changes one use of an embedding that the base ties to another; None if it does not."""
+    settings = json.loads((grpo / "adapter" / "adapter_config.json").read_text())
+    named = {*(settings.get("target_modules") or []), *(settings.get("modules_to_save") or [])}
+    touched = sorted(name for name in named if name.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens"))
+    if not touched or has_output_layer(base):
+        return None
+    return (
+        f"tied embeddings broken: the adapter changes {', '.join(touched)}, and folding it into one changes the other, "
+        f"which is the same matrix in the base. Leave them out of [lora] target_modules"
+    )
+
+
+def has_output_layer(folder: Path) -> bool:
+    """Say whether the weights in `folder` hold an output layer of their own."""
+    return any(name.endswith("lm_head.weight") for name in weights.shapes(folder))
+
+
+def show(metrics: dict[str, Any]) -> None:
+    """Print the gate's figures."""
+    click.echo(
+        f"merge: {metrics['positions']:,} positions of {metrics['prompts']} prompts; mean KL from the adapter on its "
+        f"base {metrics['merged_mean_kl']:.1e}, of the base {metrics['base_mean_kl']:.1e} nats"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The merge stage, on a tiny model that was trained for it: what it writes and what it refuses."""
+
+import json
+
+import pytest
+
+from stages import merge
+from stages.lib import parity, weights
+from stages.lib.errors import UserError
+from stages.lib.recipe import Merge
+from tests import tiny_models
+
+
+def test_the_stage_writes_16_bit_safetensors_with_every_tokenizer_file():
+    model = tiny_models.merged() / "model"
+    names = {path.name for path in model.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model",
+            "tokenizer_config.json", "chat_template.jinja"} <= names  # fmt: skip
+    assert {dtype for dtype, _ in weights.shapes(model).values()} == {"F16"}
+    base = tiny_models.made() / "base-model" / "model"
+    assert (model / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+
+
+def test_the_tokenizer_keeps_its_class_and_says_that_bos_is_added():
+    settings = json.loads((tiny_models.merged() / "model" / "tokenizer_config.json").read_text())
+    assert (settings["tokenizer_class"], settings["add_bos_token"], settings["add_eos_token"]) == (
+        "GemmaTokenizer",
+        True,
+        False,
+    )
+
+
+def test_generation_ends_at_the_bases_ends_and_the_turn_end():
+    settings = json.loads((tiny_models.merged() / "model" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [1, 5]
+
+
+def test_the_manifest_holds_the_gates_figures():
+    metrics = json.loads((tiny_models.merged() / "manifest.json").read_text())["metrics"]
+    assert metrics["prompts"] == 50
+    assert metrics["positions"] > 50 * 40
+    assert 0 < metrics["merged_mean_kl"] < 1e-4 < metrics["base_mean_kl"]
+    assert metrics["bytes"] < 2.1 * metrics["parameters"]
+
+
+def test_merging_twice_gives_the_same_bytes(tmp_path):
+    base = tiny_models.made() / "base-model" / "model"
+    merge.fold(base, tiny_models.made() / "grpo", "float16", tmp_path / "model")
+    again = (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert again == (tiny_models.merged() / "model" / "model.safetensors").read_bytes()
+
+
+def test_the_room_asked_for_is_enough():
+    base = tiny_models.made() / "base-model" / "model"
+    used = sum(path.stat().st_size for path in (tiny_models.merged() / "model").iterdir())
+    assert used < merge.room_bytes(base, Merge("float16"))
+
+
+def test_an_adapter_that_does_nothing_is_refused(tmp_path):
+    made = tiny_models.made()
+    tiny_models.adapter(made / "base-model" / "model", tmp_path / "grpo", steps=0)  # B starts at 0
+    merge.fold(made / "base-model" / "model", tmp_path / "grpo", "float16", tmp_path / "model")
+    rows = tiny_models.rows(4, seed=5)
+    with pytest.raises(UserError, match="does next to nothing"):
+        merge.verify(
+            made / "base-model" / "model", tmp_path / "grpo", tmp_path / "model", rows, Merge("float16"), tmp_path
+        )
+
+
+def test_fewer_problems_than_prompts_are_refused_before_anything_is_merged(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    path.write_text('{"id": "1"}\n')
+    with pytest.raises(UserError, match=r"eval.jsonl: has 1 problems; \[merge\] prompts = 50"):
+        parity.first_rows(path, 50, "[merge] prompts")
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"), [([], [5]), ([5], [5]), ([1], [1, 5]), ([1, 5], [1, 5]), ([5, 1], [5, 1])]
+)
+def test_end_tokens_are_the_union_in_the_bases_order(stated, expected):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models.made() / "grpo" / "tokenizer")
+    assert merge.end_tokens(stated, tokenizer) == expected

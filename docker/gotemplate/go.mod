@@ -1,0 +1,3 @@
+module temper-gotemplate
+
+go 1.19

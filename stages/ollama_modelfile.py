@@ -1,0 +1,214 @@
+"""Write the Ollama Modelfile beside the recommended GGUF, and prove that it prompts the model as in training."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stages.lib import artifact, formats, go_render, llama, modelfile, options
+from stages.lib.errors import UserError
+from stages.lib.go_template import Derived, Render, derive, jinja_render
+from stages.lib.recipe import Ollama, Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PARAMETERS = ("num_ctx", "temperature", "top_p", "top_k", "min_p", "repeat_penalty")
+
+
+@click.command(help=__doc__)
+@options.recipe
+@options.reads("merge")
+@options.reads("gguf")
+@options.out
+def main(recipe: Path, merge: Path, gguf: Path, out: Path) -> None:
+    run_recipe = read_recipe(recipe)
+    inputs = {"merge": merge, "gguf": gguf}
+    tables = run_recipe.tables("format", "ollama")
+    room = sum(path.stat().st_size for path in recommended(gguf, run_recipe.ollama.quantization))
+    with artifact.writing(out, "ollama-modelfile", tables, inputs, room_bytes=room) as run:
+        run.metrics.update(make(run_recipe, merge / "model", gguf, run.folder))
+
+
+def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> dict[str, Any]:
+    """Write `folder`/Modelfile for the merged `model`, with the recommended file of `gguf` beside it; return metrics.
+
+    Raises `UserError` when the chat template can't be said in Go, or when anything read back out of the written
+    Modelfile differs from what the tokenizer, the generation config, the format and the recipe ask for.
+    """
+    from transformers import AutoTokenizer
+
+    files = recommended(gguf, recipe.ollama.quantization)
+    if len(files) != 1:
+        raise UserError(
+            f"{gguf}: holds {len(files)} files of the type {recipe.ollama.quantization!r}; expected one. Run: make gguf"
+        )
+    place(files[0], folder / files[0].name)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    if not isinstance(tokenizer.chat_template, str):
+        raise UserError(f"{model}: the tokenizer has no chat template; expected the one of training. Run: make merge")
+    try:
+        render = jinja_render(tokenizer.chat_template, tokenizer.special_tokens_map)
+        derived = derive(render, tokenizer.bos_token or "")
+    except UserError as error:
+        raise UserError(f"{model}: {error.message}") from error
+    check_gguf(files[0], tokenizer.chat_template, derived)
+
+    answers = formats.get(recipe.format.name)
+    system = recipe.format.system_prompt or answers.system_prompt
+    stops = stop_strings(end_tokens(model, tokenizer), turn_end(derived.turn_end, tokenizer), answers)
+    path = folder / "Modelfile"
+    path.write_text(written(files[0].name, derived.template, system, stops, recipe.ollama), encoding="utf-8")
+    return prove(path, render, derived, system, stops, recipe.ollama, answers) | {"file": files[0].name}
+
+
+def recommended(gguf: Path, quantization: str) -> list[Path]:
+    """Give the files of the type `quantization` in the gguf artifact."""
+    return sorted(gguf.glob(f"*.{quantization.lower()}.gguf"))
+
+
+def place(file: Path, beside: Path) -> None:
+    """Put `file` beside the Modelfile: a second name for it on the same file system, else a copy."""
+    try:
+        os.link(file, beside)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(file, beside)
+
+
+def check_gguf(file: Path, chat_template: str, derived: Derived) -> None:
+    """Raise `UserError` unless the GGUF carries this chat template and gets a BOS exactly where the template wrote one.
+
+    Ollama puts the BOS before the prompt itself if the GGUF asks for one, so that the Go template must not hold it.
+    """
+    vocabulary = llama.Vocabulary(file)
+    try:
+        carried = vocabulary.llama_cpp.llama_model_chat_template(vocabulary.model, None)
+        adds_bos = vocabulary.adds_bos
+    finally:
+        vocabulary.close()
+    carried = "" if carried is None else carried.decode()
+    if carried != chat_template:
+        raise UserError(
+            f"{file}: carries another chat template than the merged model's tokenizer; "
+            f"{go_render.first_difference(carried, chat_template)}. "
+            "One of the two was changed after training. Run: make merge gguf"
+        )
+    if adds_bos != bool(derived.bos):
+        has = {True: "one BOS", False: "no BOS"}
+        raise UserError(
+            f"{file}: makes Ollama begin a prompt with {has[adds_bos]}; the chat template of training begins with "
+            f"{has[bool(derived.bos)]}. The model would read a prompt it was not trained on. Mend add_bos_token of the "
+            "tokenizer, then run: make merge gguf"
+        )
+
+
+def end_tokens(model: Path, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Give the text of every end token in generation_config.json, or of the tokenizer's own where there is none."""
+    path = model / "generation_config.json"
+    ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    if ids is None:
+        raise UserError(f"{model}: names no end token, so that generation would never end. Set eos_token_id")
+    return [tokenizer.decode([each]) for each in (ids if isinstance(ids, list) else [ids])]
+
+
+def turn_end(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Give the first special token in what the chat template writes after an answer, "" if there is none."""
+    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    found = [(text.index(token), -len(token), token) for token in tokens if token in text]
+    return min(found)[2] if found else ""
+
+
+def stop_strings(ends: Iterable[str], turn: str, answers: formats.Format) -> list[str]:
+    """Give the union of the end tokens, the turn's end and the format's stops, less what belongs to an answer.
+
+    Ollama cuts the text before the stop string. A format's stop that is a part of the answer, such as a closing tag,
+    would make every answer unreadable; the model has learnt to write its end token after it.
+    """
+    answer = answers.write(formats.Answer("1 + 1 = 2", "2"))
+    candidates = [*ends, turn, *answers.stops]
+    return [stop for stop in dict.fromkeys(candidates) if stop and stop not in answer]
+
+
+def written(file: str, template: str, system: str, stops: Sequence[str], knobs: Ollama) -> str:
+    """Give the text of the Modelfile. Raises `UserError` for a value that a Modelfile can't hold."""
+    text = "# In this folder: ollama create NAME -f Modelfile\n"
+    text += f"FROM ./{file}\n"
+    text += modelfile.command("TEMPLATE", template)
+    if system:
+        text += modelfile.command("SYSTEM", system)
+    for stop in stops:
+        text += modelfile.parameter("stop", stop)
+    for name in PARAMETERS:
+        text += modelfile.parameter(name, getattr(knobs, name))
+    if knobs.license:
+        text += modelfile.command("LICENSE", knobs.license)
+    return text
+
+
+def prove(
+    path: Path,
+    render: Render,
+    derived: Derived,
+    system: str,
+    stops: Sequence[str],
+    knobs: Ollama,
+    answers: formats.Format,
+) -> dict[str, Any]:
+    """Read the written Modelfile back as Ollama does and hold it against what it was made from; return metrics.
+
+    Raises `UserError`, naming the cause, for the first thing that is not as it should be.
+    """
+    commands = modelfile.read(path)
+    (file,) = modelfile.values(commands, "from")
+    if not (path.parent / file).is_file():
+        raise UserError(f"{path}: FROM {file} names no file beside it")
+    found = modelfile.values(commands, "parameter stop")
+    for stop in stops:
+        if stop not in found:
+            raise UserError(
+                f"{path}: the stop {stop!r} is missing, so that generation could run on past the end of an answer; "
+                f"found {found}"
+            )
+    for stop in found:
+        if stop in answers.write(formats.Answer("1 + 1 = 2", "2")):
+            raise UserError(f"{path}: the stop {stop!r} is a part of every answer, and Ollama would cut it off")
+    systems = modelfile.values(commands, "system")
+    if systems != ([system] if system else []):
+        raise UserError(f"{path}: SYSTEM is {systems!r}; expected the format's: {system!r}")
+    if system and not derived.takes_system:
+        raise UserError(
+            f"{path}: the chat template refuses system messages, but the format {answers.name} has a system prompt. "
+            "Train with a chat template that takes one"
+        )
+    for name in PARAMETERS:
+        if modelfile.values(commands, f"parameter {name}") != [str(getattr(knobs, name))]:
+            raise UserError(f"{path}: PARAMETER {name} is not {getattr(knobs, name)}, as the recipe has it")
+    (template,) = modelfile.values(commands, "template")
+    rendered_by, compared = go_render.compare(path, template, render, derived.bos)
+    return {
+        "conversations": compared,
+        "rendered_by": rendered_by,
+        "stops": found,
+        "system_prompt": bool(system),
+        "earlier_answers_as_trained": earlier_answers_agree(template, render, derived.bos, answers),
+    }
+
+
+def earlier_answers_agree(template: str, render: Render, bos: str, answers: formats.Format) -> bool:
+    """Say whether an answer of an earlier turn, with its reasoning, is written as the chat template writes it.
+
+    Some chat templates cut the reasoning out of earlier turns, which a Go template can't do.
+    """
+    turns = ("1 + 1?", answers.write(formats.Answer("1 + 1 = 2", "2")), "2 + 2?")
+    roles = ("user", "assistant", "user")
+    conversation = [{"role": role, "content": content} for role, content in zip(roles, turns, strict=True)]
+    return go_render.render(template, conversation) == render(conversation, True).removeprefix(bos)
+
+
+if __name__ == "__main__":
+    main()

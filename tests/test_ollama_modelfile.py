@@ -1,0 +1,396 @@
+"""The ollama-modelfile stage on a real tokenizer and GGUF, the sabotages it has to catch, and npm's second opinion."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from stages import ollama, ollama_modelfile
+from stages.lib import artifact, formats, go_render, go_template, llama, modelfile
+from stages.lib.errors import UserError
+from stages.lib.recipe import Format, Ollama
+from tests import chat_templates, gotemplate, tiny_models
+
+KNOBS = Ollama(
+    quantization="q4_k_m", num_ctx=512, temperature=0.5, top_p=0.9, top_k=40, min_p=0.05, license="Apache-2.0"
+)
+RECIPE = SimpleNamespace(format=Format("xml"), ollama=KNOBS)
+GEMMA = tiny_models.CHAT_TEMPLATE
+
+
+def inputs(folder: Path, chat_template: str) -> SimpleNamespace:
+    """Write what merge and gguf hand on, less the weights, for a tokenizer with `chat_template`."""
+    from transformers import Gemma3TextConfig
+
+    model, gguf = folder / "merge" / "model", folder / "gguf"
+    model.mkdir(parents=True)
+    gguf.mkdir()
+    rows = tiny_models.rows(200, seed=1)
+    texts = [message["content"] for row in rows for message in row["prompt"] + row["completion"]]
+    tokenizer = tiny_models.sentencepiece_tokenizer(model, texts)
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(model)
+    Gemma3TextConfig(vocab_size=len(tokenizer), architectures=["Gemma3ForCausalLM"]).save_pretrained(model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]}))
+    file = gguf / "model.q4_k_m.gguf"
+    llama.run_converter([str(model), "--vocab-only", "--outfile", str(file)], folder / "log")
+    return SimpleNamespace(model=model, gguf=gguf, file=file)
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory):
+    return inputs(tmp_path_factory.mktemp("gemma"), GEMMA)
+
+
+@pytest.fixture
+def by_go(monkeypatch):
+    monkeypatch.setattr(go_render, "helper", gotemplate.program)
+
+
+@pytest.fixture
+def without_go(monkeypatch):
+    monkeypatch.setattr(go_render, "helper", lambda: None)
+
+
+def test_the_modelfile_holds_what_the_tokenizer_the_format_and_the_recipe_say(gemma, tmp_path, by_go):
+    metrics = ollama_modelfile.make(RECIPE, gemma.model, gemma.gguf, tmp_path)
+    assert metrics == {
+        "conversations": 48,
+        "rendered_by": "go text/template",
+        "stops": ["<eos>", "<end_of_turn>"],
+        "system_prompt": True,
+        "earlier_answers_as_trained": True,
+        "file": "model.q4_k_m.gguf",
+    }
+    assert (tmp_path / "model.q4_k_m.gguf").samefile(gemma.file)
+    commands = modelfile.read(tmp_path / "Modelfile")
+    assert [command for command in commands if command[0] != "template"] == [
+        ("from", "./model.q4_k_m.gguf"),
+        ("system", formats.XML.system_prompt),
+        ("parameter stop", "<eos>"),
+        ("parameter stop", "<end_of_turn>"),
+        ("parameter num_ctx", "512"),
+        ("parameter temperature", "0.5"),
+        ("parameter top_p", "0.9"),
+        ("parameter top_k", "40"),
+        ("parameter min_p", "0.05"),
+        ("parameter repeat_penalty", "1.0"),
+        ("license", "Apache-2.0"),
+    ]
+    (template,) = modelfile.values(commands, "template")
+    assert "<bos>" not in template
+    asked = [{"role": "system", "content": "Think."}, {"role": "user", "content": " 6 * 7? "}]
+    expected = "<start_of_turn>user\nThink.\n\n6 * 7?<end_of_turn>\n<start_of_turn>model\n"
+    assert go_render.render_by_go(gotemplate.program(), template, [asked]) == [expected]
+
+
+def test_without_the_helper_the_proof_is_made_here_and_the_manifest_says_so(gemma, tmp_path, without_go):
+    metrics = ollama_modelfile.make(RECIPE, gemma.model, gemma.gguf, tmp_path)
+    assert metrics["rendered_by"] == "stages.lib.go_render"
+    assert metrics["conversations"] == 48
+
+
+def test_the_recipes_system_prompt_takes_the_place_of_the_formats(gemma, tmp_path, without_go):
+    recipe = SimpleNamespace(format=Format("xml", system_prompt='Say "why" first.'), ollama=KNOBS)
+    ollama_modelfile.make(recipe, gemma.model, gemma.gguf, tmp_path)
+    assert modelfile.values(modelfile.read(tmp_path / "Modelfile"), "system") == ['Say "why" first.']
+
+
+def test_the_gguf_is_copied_where_it_cannot_be_linked(gemma, tmp_path, without_go, monkeypatch):
+    def no_links(*_):
+        raise OSError("not on this file system")
+
+    monkeypatch.setattr("os.link", no_links)
+    ollama_modelfile.make(RECIPE, gemma.model, gemma.gguf, tmp_path)
+    assert (tmp_path / "model.q4_k_m.gguf").read_bytes() == gemma.file.read_bytes()
+
+
+def test_the_stage_writes_a_finished_artifact_once(gemma, tmp_path, without_go, monkeypatch):
+    folders = {}
+    for stage, content in (("merge", gemma.model), ("gguf", gemma.file)):
+        folders[stage] = tmp_path / stage
+        with artifact.writing(folders[stage], stage, {}, {}) as run:
+            if content.is_dir():
+                shutil.copytree(content, run.folder / "model")
+            else:
+                shutil.copy(content, run.folder)
+    recipe = SimpleNamespace(**vars(RECIPE), tables=lambda *names: {name: str(getattr(RECIPE, name)) for name in names})
+    monkeypatch.setattr(ollama_modelfile, "read_recipe", lambda _: recipe)
+    out = tmp_path / "ollama-modelfile"
+    asked = ["--recipe", __file__, "--out", str(out)]
+    asked += [word for stage, folder in folders.items() for word in (f"--{stage}", str(folder))]
+    first = CliRunner().invoke(ollama_modelfile.main, asked, catch_exceptions=False)
+    assert first.exit_code == 0
+    assert f"ollama-modelfile: finished {out}" in first.output
+    manifest = artifact.read(out, "ollama-modelfile")
+    assert sorted(manifest["files"]) == ["Modelfile", "model.q4_k_m.gguf"]
+    assert sorted(manifest["recipe"]) == ["format", "ollama"]
+    assert manifest["metrics"]["conversations"] == 48
+    second = CliRunner().invoke(ollama_modelfile.main, asked, catch_exceptions=False)
+    assert "ollama-modelfile: up to date" in second.output
+
+
+def test_a_missing_quantization_is_named(gemma, tmp_path):
+    recipe = SimpleNamespace(format=Format("xml"), ollama=dataclasses.replace(KNOBS, quantization="q8_0"))
+    with pytest.raises(UserError, match="holds 0 files of the type 'q8_0'"):
+        ollama_modelfile.make(recipe, gemma.model, gemma.gguf, tmp_path)
+
+
+# Sabotage
+
+
+@pytest.fixture(scope="session")
+def made(gemma, tmp_path_factory):
+    """A finished Modelfile, to be damaged, and what it is proven against."""
+    folder = tmp_path_factory.mktemp("made")
+    ollama_modelfile.make(RECIPE, gemma.model, gemma.gguf, folder)
+    tokens = {"bos_token": "<bos>", "eos_token": "<end_of_turn>"}
+    render = go_template.jinja_render(GEMMA, tokens)
+    return SimpleNamespace(path=folder / "Modelfile", render=render, derived=go_template.derive(render, "<bos>"))
+
+
+CHATML = go_template.derive(go_template.jinja_render(chat_templates.CHATML, {})).template
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<start_of_turn>user\n", "<start_of_turn>user \n", "instead of '\\nWhat is 6 times 7?"),
+        ("<start_of_turn>user\n", "<start_of_turn>user", "does not prompt as the chat template of training does"),
+        ("{{$.System}}\n\n", "{{$.System}}\n", "careful tutor"),
+        ('{{template "trim-all-all" .Content}}<end', "{{.Content}}<end", "conversation:"),
+        ("{{range .Messages}}{{if", "<bos>{{range .Messages}}{{if", "it has 'bos>"),
+        ("TEMPLATE", "CHATML", "does not prompt as the chat template of training does; from character 2"),
+        ("{{end}}{{end}}{{end}}", "{{end}}{{end}}", "the TEMPLATE can't be rendered"),
+        ('PARAMETER stop "<end_of_turn>"\n', "", "the stop '<end_of_turn>' is missing"),
+        ('PARAMETER stop "<eos>"\n', "", "the stop '<eos>' is missing"),
+        ("PARAMETER num_ctx", 'PARAMETER stop "</answer>"\nPARAMETER num_ctx', "'</answer>' is a part of every answer"),
+        ("Respond in the following", "Answer in the following", "SYSTEM is .* expected the format's"),
+        ("PARAMETER temperature 0.5\n", "", "PARAMETER temperature is not 0.5, as the recipe has it"),
+        ("PARAMETER top_k 40", "PARAMETER top_k 4", "PARAMETER top_k is not 40"),
+        ("FROM ./model", "FROM ./other", "FROM ./other.q4_k_m.gguf names no file beside it"),
+        ('"""\nSYSTEM', "\nSYSTEM", "SYSTEM is"),
+    ],
+)
+@pytest.mark.parametrize("renderer", [None, "go"])
+def test_a_damaged_modelfile_is_caught_and_the_cause_is_named(made, monkeypatch, old, new, message, renderer):
+    monkeypatch.setattr(go_render, "helper", gotemplate.program if renderer else lambda: None)
+    text = made.path.read_text()
+    assert old in text
+    if new == "CHATML":
+        (template,) = modelfile.values(modelfile.read(made.path), "template")
+        damaged = text.replace(template, CHATML)
+    else:
+        damaged = text.replace(old, new)
+    path = made.path.with_name("Damaged")
+    path.write_text(damaged)
+    with pytest.raises(UserError, match=message.replace("\\n", r"\\n")):
+        ollama_modelfile.prove(
+            path, made.render, made.derived, formats.XML.system_prompt, ["<eos>", "<end_of_turn>"], KNOBS, formats.XML
+        )
+
+
+def test_a_difference_is_shown_with_the_conversation_and_both_texts(made, without_go):
+    path = made.path.with_name("Damaged")
+    path.write_text(made.path.read_text().replace("<start_of_turn>model\n{{end}}", "<start_of_turn>model\n\n{{end}}"))
+    with pytest.raises(UserError) as caught:
+        ollama_modelfile.prove(path, made.render, made.derived, formats.XML.system_prompt, [], KNOBS, formats.XML)
+    assert caught.value.message.splitlines() == [
+        f"{path}: the TEMPLATE does not prompt as the chat template of training does; "
+        "from character 74 on it has '\\n' instead of ''",
+        '  conversation:  [{"role": "user", "content": "What is 6 times 7?"}]',
+        "  chat template: '<start_of_turn>user\\nWhat is 6 times 7?<end_of_turn>\\n<start_of_turn>model\\n'",
+        "  Modelfile:     '<start_of_turn>user\\nWhat is 6 times 7?<end_of_turn>\\n<start_of_turn>model\\n\\n', "
+        "rendered by stages.lib.go_render",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        (GEMMA.replace("<start_of_turn>user\n", "<start_of_turn>user \n"), "from character 243 on it has"),
+        (chat_templates.CHATML, "carries another chat template than the merged model's tokenizer"),
+    ],
+)
+def test_a_chat_template_changed_after_the_gguf_was_made_is_caught(gemma, chat_template, message):
+    found = go_template.derive(go_template.jinja_render(chat_template, {"bos_token": "<bos>"}), "<bos>")
+    with pytest.raises(UserError, match=message):
+        ollama_modelfile.check_gguf(gemma.file, chat_template, found)
+
+
+def test_a_bos_that_the_chat_template_does_not_write_is_caught(tmp_path):
+    bare = GEMMA.replace("{{ bos_token }}", "")
+    given = inputs(tmp_path, bare)
+    with pytest.raises(UserError, match="a prompt with one BOS; the chat template of training begins with no BOS"):
+        ollama_modelfile.make(RECIPE, given.model, given.gguf, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("m['content'] | trim", "m['content'] | trim | replace('7', 'seven')", "seven"),
+        ("m['content'] | trim", "(m['content'] | trim or '(nothing)')", r"\(nothing\)"),
+        ("{{ bos_token }}", "{{ bos_token + strftime_now('%Y') }}", "today's date"),
+        ("+ m['content'] | trim +", "+ '#' + m['content'] | trim | upper +", "conversation"),
+        (
+            "{% set system = messages[0]['content'] + '\n\n' %}",
+            "{{ raise_exception('no system prompts') }}",
+            "the chat template refuses system messages, but the format xml has a system prompt",
+        ),
+    ],
+)
+def test_a_template_that_go_cannot_follow_fails_the_stage(gemma, tmp_path, without_go, monkeypatch, old, new, message):
+    assert old in GEMMA
+    copy = shutil.copytree(gemma.model, tmp_path / "model")
+    (copy / "chat_template.jinja").write_text(GEMMA.replace(old, new))
+    monkeypatch.setattr(ollama_modelfile, "check_gguf", lambda *_: None)
+    with pytest.raises(UserError, match=message):
+        ollama_modelfile.make(RECIPE, copy, gemma.gguf, tmp_path)
+
+
+# Stops
+
+
+@pytest.mark.parametrize(
+    ("ends", "turn", "name", "stops"),
+    [
+        (["<eos>", "<end_of_turn>"], "<end_of_turn>", "xml", ["<eos>", "<end_of_turn>"]),
+        (["<|endoftext|>"], "<|im_end|>", "think", ["<|endoftext|>", "<|im_end|>"]),
+        (["</s>"], "", "xml", ["</s>"]),
+    ],
+)
+def test_the_stops_are_the_end_tokens_and_the_turns_end_and_never_a_tag_of_the_answer(ends, turn, name, stops):
+    assert ollama_modelfile.stop_strings(ends, turn, formats.get(name)) == stops
+
+
+def test_a_stop_of_the_format_that_no_answer_holds_is_kept():
+    answers = dataclasses.replace(formats.XML, stops=("</answer>", "\nQuestion:"))
+    assert ollama_modelfile.stop_strings(["<eos>"], "<eos>", answers) == ["<eos>", "\nQuestion:"]
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_an_answer_as_ollama_cuts_it_is_still_well_formed(name):
+    answers = formats.get(name)
+    answer = answers.write(formats.Answer("6 * 7 = 42", "42"))
+    sent = answer + "<end_of_turn>\n"
+    for stop in ollama_modelfile.stop_strings(["<eos>", "<end_of_turn>"], "", answers):
+        sent = sent.split(stop)[0]
+    assert answers.read(sent) == formats.Answer("6 * 7 = 42", "42")
+
+
+@pytest.mark.parametrize(
+    ("text", "token"),
+    [("<end_of_turn>\n", "<end_of_turn>"), ("\n<end_of_turn><eos>", "<end_of_turn>"), ("\n", ""), ("", "")],
+)
+def test_the_turns_end_is_the_first_special_token_after_an_answer(gemma, text, token):
+    from transformers import AutoTokenizer
+
+    assert ollama_modelfile.turn_end(text, AutoTokenizer.from_pretrained(gemma.model)) == token
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [({"eos_token_id": [1, 5]}, ["<eos>", "<end_of_turn>"]), ({"eos_token_id": 1}, ["<eos>"]), ({}, ["<end_of_turn>"])],
+)
+def test_end_tokens_come_from_the_generation_config_else_from_the_tokenizer(gemma, tmp_path, config, found):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert ollama_modelfile.end_tokens(tmp_path, AutoTokenizer.from_pretrained(gemma.model)) == found
+
+
+# A second opinion: @huggingface/ollama-utils, which turns chat templates into Go for the hub
+
+NPM = Path(__file__).parent / "npm"
+# By chat template, the conversations without blanks at the ends and without empty contents on which its template and
+# ours prompt alike. It is approximate by design: it picks a template of Ollama's library by the special tokens. Where
+# it differs, the chat template itself agrees with us.
+ALIKE = {
+    "Bielik-11B-v3.0-Instruct": {"none", "system"},
+    "LFM2-8B-A1B": {"none", "system"},
+    "LFM2.5-Instruct": {"none", "system"},
+    "Qwen3-Coder": {"none", "system"},
+    "deepseek-ai-DeepSeek-V4": {"none", "system"},
+    "ibm-granite-granite-4.0": {"none", "system"},
+    "microsoft-Phi-3.5-mini-instruct": {"none", "system"},
+    "openbmb-MiniCPM5-1B": {"none", "system"},
+    "qwen-3 with think": {"none", "system"},
+    "google-gemma-2-2b-it": {"none"},  # takes no system prompt
+    "gemma-3": {"none"},  # theirs makes the system prompt a turn of its own
+    "Qwen-Qwen2.5-7B-Instruct": {"system"},  # theirs leaves out the default system prompt
+    "HuggingFaceTB-SmolLM3-3B": {"system"},  # the same
+    "moonshotai-Kimi-K2": {"system"},  # the same
+    "meta-llama-Llama-3.1-8B-Instruct": set(),  # theirs leaves out the line "Today Date: 26 Jul 2024"
+    "phi-4": set(),  # theirs adds line breaks
+    "Qwen-Qwen3-0.6B": set(),  # theirs begins the answer with <think>
+}
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """What npm's package makes of each chat template in `ALIKE`."""
+    gotemplate.require("npm", "this test asks @huggingface/ollama-utils. Run: apt-get install npm")
+    folder = tmp_path_factory.mktemp("npm")
+    for name in ("package.json", "package-lock.json", "convert.js"):
+        shutil.copy(NPM / name, folder)
+    install = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+    done = subprocess.run(install, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    known = {**chat_templates.llama_cpp(), **chat_templates.MADE}
+    asked = {name: {"chat_template": known[name], "bos_token": "<bos>", "eos_token": "</s>"} for name in ALIKE}
+    convert = ["node", "convert.js"]
+    done = subprocess.run(convert, cwd=folder, input=json.dumps(asked), capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return {name: (known[name], answer) for name, answer in json.loads(done.stdout).items()}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_second_opinion_agrees_where_it_claims_to_hold(converted, name):
+    chat_template, theirs = converted[name]
+    render = go_template.jinja_render(chat_template, {"bos_token": "<bos>", "eos_token": "</s>"})
+    found = go_template.derive(render, "<bos>")
+    kinds: dict[str, list] = {"none": [], "system": []}
+    for conversation in go_render.CONVERSATIONS:
+        plain = all(message["content"].strip() == message["content"] != "" for message in conversation)
+        if plain and not go_template.rejects(render, conversation):
+            kinds["system" if conversation[0]["role"] == "system" else "none"].append(conversation)
+    assert [len(conversations) for conversations in kinds.values()] == [12, 10 if found.takes_system else 0]
+    alike = set()
+    for kind, conversations in kinds.items():
+        by_us = go_render.render_by_go(gotemplate.program(), found.template, conversations)
+        by_them = go_render.render_by_go(gotemplate.program(), theirs["template"], conversations)
+        if conversations and [text.removeprefix("<bos>") for text in by_them] == by_us:
+            alike.add(kind)
+    assert alike == ALIKE[name]
+
+
+# make ollama
+
+
+def test_without_ollama_it_is_said_what_to_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ollama.create_and_ask("tiny", Path("artifacts/tiny/ollama-modelfile"), "What's 6 * 7?")
+    assert capsys.readouterr().out.splitlines() == [
+        "ollama is not installed here (https://ollama.com/download). Where it is, run:",
+        "  cd artifacts/tiny/ollama-modelfile",
+        "  ollama create tiny -f Modelfile",
+        "  ollama run tiny 'What'\"'\"'s 6 * 7?'",
+    ]
+
+
+def test_with_ollama_the_model_is_created_in_its_folder_and_asked_once(tmp_path, monkeypatch, capfd):
+    program = tmp_path / "ollama"
+    program.write_text('#!/bin/sh\necho "$(basename "$PWD"): $*"\n[ "$1" != "$FAILS" ]\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "model").mkdir()
+    ollama.create_and_ask("tiny", tmp_path / "model", "6 * 7?")
+    assert capfd.readouterr().out == "model: create tiny -f Modelfile\nmodel: run tiny 6 * 7?\n"
+    monkeypatch.setenv("FAILS", "run")
+    with pytest.raises(UserError, match="ollama run tiny failed in .* with exit code 1. Run: ollama serve"):
+        ollama.create_and_ask("tiny", tmp_path / "model", "6 * 7?")

@@ -87,12 +87,13 @@ $(call done,base-model): stages/base_model.py
 	$(call stage,base-model) --out $(@D)
 
 $(call done,prepare-data): stages/prepare_data.py $(call done,$(base)) $(out)/data.path
-	$(call stage,prepare-data) $(call given,$(base)) $(if $(DATA),--data $(DATA)) --out $(@D)
+	$(call stage,prepare-data) $(call given,$(base)) $(if $(data),--data $(data)) --out $(@D)
 
 $(call done,sft): stages/sft.py $(call done,$(base) prepare-data)
 	$(call stage,sft) $(call given,$(base) prepare-data) --out $(@D)
 
-$(call done,score-base): stages/score_base.py $(call done,$(base) prepare-data sft)
+# Its verdict stands in the finished artifact, and it fails again each time it is asked while that is a bad one.
+$(call done,score-base): stages/score_base.py $(call done,$(base) prepare-data sft) FORCE
 	$(call stage,score-base) $(call given,$(base) prepare-data sft) --out $(@D)
 
 subset := $(if $(SUBSET),score-base)
@@ -114,7 +115,8 @@ $(call done,ollama-modelfile): stages/ollama_modelfile.py $(call done,merge gguf
 # Every stage is looked at again when the recipe or shared code changes; set-up only has to have been.
 $(call done,$(stages)): $(recipe) $(lib) | $(ready)
 
-# Where DATA pointed the last time it was given: another folder is new input, however old its files are.
+# Where DATA pointed the last time it was given: it stays so, and another place is new input, however old its files are.
+data = $(or $(DATA),$(shell cat $(out)/data.path))
 $(out)/data.path: FORCE
 	@mkdir -p $(@D)
 	@if [[ ! -e $@ || ( -n "$(DATA)" && "$$(cat $@)" != "$(DATA)" ) ]]; then echo "$(DATA)" > $@; fi

@@ -109,7 +109,7 @@ def make_rows(path: Path, rows: int) -> None:
 def write_recipe(path: Path, model: Path, rows: Path, max_prompt_tokens: int) -> None:
     """Write the tiny recipe with the rows as its only source: 0.2% eval, 29.8% sft, 70% grpo."""
     tables = tomllib.loads(TINY.read_text())
-    del tables["base_model"]
+    del tables["base_model"], tables["gguf"]["max_mean_kl"]
     tables["model"]["name"] = str(model)
     tables["sft"]["max_tokens"] = 1024
     tables["data"] = {

@@ -58,7 +58,7 @@ def main(seeds: str) -> None:
     lines = [
         "# The tiny recipe with three seeds",
         "",
-        f"{datetime.date.today()}, {os.cpu_count()} processors ({platform.machine()}), Python {platform.python_version()}, "
+        f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} processors ({platform.machine()}), Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
         + f". Command: `python -m bench.tiny_seeds --seeds {seeds}`. Every seed of the recipe is the one named.",
         "",

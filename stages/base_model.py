@@ -1,5 +1,6 @@
 """Make the embedded tiny base model: a Gemma 3 text network trained on generated arithmetic word problems."""
 
+import io
 import json
 import random
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import click
 
-from stages.lib import artifact, formats, options, word_problems
+from stages.lib import artifact, formats, llama, options, word_problems
 from stages.lib.recipe import BaseModel, read_recipe
 
 # Gemma's own template, less its image branch: the system prompt is folded into the first user turn.
@@ -91,9 +92,10 @@ def make_tokenizer(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path
     # The answer tags are in this text, so that they become few pieces, but they are plain text like any other.
     tags = "\n".join(kind.system_prompt + kind.write(formats.Answer("{}", "{}")) for kind in formats.FORMATS.values())
     text = [line for pair in corpus[:5000] for part in pair for line in part.splitlines()]
+    written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text + tags.splitlines() * 300),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=written,  # given a path instead, it would write that into the file
         model_type="bpe",
         vocab_size=knobs.vocabulary_size,
         pad_id=PAD,
@@ -115,18 +117,19 @@ def make_tokenizer(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(written.getvalue())
     extracted = SentencePieceExtractor(str(folder / "tokenizer.model")).extract(None)
     tokenizer = GemmaTokenizer(
         vocab=extracted["vocab"],
         merges=extracted["merges"],
         eos_token="<end_of_turn>",
         mask_token=None,
+        add_bos_token=True,
         extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
         chat_template=CHAT_TEMPLATE,
         model_max_length=knobs.max_position_tokens,
     )
-    tokenizer.save_pretrained(folder)
+    llama.save_tokenizer(tokenizer, folder, folder)
 
 
 def tokenize(knobs: BaseModel, corpus: list[tuple[str, str]], tokenizer: Any) -> list[tuple[list[int], list[int]]]:

@@ -1,12 +1,14 @@
 """Improve the fine-tuned model with GRPO: sample completions, pay them by verifiable rewards, learn from the difference."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import click
 
 from stages.lib import artifact, formats, models, options, rewards, training
+from stages.lib.errors import UserError
 from stages.lib.recipe import Recipe, read_recipe
 
 ROOM_BYTES = 500_000_000
@@ -16,14 +18,38 @@ ROOM_BYTES = 500_000_000
 @options.recipe
 @options.reads("prepare-data")
 @options.reads("sft")
+@options.reads("score-base", required=False)
 @options.base_model
 @options.out
-def main(recipe: Path, prepare_data: Path, sft: Path, base_model: Path | None, out: Path) -> None:
+def main(
+    recipe: Path, prepare_data: Path, sft: Path, score_base: Path | None, base_model: Path | None, out: Path
+) -> None:
     run_recipe = read_recipe(recipe)
-    inputs = {"prepare-data": prepare_data, "sft": sft, **({"base-model": base_model} if base_model else {})}
+    inputs = {"prepare-data": prepare_data, "sft": sft}
+    inputs |= {"score-base": score_base} if score_base else {}
+    inputs |= {"base-model": base_model} if base_model else {}
     tables = run_recipe.tables("model", "format", "rewards", "grpo")
-    with artifact.writing(out, "grpo", tables, inputs, room_bytes=ROOM_BYTES) as run:
-        run.metrics.update(train(run_recipe, prepare_data / "grpo.jsonl", sft / "adapter", base_model, run))
+    problems = subset(score_base) if score_base else prepare_data / "grpo.jsonl"
+    sources = rewards.own_files(run_recipe.rewards.functions, run_recipe.path.parent)
+    with artifact.writing(out, "grpo", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
+        run.metrics.update(train(run_recipe, problems, sft / "adapter", base_model, run))
+
+
+def subset(score_base: Path) -> Path:
+    """Return the file of the problems that score-base chose.
+
+    Raises `UserError` when it chose none, as its bounds are 0 and 1, or found a reason not to train.
+    """
+    metrics = artifact.read(score_base, "score-base")["metrics"]
+    if metrics["advice"]:
+        found = "\n".join(f"- {line}" for line in metrics["advice"])
+        raise UserError(f"{score_base}: score-base advises against GRPO, so it is not run:\n{found}")
+    if "subset" not in metrics:
+        raise UserError(
+            f"{score_base}: holds no subset. Set [score_base] min_pass_rate above 0 or max_pass_rate below 1 in the "
+            f"recipe and run: make score-base; or run GRPO on all problems, without --score-base"
+        )
+    return score_base / "grpo.jsonl"
 
 
 def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
@@ -45,12 +71,16 @@ def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
         "top_k": knobs.top_k,
         "min_p": knobs.min_p,
         "repetition_penalty": knobs.repetition_penalty,
+        "generation_kwargs": None,
+        "chat_template_kwargs": None,
         "use_vllm": False,
         "loss_type": knobs.loss_type,
         "scale_rewards": knobs.scale_rewards,
         "multi_objective_aggregation": "sum_then_normalize",
         "reward_weights": recipe.rewards.weights,
         "beta": knobs.beta,
+        "use_bias_correction_kl": True,
+        "off_policy_mask_threshold": None,
         "epsilon": knobs.epsilon,
         "epsilon_high": knobs.epsilon_high,
         "delta": None,
@@ -60,6 +90,7 @@ def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
         "entropy_coef": 0.0,
         "use_adaptive_entropy": False,
         "sync_ref_model": False,
+        "router_aux_loss_coef": None,
         "disable_dropout": True,
         "cast_lm_head_to_fp32": False,
         "remove_unused_columns": False,  # the rewards read the answer column
@@ -72,9 +103,18 @@ def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
         "adam_beta2": knobs.adam_beta2,
         "adam_epsilon": 1e-8,
         "max_grad_norm": knobs.max_grad_norm,
+        "lr_scheduler_kwargs": None,
+        "optim_args": None,
+        "label_smoothing_factor": 0.0,
+        "neftune_noise_alpha": None,
+        "average_tokens_across_devices": True,
         "bf16": recipe.model.dtype == "bfloat16",
         "fp16": recipe.model.dtype == "float16",
+        "tf32": None,
         "gradient_checkpointing": knobs.gradient_checkpointing,
+        "torch_compile": False,
+        "use_liger_kernel": False,
+        "auto_find_batch_size": False,
         "seed": knobs.seed,
         "data_seed": knobs.seed,
         "dataloader_drop_last": False,
@@ -83,6 +123,7 @@ def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": knobs.save_steps,
         "save_total_limit": 2,
+        "ignore_data_skip": False,
         "logging_strategy": "steps",
         "logging_steps": knobs.log_steps,
         "logging_nan_inf_filter": False,
@@ -124,9 +165,10 @@ def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None
         processing_class=tokenizer,
     )
     kept = keep_completions(trainer, run.checkpoints / "completions.jsonl", recipe.grpo.show_completions_steps)
-    training.train(trainer, run.checkpoints, ("loss", "reward", "completions/mean_length"), (kept,))
+    bar = ("loss", "reward", "completions/mean_length")
+    training.train(trainer, run.checkpoints, bar, (kept,), round_steps=recipe.grpo.num_iterations)
     training.save_adapter(trainer, tokenizer, run)
-    (run.checkpoints / "completions.jsonl").rename(run.folder / "completions.jsonl")
+    shutil.copyfile(run.checkpoints / "completions.jsonl", run.folder / "completions.jsonl")
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     names = {
         "reward": "reward",
@@ -151,8 +193,8 @@ def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
 
     class KeepCompletions(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            lines = path.read_text().splitlines() if path.is_file() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+            lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # KILL may have torn the last one
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(line + "\n" for line in kept))  # a run that is carried on repeats what it lost
 

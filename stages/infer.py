@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from stages.lib import answers, artifact, formats, models, options, stats
+from stages.lib import artifact, formats, models, options, stats
+from stages.lib.marks import mark
 from stages.lib.recipe import Recipe, read_recipe
 
 ROOM_BYTES = 100_000_000
@@ -57,7 +58,7 @@ def answer(
             model.load_adapter(adapter, adapter_name=name)
         else:
             model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
-    model.eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     answer_format = formats.get(recipe.format.name)
     size = recipe.infer.batch_size
     rows = []
@@ -99,13 +100,6 @@ def answer(
             bar.update(len(batch))
     bar.close()
     return rows
-
-
-def mark(answer_format: formats.Format, completion: str, right: str) -> dict[str, Any]:
-    """Return what a completion is worth: `well_formed`, `given` (canonical, None if none can be read) and `right`."""
-    read = answer_format.read(completion)
-    given = answers.canonical(read.answer) if read else None
-    return {"well_formed": read is not None, "given": given, "right": given is not None and given == right}
 
 
 def examine(rows: list[dict[str, Any]]) -> dict[str, Any]:

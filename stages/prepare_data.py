@@ -26,7 +26,7 @@ from typing import Any
 
 import click
 
-from stages.lib import answers, artifact, formats, models, options, sources
+from stages.lib import answers, artifact, formats, llama, models, options, sources, weights
 from stages.lib.errors import UserError
 from stages.lib.formats import Format
 from stages.lib.recipe import Recipe, Source, is_hub_name, read_recipe
@@ -71,6 +71,8 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     given = run_recipe.data.sources
     if data and not any(is_hub_name(source.name) for source in given):
         raise UserError(f"--data {data}: {recipe} names nothing on the hub that it could stand in for")
+    if base_model:
+        artifact.read(base_model, "base-model")  # refuses one that is not finished, before its files are looked for
     located = [sources.files_of(source, base_model, data) for source in given]
     raw = {label(source, file): file for source, files in zip(given, located, strict=True) for file in files}
     room = sum((32 if file.suffix == ".parquet" else 8) * file.stat().st_size for file in raw.values()) + (1 << 26)
@@ -84,9 +86,17 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     inputs = {"base-model": base_model} if base_model else {}
     with artifact.writing(out, "prepare-data", tables, inputs, sources=raw, room_bytes=room) as run:
         system_prompt = run_recipe.format.system_prompt or formats.get(run_recipe.format.name).system_prompt
-        ruler = Ruler(models.load_tokenizer(run_recipe, base_model), system_prompt)
+        tokenizer = models.load_tokenizer(run_recipe, base_model)
+        check_tokenizer(run_recipe, tokenizer, base_model)
+        ruler = Ruler(tokenizer, system_prompt)
         run.metrics.update(prepare(run_recipe, located, ruler, run.folder))
         click.echo(summary(run.metrics))
+
+
+def check_tokenizer(recipe: Recipe, tokenizer: Any, base_model: Path | None) -> None:
+    """Raise `UserError` if llama.cpp's converter would refuse or misread the tokenizer, after all the training."""
+    name, revision = models.locate(recipe.model, base_model)
+    llama.check_tokenizer(tokenizer, weights.folder(name, revision), recipe.model.name)
 
 
 def label(source: Source, file: Path) -> str:

@@ -39,7 +39,9 @@ def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
         "completion_only_loss": True,
         "assistant_only_loss": False,
         "loss_type": "nll",
+        "router_aux_loss_coef": None,
         "shuffle_dataset": False,  # the sampler shuffles
+        "train_sampling_strategy": "random",
         "learning_rate": knobs.learning_rate,
         "lr_scheduler_type": knobs.lr_scheduler,
         "warmup_steps": knobs.warmup_steps,
@@ -49,11 +51,17 @@ def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
         "adam_beta2": knobs.adam_beta2,
         "adam_epsilon": 1e-8,
         "max_grad_norm": knobs.max_grad_norm,
+        "lr_scheduler_kwargs": None,
+        "optim_args": None,
         "label_smoothing_factor": 0.0,
         "neftune_noise_alpha": None,
         "bf16": recipe.model.dtype == "bfloat16",
         "fp16": recipe.model.dtype == "float16",
+        "tf32": None,
         "gradient_checkpointing": knobs.gradient_checkpointing,
+        "torch_compile": False,
+        "use_liger_kernel": False,
+        "auto_find_batch_size": False,
         "activation_offloading": False,
         "average_tokens_across_devices": True,
         "seed": knobs.seed,
@@ -64,6 +72,7 @@ def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": knobs.save_steps,
         "save_total_limit": 2,
+        "ignore_data_skip": False,
         "logging_strategy": "steps",
         "logging_steps": knobs.log_steps,
         "logging_nan_inf_filter": False,
@@ -82,8 +91,10 @@ def train(recipe: Recipe, examples: Path, base_model: Path | None, run: artifact
     """
     from datasets import load_dataset
     from peft import LoraConfig
+    from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
+    set_seed(recipe.sft.seed)  # the trainer does so only after PEFT has drawn the adapter's first weights
     training.keep_logs(run.checkpoints)
     tokenizer = models.load_tokenizer(recipe, base_model)
     model = models.load_model(recipe, base_model)

@@ -32,6 +32,8 @@ CHECKPOINTS = "checkpoints"
 LOGS = "logs"  # curves for TensorBoard: every run writes other bytes, so no manifest states them
 TEMPORARY = ".tmp"
 UNDIGESTED = ("environment", "wall")  # where and how long: a record, of which no later stage's result depends
+# Modules that decide whether a stage runs and on what, which the identity states by itself, but not what comes out.
+FRAME = ("artifact", "errors", "options", "recipe")
 RECORDED_PACKAGES = (
     "accelerate", "bitsandbytes", "click", "datasets", "llama-cpp-python", "math-verify", "numpy", "peft", "protobuf",
     "safetensors", "sentencepiece", "tokenizers", "torch", "transformers", "triton", "trl", "unsloth", "unsloth_zoo",
@@ -82,15 +84,16 @@ def writing(
     }
     folder = out.with_name(out.name + ".unfinished")
     refuse_foreign(out, stage)
-    if (folder / MANIFEST).is_file():  # killed after its last line: it only lacks its name
-        put_in_place(folder, out)
-    if is_current(out, identity):
-        click.echo(f"{stage}: up to date, {out} already holds this recipe, these inputs and this code")
-        os.utime(out / MANIFEST)  # make decides by time
-        raise SystemExit(0)
-
-    check_room(out, stage, room_bytes)
     with locked(folder, stage):
+        if stage_of(folder / MANIFEST) == stage:  # killed after its last line: it only lacks its name
+            put_in_place(folder, out, stage)
+        if out.exists():
+            remove_replaced(out, stage)  # killed while it did so
+        if is_current(out, identity):
+            click.echo(f"{stage}: up to date, {out} already holds this recipe, these inputs and this code")
+            os.utime(out / MANIFEST)  # make decides by time
+            raise SystemExit(0)
+        check_room(out, stage, room_bytes)
         checkpoints = take_over(folder, stage, identity)
         started = time.time()
         run = Run(folder)
@@ -109,7 +112,7 @@ def writing(
             },
         }
         write_json(folder / MANIFEST, manifest)
-        put_in_place(folder, out)
+        put_in_place(folder, out, stage)
     click.echo(f"{stage}: finished {out} in {manifest['wall']['seconds']:.0f} s")
 
 
@@ -123,12 +126,11 @@ def read(folder: Path, stage: str) -> dict[str, Any]:
         unfinished = folder.with_name(folder.name + ".unfinished").is_dir()
         found = "it was started and not finished" if unfinished else "there is none"
         raise UserError(f"{folder}: {found}; expected the finished output of {stage} there. Run: make {stage}")
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}). Delete {folder} and run: make {stage}") from error
-    if manifest.get("stage") != stage:
-        raise UserError(f"{folder}: holds the output of {manifest.get('stage')!r}; expected that of {stage!r}")
+    found = stage_of(path)
+    if found != stage:
+        holds = f"holds the output of {found!r}" if found else f"its {MANIFEST} is not one that a stage wrote"
+        raise UserError(f"{folder}: {holds}; expected that of {stage!r}. Name another folder, or run: make {stage}")
+    manifest = json.loads(path.read_text())
     for name, described in manifest["files"].items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
@@ -139,6 +141,15 @@ def read(folder: Path, stage: str) -> dict[str, Any]:
                 f"Delete {folder} and run: make {stage}"
             )
     return manifest
+
+
+def stage_of(path: Path) -> str | None:
+    """Return the stage that the manifest or identity file `path` names; None when it is not there or names none."""
+    try:
+        stated = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return stated.get("stage") if isinstance(stated, dict) else None
 
 
 def digest(manifest: Mapping[str, Any]) -> str:
@@ -156,7 +167,7 @@ def sha256(path: Path) -> str:
 
 
 def code_digest(stage: str) -> str:
-    """Return a sha256 over the stage's own file and every `stages.lib` module it reaches.
+    """Return a sha256 over the stage's own file and every `stages.lib` module it reaches, less those of FRAME.
 
     Comments, docstrings and layout are left out, so that mending a sentence never retrains a model.
     """
@@ -165,7 +176,7 @@ def code_digest(stage: str) -> str:
     seen: dict[str, str] = {}
     while todo:
         path = todo.pop()
-        if path.name in seen or not path.is_file():
+        if path.name in seen or path.stem in FRAME or not path.is_file():
             continue
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
@@ -234,16 +245,11 @@ def refuse_foreign(out: Path, stage: str) -> None:
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file; expected a folder for {stage} to write. Name another --out")
-    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
-    if not found:
-        return
-    ours: set[str] = set()
-    if (out / MANIFEST).is_file():
-        manifest = json.loads((out / MANIFEST).read_text())
-        if manifest.get("stage") == stage:
-            ours = {MANIFEST, *manifest["files"]}
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if stage_of(out / MANIFEST) == stage:
+        found -= {MANIFEST, *json.loads((out / MANIFEST).read_text())["files"]}
         found = {name for name in found if not name.startswith(f"{LOGS}/")}
-    foreign = sorted(found - ours)
+    foreign = sorted(found)
     if foreign:
         raise UserError(
             f"{out}: holds {foreign[0]!r}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}, which {stage} did not "
@@ -290,26 +296,48 @@ def locked(folder: Path, stage: str) -> Iterator[None]:
 
 def take_over(folder: Path, stage: str, identity: Mapping[str, Any]) -> bool:
     """Make `folder` ready to be written; return whether it holds checkpoints of this very identity, which are kept."""
+    marker = folder / IDENTITY
     if folder.exists():
-        if any(folder.iterdir()) and not any((folder / name).is_file() for name in (IDENTITY, IDENTITY + TEMPORARY)):
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+        if stage_of(marker) != stage and not found <= {IDENTITY + TEMPORARY}:
             raise UserError(f"{folder}: was not made by {stage} and will not be emptied. Move it away")
-        same = (folder / IDENTITY).is_file() and json.loads((folder / IDENTITY).read_text()) == identity
+        same = marker.is_file() and json.loads(marker.read_text()) == identity
+        if not same:
+            write_json(marker, {"stage": stage})  # killed while it is emptied, it must not look like what it was
         for path in list(folder.iterdir()):
             if path.name == IDENTITY or (same and path.name == CHECKPOINTS):
                 continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
     folder.mkdir(exist_ok=True)
-    write_json(folder / IDENTITY, identity)
+    write_json(marker, identity)
     return (folder / CHECKPOINTS).is_dir()
 
 
-def put_in_place(folder: Path, out: Path) -> None:
+def put_in_place(folder: Path, out: Path, stage: str) -> None:
     """Let the whole artifact `folder` become `out`. A crash in between is mended by the next call of `writing`."""
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    refuse_foreign(out, stage)  # once more: hours may lie between
+    before = remove_replaced(out, stage)
+    remove(folder / CHECKPOINTS)
     (folder / IDENTITY).unlink(missing_ok=True)
-    before = out.with_name(out.name + ".replaced")
-    shutil.rmtree(before, ignore_errors=True)
     if out.exists():
         os.rename(out, before)
     os.rename(folder, out)
-    shutil.rmtree(before, ignore_errors=True)
+    remove(before)
+
+
+def remove_replaced(out: Path, stage: str) -> Path:
+    """Delete the artifact that `out` took the place of, if it is still there; return its path."""
+    before = out.with_name(out.name + ".replaced")
+    refuse_foreign(before, stage)
+    remove(before)
+    return before
+
+
+def remove(path: Path) -> None:
+    """Delete a file or an artifact, if there is one; its manifest goes last, and says until then whose the rest is."""
+    if path.is_dir() and not path.is_symlink():
+        for inside in sorted(path.iterdir(), key=lambda inside: inside.name == MANIFEST):
+            shutil.rmtree(inside) if inside.is_dir() and not inside.is_symlink() else inside.unlink()
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)

@@ -66,7 +66,7 @@ def save_tokenizer(tokenizer: Any, base: Path, out: Path) -> None:
     "GPT2Tokenizer"; and whether BOS and EOS are added, without which the converter takes llama.cpp's own default.
     """
     tokenizer.save_pretrained(out)
-    if (base / "tokenizer.model").is_file():
+    if base != out and (base / "tokenizer.model").is_file():
         shutil.copyfile(base / "tokenizer.model", out / "tokenizer.model")
     path = out / "tokenizer_config.json"
     saved = json.loads(path.read_text())

@@ -54,7 +54,15 @@ def load_tokenizer(recipe: Recipe, base_model: Path | None) -> Any:
 
 
 def load_model(recipe: Recipe, base_model: Path | None, adapter: Path | None = None, *, trainable: bool = False) -> Any:
-    """Return the model in the recipe's dtype, with `adapter` on it if there is one."""
+    """Return the model in the recipe's dtype, with `adapter` on it if there is one.
+
+    Raises `UserError` for an engine that this version does not have.
+    """
+    if recipe.model.engine != "trl":
+        raise UserError(
+            f"{recipe.path}: [model] engine = {recipe.model.engine!r} is not in this version, and nothing else takes its "
+            f"place unasked. Set engine = 'trl'"
+        )
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -191,6 +191,18 @@ class Grpo:
 
 
 @dataclass(frozen=True)
+class ScoreBase:
+    """`[score_base]`: what the rewards pay before GRPO, which it samples as `[grpo]` says. For the score-base stage."""
+
+    problems: int  # at most so many of the grpo set, drawn by the seed
+    completions_per_problem: int
+    batch_size: int  # completions a batch, whole groups
+    seed: int
+    min_pass_rate: float  # problems with a share of right answers between these two, themselves included, are the
+    max_pass_rate: float  #   subset that GRPO can be given; 0.0 and 1.0: no subset is made
+
+
+@dataclass(frozen=True)
 class Infer:
     """`[infer]`: the examination on held-out problems."""
 
@@ -252,6 +264,7 @@ class Recipe:
     gguf: Gguf
     ollama: Ollama
     base_model: BaseModel | None = None
+    score_base: ScoreBase | None = None
 
     def tables(self, *names: str) -> dict[str, Any]:
         """Return the named tables as plain dicts: what a stage's manifest states as used."""
@@ -355,6 +368,8 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{path}: {where} log_steps must be 1 to steps = {table.steps}, save_steps 1 or more")
     if recipe.grpo.completions_per_prompt < 2:
         raise UserError(f"{path}: [grpo] completions_per_prompt must be 2 or more: a reward counts against its group's mean")
+    check_score_base(path, recipe.score_base)
+    divides(path, "[grpo] save_steps", recipe.grpo.save_steps, "num_iterations", recipe.grpo.num_iterations)
     check_gguf(path, recipe.gguf)
     if recipe.ollama.quantization.lower() not in [name.lower() for name in recipe.gguf.types]:
         raise UserError(
@@ -395,6 +410,21 @@ def check_data(recipe: Recipe) -> None:
             raise UserError(f"{path}: [data] {name} = {getattr(data, name)}; expected over 0 and at most 1")
     if data.max_prompt_tokens < 1:
         raise UserError(f"{path}: [data] max_prompt_tokens = {data.max_prompt_tokens}; expected 1 or more")
+
+
+def check_score_base(path: Path, table: ScoreBase | None) -> None:
+    """Raise `UserError` when groups are too small to differ or don't fill batches, or the bounds hold nothing."""
+    if table is None:
+        return
+    if table.problems < 1 or table.completions_per_problem < 2:
+        raise UserError(f"{path}: [score_base] problems must be 1 or more, completions_per_problem 2 or more")
+    size = table.completions_per_problem
+    divides(path, "[score_base] batch_size", table.batch_size, "completions_per_problem", size)
+    low, high = table.min_pass_rate, table.max_pass_rate
+    if not 0 <= low <= high <= 1:
+        raise UserError(
+            f"{path}: [score_base] min_pass_rate = {low} and max_pass_rate = {high}; expected 0 to 1, the smaller first"
+        )
 
 
 def divides(path: Path, what: str, whole: int, by: str, part: int) -> None:

@@ -411,6 +411,15 @@ def load(names: Sequence[str], format: Format, recipe_folder: Path, **parameters
     return rewards
 
 
+def own_files(names: Sequence[str], recipe_folder: Path) -> dict[str, Path]:
+    """Give the user's own files among the rewards `names`, by name: who pays by them is out of date when they change.
+
+    Leaves out those that are not there, which `load` refuses.
+    """
+    paths = {name: (recipe_folder / name.rpartition(":")[0]).resolve() for name in names if ":" in name}
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
 def _load_one(name: str, format: Format, recipe_folder: Path, parameters: Parameters) -> Reward:
     if ":" in name or name.endswith(".py"):
         return _load_own(name, recipe_folder)

@@ -16,33 +16,41 @@ if TYPE_CHECKING:
 COMPLETE = "complete"  # in a checkpoint: everything was written; transformers itself writes one file after another
 
 
-def train(trainer: "Trainer", checkpoints: Path, bar: tuple[str, ...], extra: tuple[Any, ...] = ()) -> None:
+def train(
+    trainer: "Trainer", checkpoints: Path, bar: tuple[str, ...], extra: tuple[Any, ...] = (), *, round_steps: int = 1
+) -> None:
     """Run `trainer`, from its last complete checkpoint if there is one, with `bar` naming the metrics beside the bar.
 
-    On TERM or INT the step in hand is finished, a checkpoint is saved, and the process exits with 128 + the signal.
+    On TERM or INT the round of `round_steps` in hand is finished (for a trainer that can only be carried on between
+    two), a checkpoint is saved, and the process exits with 128 + the signal.
     """
     from transformers import PrinterCallback, ProgressCallback
 
-    progress, stop = make_callbacks(bar)
+    progress, stop = make_callbacks(bar, round_steps)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     for callback in (progress, stop, *extra):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints, trainer.args.max_steps))
     if stop.signal is not None:
         click.echo(f"stopped by {signal.Signals(stop.signal).name}, saved at step {trainer.state.global_step}", err=True)
         raise SystemExit(128 + stop.signal)
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint under `folder`, or None; delete those that a crash left incomplete."""
-    complete = []
+def last_checkpoint(folder: Path, steps: int) -> str | None:
+    """Return the newest complete checkpoint under `folder` for a run of `steps`, or None; delete the others of no use.
+
+    Those are what a crash left incomplete, and the checkpoint of the last step: carried on from there, transformers'
+    Trainer would take one step more.
+    """
+    usable = {}
     for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).is_file():
-            complete.append(path)
+        step = int(path.name.split("-")[1])
+        if (path / COMPLETE).is_file() and step < steps:
+            usable[step] = path
         else:
             shutil.rmtree(path)
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+    return str(usable[max(usable)]) if usable else None
 
 
 def keep_logs(checkpoints: Path) -> None:
@@ -50,7 +58,7 @@ def keep_logs(checkpoints: Path) -> None:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(checkpoints / LOGS)
 
 
-def make_callbacks(bar: tuple[str, ...]) -> tuple[Any, Any]:
+def make_callbacks(bar: tuple[str, ...], round_steps: int) -> tuple[Any, Any]:
     """Return the progress bar and the signal handler, as callbacks of transformers' Trainer."""
     from tqdm import tqdm
     from transformers import TrainerCallback
@@ -71,27 +79,26 @@ def make_callbacks(bar: tuple[str, ...]) -> tuple[Any, Any]:
             self.tqdm.close()
 
     class StopOnSignal(TrainerCallback):
-        """Save and stop after the step in which TERM or INT came; mark what was saved as complete."""
+        """Save and stop after the round in which TERM or INT came; mark what was saved as complete."""
 
         signal: int | None = None
 
         def on_train_begin(self, args, state, control, **kwargs):
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self.note)
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def note(self, number, frame):
             self.signal = number
 
         def on_step_end(self, args, state, control, **kwargs):
-            if self.signal is not None:
+            if self.signal is not None and state.global_step % round_steps == 0:
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args, state, control, **kwargs):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
         def on_train_end(self, args, state, control, **kwargs):
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
 
     return Progress(), StopOnSignal()
 
@@ -102,4 +109,4 @@ def save_adapter(trainer: "Trainer", tokenizer: Any, run: Run) -> None:
     (run.folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     tokenizer.save_pretrained(run.folder / "tokenizer")
     shutil.rmtree(run.folder / "cache", ignore_errors=True)
-    (run.checkpoints / LOGS).rename(run.folder / LOGS)
+    shutil.copytree(run.checkpoints / LOGS, run.folder / LOGS)  # a copy: killed now, the run still needs its own

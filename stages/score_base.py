@@ -1,0 +1,292 @@
+"""Sample from the base or SFT model before GPU hours are spent: do the rewards tell its completions apart?"""
+
+import contextlib
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stages.lib import artifact, formats, models, options, rewards
+from stages.lib.errors import UserError
+from stages.lib.marks import mark
+from stages.lib.recipe import Recipe, ScoreBase, read_recipe
+
+ROOM_BYTES = 100_000_000
+# Of [grpo]: how completions are sampled, and how many problems a subset must have. Other keys may change without this
+# stage having to sample again.
+GRPO_KNOBS = (
+    "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "prompts_per_step",
+)  # fmt: skip
+NO_VARIANCE = 1e-6  # rewards no further apart than this are the same: the rounding of a weighted sum
+
+
+@click.command(help=__doc__)
+@options.recipe
+@options.reads("prepare-data")
+@options.reads("sft", required=False)
+@options.base_model
+@options.out
+def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | None, out: Path) -> None:
+    run_recipe = read_recipe(recipe)
+    knobs = run_recipe.score_base
+    if knobs is None:
+        raise UserError(f"{recipe}: has no [score_base] table; score-base needs one, like that of recipes/tiny.toml")
+    inputs = {"prepare-data": prepare_data}
+    inputs |= {"sft": sft} if sft else {}
+    inputs |= {"base-model": base_model} if base_model else {}
+    tables = run_recipe.tables("model", "format", "rewards", "score_base")
+    tables["grpo"] = {name: getattr(run_recipe.grpo, name) for name in GRPO_KNOBS}
+    sources = rewards.own_files(run_recipe.rewards.functions, run_recipe.path.parent)
+    writing = artifact.writing(out, "score-base", tables, inputs, sources=sources, room_bytes=ROOM_BYTES)
+    with contextlib.suppress(SystemExit), writing as run:  # the exit of what is up to date: its advice still holds
+        with (prepare_data / "grpo.jsonl").open() as file:
+            problems = draw([json.loads(line) for line in file], knobs)
+        rows = sample(run_recipe, problems, base_model, sft / "adapter" if sft else None)
+        write(run.folder / "scores.jsonl", rows)
+        run.metrics["model"] = "sft" if sft else "base"
+        run.metrics.update(score(rows, run_recipe.rewards.weights, knobs.completions_per_problem))
+        chosen = choose(problems, rows, knobs)
+        if chosen is not None:
+            write(run.folder / "grpo.jsonl", chosen)
+            run.metrics["subset"] = len(chosen)
+        run.metrics["advice"] = advise(run.metrics, run_recipe.grpo.prompts_per_step)
+    metrics = artifact.read(out, "score-base")["metrics"]
+    click.echo(table(metrics))
+    if metrics["advice"]:
+        found = "\n".join(f"- {line}" for line in metrics["advice"])
+        raise UserError(f"GRPO would learn too little; {out}/scores.jsonl has every completion:\n{found}")
+
+
+def draw(problems: list[dict[str, Any]], knobs: ScoreBase) -> list[dict[str, Any]]:
+    """Return the problems to score, drawn by the seed, in the order they had; all, where there are no more."""
+    count = min(knobs.problems, len(problems))
+    return [problems[place] for place in sorted(random.Random(knobs.seed).sample(range(len(problems)), count))]
+
+
+def sample(
+    recipe: Recipe, problems: list[dict[str, Any]], base_model: Path | None, adapter: Path | None
+) -> list[dict[str, Any]]:
+    """Return the completions of every problem, a row each, group after group, sampled and paid as GRPO will.
+
+    A row holds `id`, `question`, `answer` (the right one), `completion`, `tokens` (the end token counted), `ended`
+    (false: cut off), `well_formed`, `given` (the canonical answer read, or None), `right`, `rewards` (by name, not
+    weighted) and `total`, their weighted sum.
+    """
+    import torch
+    from tqdm import tqdm
+    from transformers import GenerationConfig
+
+    answer_format = formats.get(recipe.format.name)
+    functions = rewards.load(
+        recipe.rewards.functions,
+        answer_format,
+        recipe.path.parent,
+        max_completion_tokens=recipe.grpo.max_completion_tokens,
+        length_cache_tokens=recipe.rewards.length_cache_tokens,
+        repetition_ngram_tokens=recipe.rewards.repetition_ngram_tokens,
+        repetition_max_penalty=recipe.rewards.repetition_max_penalty,
+    )
+    tokenizer = models.load_tokenizer(recipe, base_model)
+    tokenizer.padding_side = "left"
+    model = models.load_model(recipe, base_model, adapter)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    ends = models.end_ids(model, tokenizer)
+    # Given to generate() instead, what is not said here would be the model's own: its publisher's favourite sampling.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=recipe.grpo.max_completion_tokens,
+        do_sample=True,
+        temperature=recipe.grpo.temperature,
+        top_p=recipe.grpo.top_p,
+        top_k=recipe.grpo.top_k,
+        min_p=recipe.grpo.min_p,
+        repetition_penalty=recipe.grpo.repetition_penalty,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        disable_compile=True,
+    )
+    torch.manual_seed(recipe.score_base.seed)
+    group = recipe.score_base.completions_per_problem
+    size = recipe.score_base.batch_size // group
+    rows = []
+    bar = tqdm(total=len(problems) * group, desc="score-base", unit="completion", dynamic_ncols=True)
+    for first in range(0, len(problems), size):
+        batch = [problem for problem in problems[first : first + size] for _ in range(group)]
+        prompts = [
+            tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
+            for problem in batch
+        ]
+        encoded = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            generated = model.generate(**encoded)[:, encoded["input_ids"].shape[1] :].tolist()
+        completion_ids = [until_end(ids, ends) for ids in generated]
+        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        columns = {
+            "prompts": [problem["prompt"] for problem in batch],
+            "completions": [[{"role": "assistant", "content": text}] for text in texts],
+            "completion_ids": completion_ids,
+            "answer": [problem["answer"] for problem in batch],
+        }
+        paid = {function.__name__: function(**columns) for function in functions}
+        for place, (problem, ids, text) in enumerate(zip(batch, completion_ids, texts, strict=True)):
+            own = {name: values[place] for name, values in paid.items()}
+            total = sum(weight * value for weight, value in zip(recipe.rewards.weights, own.values(), strict=True))
+            rows.append(
+                {
+                    "id": problem["id"],
+                    "question": problem["prompt"][-1]["content"],
+                    "answer": problem["answer"],
+                    "completion": text,
+                    "tokens": len(ids),
+                    "ended": ids[-1] in ends,
+                    **mark(answer_format, text, problem["answer"]),
+                    "rewards": own,
+                    "total": total,
+                }
+            )
+        bar.update(len(batch))
+    bar.close()
+    return rows
+
+
+def until_end(ids: list[int], ends: list[int]) -> list[int]:
+    """Return the token ids up to the first that ends a completion, that one included; all, where none does."""
+    end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: end + 1]
+
+
+def score(rows: list[dict[str, Any]], weights: list[float], group: int) -> dict[str, Any]:
+    """Return what `rows` of `group` completions a problem come to.
+
+    `right`, `well_formed` and `cut_off` are shares of the completions, `tokens` their mean length; `never_right` and
+    `always_right` count problems. `rewards` has an entry a function, in order and with its weight, and `total` is that
+    of the weighted sum; `summary` tells what is in them.
+    """
+    rates = pass_rates(rows, group)
+    names = list(rows[0]["rewards"])
+    return {
+        "problems": len(rates),
+        "completions": len(rows),
+        "right": sum(row["right"] for row in rows) / len(rows),
+        "well_formed": sum(row["well_formed"] for row in rows) / len(rows),
+        "cut_off": sum(not row["ended"] for row in rows) / len(rows),
+        "tokens": sum(row["tokens"] for row in rows) / len(rows),
+        "never_right": rates.count(0.0),
+        "always_right": rates.count(1.0),
+        "rewards": [
+            {"name": name, "weight": weight, **summary([row["rewards"][name] for row in rows], group)}
+            for name, weight in zip(names, weights, strict=True)
+        ],
+        "total": summary([row["total"] for row in rows], group),
+    }
+
+
+def summary(values: list[float], group: int) -> dict[str, float]:
+    """Return `mean`, `spread` (standard deviation of all), `least`, `most` and `zero_variance`, the share of groups.
+
+    A group, `group` values in a row, without variance gives GRPO no advantage but 0.
+    """
+    groups = [values[first : first + group] for first in range(0, len(values), group)]
+    return {
+        "mean": statistics.fmean(values),
+        "spread": statistics.stdev(values),
+        "least": min(values),
+        "most": max(values),
+        "zero_variance": sum(max(own) - min(own) <= NO_VARIANCE for own in groups) / len(groups),
+    }
+
+
+def pass_rates(rows: list[dict[str, Any]], group: int) -> list[float]:
+    """Return the share of right completions of each problem, in order."""
+    right = [row["right"] for row in rows]
+    return [sum(right[first : first + group]) / group for first in range(0, len(right), group)]
+
+
+def choose(problems: list[dict[str, Any]], rows: list[dict[str, Any]], knobs: ScoreBase) -> list[dict[str, Any]] | None:
+    """Return the problems whose pass rate is within the recipe's bounds; None, where the bounds hold them all."""
+    low, high = knobs.min_pass_rate, knobs.max_pass_rate
+    if (low, high) == (0.0, 1.0):
+        return None
+    rates = pass_rates(rows, knobs.completions_per_problem)
+    return [problem for problem, rate in zip(problems, rates, strict=True) if low <= rate <= high]
+
+
+def advise(metrics: dict[str, Any], prompts_per_step: int) -> list[str]:
+    """Return what speaks against GRPO as the recipe has it, and what to do about it; empty, where nothing does."""
+    advice = []
+    constant = [
+        f"{own['name']} ({own['mean']:g})"
+        for own in metrics["rewards"]
+        if own["weight"] and own["most"] - own["least"] <= NO_VARIANCE
+    ]
+    if constant:
+        advice.append(
+            f"[rewards] {', '.join(constant)}: the same for all {metrics['completions']} completions, so GRPO learns "
+            f"nothing from {'them' if constant[1:] else 'it'}"
+        )
+    flat = metrics["total"]["zero_variance"] == 1
+    if flat:
+        advice.append(
+            f"in each of the {metrics['problems']} groups all completions are paid the same, so every advantage is 0"
+        )
+    if constant or flat:
+        advice.append(remedy(metrics))
+    if not flat and metrics.get("subset", prompts_per_step) < prompts_per_step:
+        advice.append(
+            f"{metrics['subset']} of {metrics['problems']} problems have a pass rate within [score_base] min_pass_rate "
+            f"and max_pass_rate, fewer than GRPO's {prompts_per_step} a step: move the bounds apart, or raise "
+            f"[score_base] problems"
+        )
+    return advice
+
+
+def remedy(metrics: dict[str, Any]) -> str:
+    """Return what to do when rewards don't tell completions apart, by what the completions are like."""
+    if metrics["cut_off"] == 1:
+        return "every completion was cut off: raise [grpo] max_completion_tokens, or train SFT for longer"
+    if metrics["well_formed"] == 0 and metrics["model"] == "base":
+        return "no completion is well formed: the base model does not know the format; score the SFT model, with --sft"
+    if metrics["well_formed"] == 0:
+        return "no completion is well formed: train SFT for longer, or on more examples"
+    if metrics["right"] == 0:
+        return "no answer is right: take easier problems, or train SFT for longer on worked solutions"
+    if metrics["right"] == 1:
+        return "every answer is right: take harder problems"
+    return (
+        "a reward that all completions earn already is learned: give it weight 0, which still logs it. Otherwise take "
+        "one that tells them apart, or raise [grpo] temperature for completions that differ more"
+    )
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """Return the figures as a table for the terminal."""
+    group = metrics["completions"] // metrics["problems"]
+    width = max(len("weighted sum"), *(len(own["name"]) for own in metrics["rewards"]))
+    lines = [
+        f"{metrics['problems']} problems, {group} completions each, of the {metrics['model']} model: "
+        f"{metrics['right']:.1%} right, {metrics['well_formed']:.1%} well formed, {metrics['cut_off']:.1%} cut off, "
+        f"{metrics['tokens']:.1f} tokens",
+        f"{metrics['never_right']} problems never right, {metrics['always_right']} always",
+        f"{'':{width}} {'weight':>7} {'mean':>7} {'spread':>7} {'least':>7} {'most':>7}  groups with zero variance",
+    ]
+    for own in (*metrics["rewards"], {"name": "weighted sum", "weight": "", **metrics["total"]}):
+        lines.append(
+            f"{own['name']:{width}} {own['weight']:>7} {own['mean']:7.3f} {own['spread']:7.3f} {own['least']:7.3f} "
+            f"{own['most']:7.3f} {own['zero_variance']:26.1%}"
+        )
+    if "subset" in metrics:
+        lines.append(f"{metrics['subset']} problems are within the bounds, for GRPO to use")
+    return "\n".join(lines)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write `rows` to `path` as JSON lines."""
+    with path.open("w") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The examination: a completion is marked by the one parser, figures are right by hand, pairs are compared as pairs."""
+
+import json
+
+import pytest
+
+from stages import infer
+from stages.lib import artifact, formats, models
+from stages.lib.marks import mark
+from stages.lib.recipe import read_recipe
+
+XML = formats.get("xml")
+THINK = formats.get("think")
+
+
+def completion(reasoning: str, answer: str) -> str:
+    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "well_formed", "given", "is_right"),
+    [
+        (completion("40+2=42", "42"), "42", True, "42", True),
+        (completion("40+2=42", "42.0"), "42", True, "42", True),
+        (completion("40+2=42", "$42"), "42", True, "42", True),
+        (completion("1", "1,042"), "1042", True, "1042", True),
+        (completion("40+2=42", "43"), "42", True, "43", False),
+        (completion("42", "24"), "42", True, "24", False),  # right in the reasoning alone
+        (completion("42", "forty-two"), "42", True, None, False),
+        (completion("42", "42 or 43"), "42", True, None, False),
+        ("42", "42", False, None, False),
+        ("", "42", False, None, False),
+        ("<answer>\n42\n</answer>", "42", False, None, False),
+        (completion("42", "42") + " and more", "42", False, None, False),
+        (completion("42", "42") + "\n<answer>\n42\n</answer>", "42", False, None, False),
+        (completion("<answer>42</answer>", "42"), "42", False, None, False),
+        (completion("42", "42").removesuffix("</answer>"), "42", False, None, False),  # cut off
+        (completion("", "42"), "42", False, None, False),
+    ],
+)
+def test_a_completion_is_right_when_it_is_well_formed_and_its_answer_is(text, right, well_formed, given, is_right):
+    assert mark(XML, text, right) == {"well_formed": well_formed, "given": given, "right": is_right}
+
+
+def test_the_format_decides_what_is_well_formed():
+    text = "2 * 21</think><SOLUTION>42</SOLUTION>"
+    assert mark(THINK, text, "42") == {"well_formed": True, "given": "42", "right": True}
+    assert mark(XML, text, "42") == {"well_formed": False, "given": None, "right": False}
+
+
+def row(model: str, right: bool, *, well_formed: bool = True, tokens: int = 10, ended: bool = True) -> dict:
+    return {"model": model, "right": right, "well_formed": well_formed, "tokens": tokens, "ended": ended}
+
+
+def rows() -> list[dict]:
+    """Return ten problems: base solves none, sft five, grpo three of those five and four others."""
+    made = [row("base", False, well_formed=False, tokens=64, ended=False) for _ in range(10)]
+    made += [row("sft", problem < 5, well_formed=problem < 8, tokens=problem) for problem in range(10)]
+    return made + [row("grpo", problem < 3 or problem > 5) for problem in range(10)]
+
+
+def test_the_figures_are_those_counted_by_hand():
+    figures = infer.examine(rows())
+    assert figures["base"] == {
+        "problems": 10, "accuracy": 0.0, "accuracy_interval": pytest.approx([0.0, 0.2775], abs=1e-4),
+        "well_formed": 0.0, "tokens": 64.0, "cut_off": 1.0,
+    }  # fmt: skip
+    assert figures["sft"] == {
+        "problems": 10, "accuracy": 0.5, "accuracy_interval": pytest.approx([0.2366, 0.7634], abs=1e-4),
+        "well_formed": 0.8, "tokens": 4.5, "cut_off": 0.0,
+    }  # fmt: skip
+    assert figures["grpo"]["accuracy"] == 0.7
+    assert figures["steps"] == {
+        "base to sft": {"gained": 5, "lost": 0, "p": 0.0625},
+        "sft to grpo": {"gained": 4, "lost": 2, "p": 0.6875},
+    }
+
+
+def test_a_comparison_is_of_pairs_and_not_of_sums():
+    made = [row("base", problem % 2 == 0) for problem in range(100)]
+    made += [row(name, problem % 2 == 1) for name in ("sft", "grpo") for problem in range(100)]
+    steps = infer.examine(made)["steps"]
+    assert steps["base to sft"] == {"gained": 50, "lost": 50, "p": 1.0}
+    assert steps["sft to grpo"] == {"gained": 0, "lost": 0, "p": 1.0}
+
+
+def test_models_with_unlike_numbers_of_answers_are_never_compared():
+    with pytest.raises(ValueError, match="zip"):
+        infer.examine(rows()[:-1])
+
+
+def test_the_table_shows_every_figure():
+    assert infer.table(infer.examine(rows())) == TABLE
+
+
+TABLE = """\
+        accuracy      95% interval  well formed  tokens  cut off
+base        0.0%     0.0% to 27.8%         0.0%    64.0   100.0%
+sft        50.0%    23.7% to 76.3%        80.0%     4.5     0.0%
+grpo       70.0%    39.7% to 89.2%       100.0%    10.0     0.0%
+base to sft: 5 problems gained, 0 lost, McNemar p = 0.062
+sft to grpo: 4 problems gained, 2 lost, McNemar p = 0.69"""
+
+
+def test_the_stage_keeps_every_answer_of_every_model_to_the_same_problems(finished):
+    folder = finished / "infer"
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().split("\n")[:-1]]
+    problems = [json.loads(line) for line in (finished / "prepare-data" / "eval.jsonl").read_text().split("\n")[:20]]
+    assert [(row["model"], row["id"]) for row in answers] == [
+        (model, problem["id"]) for model in ("base", "sft", "grpo") for problem in problems
+    ]
+    for each, problem in zip(answers, problems * 3, strict=True):
+        assert (each["question"], each["answer"]) == (problem["prompt"][-1]["content"], problem["answer"])
+        marked = mark(XML, each["completion"], each["answer"])
+        assert {key: each[key] for key in ("well_formed", "given", "right")} == marked
+        assert 1 <= each["tokens"] <= 12
+        assert each["ended"] or each["tokens"] == 12
+    metrics = artifact.read(folder, "infer")["metrics"]
+    assert metrics == json.loads(json.dumps(infer.examine(answers)))
+
+
+def test_each_model_is_the_one_it_is_called_and_the_batch_does_not_change_its_answers(finished):
+    """The stage switches adapters on one base; here each model is loaded alone and asked one problem at a time."""
+    recipe = read_recipe(finished / "micro.toml")
+    told = [json.loads(line) for line in (finished / "infer" / "answers.jsonl").read_text().split("\n")[:-1]]
+    problems = [json.loads(line) for line in (finished / "prepare-data" / "eval.jsonl").read_text().split("\n")[:20]]
+    tokenizer = models.load_tokenizer(recipe, finished / "base-model")
+    texts = {}
+    for name in ("base", "sft", "grpo"):
+        adapter = None if name == "base" else finished / name / "adapter"
+        model = models.load_model(recipe, finished / "base-model", adapter).eval()
+        limit = recipe.infer.max_completion_tokens
+        texts[name] = [greedy(model, tokenizer, problem["prompt"], limit) for problem in problems]
+        same = [each["completion"] for each in told if each["model"] == name]
+        # Two may differ: where two tokens are as likely, the padding of a batch can tip the scales.
+        assert sum(ours == theirs for ours, theirs in zip(texts[name], same, strict=True)) >= 18
+    for first, second in (("base", "sft"), ("sft", "grpo"), ("base", "grpo")):
+        assert sum(one != other for one, other in zip(texts[first], texts[second], strict=True)) >= 5
+
+
+def greedy(model, tokenizer, prompt: list[dict], max_tokens: int) -> str:
+    """Return the model's most likely completion of one prompt, found token by token without a cache."""
+    import torch
+
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    first = len(ids)
+    while len(ids) < first + max_tokens:
+        with torch.inference_mode():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        if ids[-1] in (1, 5):
+            break
+    return tokenizer.decode(ids[first:], skip_special_tokens=True)

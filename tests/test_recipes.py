@@ -1,0 +1,442 @@
+"""Every recipe loads, says what it is meant to, and prepares its data; a slip in a recipe is refused by name."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from stages import prepare_data
+from stages.lib import artifact, formats, rewards
+from stages.lib.errors import UserError
+from stages.lib.recipe import Recipe, read_recipe
+from tests import family_models, tiny_models
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
+RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.toml"))}
+TINY = RECIPES["tiny"].read_text()
+# No published commit of these is known, so their recipes ask for one before they run.
+UNPINNED = {"qwen3-1.7b-dapo": "unsloth/OpenMathReasoning-mini"}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FAMILIES = {
+    "gemma3-1b-gsm8k": "gemma3", "gemma3-4b-gsm8k": "gemma3", "qwen3-1.7b-dapo": "qwen3", "qwen2.5-3b-gsm8k": "qwen2.5",
+    "llama3.1-8b-gsm8k": "llama3.1", "phi4-14b-gsm8k": "phi4",
+}  # fmt: skip
+SHIPPED = ["tiny", "tiny-gsm8k", *FAMILIES]
+
+
+def test_the_recipes_are_there() -> None:
+    assert set(SHIPPED) <= set(RECIPES)
+
+
+# Every recipe
+
+
+def pinned(name: str, folder: Path) -> Recipe:
+    """Read a recipe, with a commit where it still asks for one."""
+    path = folder / f"{name}.toml"
+    path.write_text(RECIPES[name].read_text().replace('revision = ""', f'revision = "{COMMIT}"'))
+    return read_recipe(path)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_loads_or_is_refused_for_the_commit_it_still_lacks(name: str) -> None:
+    if name not in UNPINNED:
+        assert read_recipe(RECIPES[name]).path == RECIPES[name]
+        return
+    with pytest.raises(UserError) as refused:
+        read_recipe(RECIPES[name])
+    assert refused.value.message == (
+        f"{RECIPES[name]}: [[data.sources]] name = '{UNPINNED[name]}' is fetched from the hub, so revision must be a "
+        "commit (40 hex digits); found ''"
+    )
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_recipe_has_a_known_format_and_rewards_that_go_with_it(name: str, tmp_path: Path) -> None:
+    recipe = pinned(name, tmp_path)
+    functions = rewards.load(
+        recipe.rewards.functions,
+        formats.get(recipe.format.name),
+        recipe.path.parent,
+        max_completion_tokens=recipe.grpo.max_completion_tokens,
+        length_cache_tokens=recipe.rewards.length_cache_tokens,
+    )
+    assert [function.__name__ for function in functions] == recipe.rewards.functions
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_recipe_agrees_with_itself(name: str, tmp_path: Path) -> None:
+    recipe = pinned(name, tmp_path)
+    assert recipe.infer.max_completion_tokens == recipe.grpo.max_completion_tokens
+    assert recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens <= recipe.ollama.num_ctx
+    assert recipe.sft.max_tokens <= recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens
+    assert recipe.sft.warmup_steps < recipe.sft.steps
+    assert recipe.grpo.warmup_steps < recipe.grpo.steps
+    assert recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt >= 64
+
+
+def test_what_is_fetched_from_the_hub_has_one_commit_in_all_recipes(tmp_path: Path) -> None:
+    pins: dict[str, set[str]] = {}
+    for recipe in (pinned(name, tmp_path) for name in SHIPPED):
+        for fetched in [recipe.model, *recipe.data.sources]:
+            if fetched.name != "base-model":
+                pins.setdefault(fetched.name, set()).add(fetched.revision)
+    assert {name: len(revisions) for name, revisions in pins.items()} == dict.fromkeys(pins, 1)
+    assert pins["openai/gsm8k"] == {"740312add88f781978c0658806c59bc2815b9866"}
+
+
+def test_the_two_tiny_recipes_start_from_the_same_base_model() -> None:
+    assert read_recipe(RECIPES["tiny-gsm8k"]).base_model == read_recipe(RECIPES["tiny"]).base_model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_recipe_for_a_gpu_starts_from_the_defaults(name: str, tmp_path: Path) -> None:
+    grpo = pinned(name, tmp_path).grpo
+    assert (grpo.loss_type, grpo.beta, grpo.epsilon, grpo.epsilon_high) == ("dapo", 0.0, 0.2, 0.28)
+    assert (grpo.temperature, grpo.top_p, grpo.top_k, grpo.min_p) == (1.0, 1.0, 0, 0.0)
+    assert grpo.mask_truncated_completions
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "rank", "alpha", "tokens", "completions", "steps"),
+    [
+        ("gemma3-1b-gsm8k", "google/gemma-3-1b-it", 32, 32, 1024, 8, 250),
+        ("gemma3-4b-gsm8k", "google/gemma-3-4b-it", 32, 32, 1024, 8, 250),
+        ("qwen3-1.7b-dapo", "unsloth/Qwen3-1.7B-Base", 32, 64, 2048, 16, 500),
+        ("qwen2.5-3b-gsm8k", "Qwen/Qwen2.5-3B-Instruct", 64, 64, 1024, 8, 250),
+        ("llama3.1-8b-gsm8k", "meta-llama/Llama-3.1-8B-Instruct", 32, 32, 512, 6, 250),
+        ("phi4-14b-gsm8k", "unsloth/Phi-4", 16, 16, 512, 8, 250),
+    ],
+)
+def test_a_recipe_for_a_gpu_is_the_run_it_is_named_after(
+    name: str, model: str, rank: int, alpha: int, tokens: int, completions: int, steps: int, tmp_path: Path
+) -> None:
+    recipe = pinned(name, tmp_path)
+    assert recipe.model.name == model
+    assert (recipe.lora.rank, recipe.lora.alpha) == (rank, alpha)
+    assert recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens == tokens
+    assert (recipe.grpo.completions_per_prompt, recipe.grpo.steps) == (completions, steps)
+
+
+# Every recipe's data
+
+
+NAMES = ["Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jon"]
+THINGS = ["apples", "bolts", "cards", "discs", "eggs", "forks", "gears", "hats", "inks", "jars"]
+
+
+def gsm8k(folder: Path) -> Path:
+    """Write a small train and test set as GSM8K has them."""
+    folder.mkdir(parents=True)
+    for name, start, stop in (("train", 0, 80), ("test", 80, 90)):
+        lines = []
+        for i in range(start, stop):
+            total = 1000 + 37 * i
+            question = (
+                f"{NAMES[i % 10]} has {i * 7 + 3} {THINGS[i // 10]} and gets {total - i * 7 - 3} more from "
+                f"{NAMES[(i + 3) % 10]}. How many {THINGS[i // 10]} are there now?"
+            )
+            worked = f"{i * 7 + 3} + {total - i * 7 - 3} = <<{i * 7 + 3}+{total - i * 7 - 3}={total}>>{total:,}"
+            lines.append(json.dumps({"question": question, "answer": f"{worked}\n#### {total:,}"}) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def dapo(folder: Path) -> Path:
+    """Write 100 rows with the columns of the published dataset, laid out as on the hub."""
+    import pyarrow
+    from pyarrow import parquet
+
+    sample = parquet.read_table(DATA / "dapo" / "en" / "train-00000-of-00001.parquet")
+    row = sample.to_pylist()[0]
+    rows = [row | {"prompt": f"Compute ${i * 31} + {i * i * 17 + 5}$.", "solution": str(48 * i)} for i in range(100)]
+    (folder / "en").mkdir(parents=True)
+    parquet.write_table(
+        pyarrow.Table.from_pylist(rows, sample.schema), folder / "en" / "train-00000-of-00001.parquet"
+    )
+    return folder
+
+
+def base_model(folder: Path) -> Path:
+    """Write an artifact base-model/ as far as prepare-data reads it: problems and a tokenizer."""
+    with artifact.writing(folder, "base-model", {}, {}) as run:
+        (run.folder / "model").mkdir()
+        (run.folder / "problems").mkdir()
+        (run.folder / "model" / "config.json").write_text(json.dumps({"model_type": "gemma3_text"}))
+        texts = [row["prompt"][1]["content"] + row["completion"][0]["content"] for row in tiny_models.rows(300, seed=4)]
+        texts += [formats.get("xml").system_prompt, *NAMES, *THINGS]
+        tiny_models.sentencepiece_tokenizer(run.folder / "model", texts)
+        for name, seed in (("train", 1), ("eval", 2)):
+            with (run.folder / "problems" / f"{name}.jsonl").open("w") as file:
+                for row in tiny_models.rows(40, seed):
+                    problem = {"question": row["prompt"][1]["content"], "answer": row["answer"], "solution": "I add."}
+                    file.write(json.dumps(problem) + "\n")
+    return folder
+
+
+def tokenizer(name: str, folder: Path) -> Path:
+    """Write the tokenizer of a recipe's family, with a configuration that makes the folder a model's."""
+    family = family_models.FAMILIES[FAMILIES[name]]
+    folder.mkdir()
+    family.tokenizer(folder, family.template)
+    (folder / "config.json").write_text(json.dumps({"model_type": re.sub("Text$", "_text", family.network).lower()}))
+    return folder
+
+
+def toml(tables: dict[str, Any], inside: str = "") -> str:
+    """Return a recipe's tables as TOML."""
+    lines = []
+    for name, table in tables.items():
+        lines += [f"[{inside}{name}]"]
+        plain = {key: value for key, value in table.items() if key not in ("sources", "max_mean_kl")}
+        lines += [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
+        for source in table.get("sources", []):
+            lines += [f"[[{name}.sources]]", *(f"{key} = {json.dumps(value)}" for key, value in source.items())]
+        lines += [toml({"max_mean_kl": table["max_mean_kl"]}, f"{name}.")] if "max_mean_kl" in table else []
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_recipe_prepares_its_data_from_local_copies(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # There is a tokenizer here and no model: whether llama.cpp knows it, test_families.py asks.
+    monkeypatch.setattr(prepare_data, "check_tokenizer", lambda *_: None)
+    local = {
+        "openai/gsm8k": gsm8k(tmp_path / "gsm8k"),
+        "open-r1/DAPO-Math-17k-Processed": dapo(tmp_path / "dapo"),
+        "unsloth/OpenMathReasoning-mini": DATA / "openmath",
+        "base-model": "base-model",
+    }
+    tables = tomllib.loads(RECIPES[name].read_text())
+    arguments = []
+    if tables["model"]["name"] == "base-model":
+        arguments = ["--base-model", str(base_model(tmp_path / "base-model"))]
+        tables["data"]["max_prompt_tokens"] = tables["sft"]["max_tokens"] = 1000  # this one's tokenizer has seen little
+    else:
+        tables["model"] |= {"name": str(tokenizer(name, tmp_path / "model")), "revision": ""}
+    for source in tables["data"]["sources"]:
+        source |= {"name": str(local[source["name"]]), "revision": ""}
+    recipe = tmp_path / f"{name}.toml"
+    recipe.write_text(toml(tables))
+
+    out = tmp_path / "prepare-data"
+    result = CliRunner().invoke(prepare_data.main, ["--recipe", str(recipe), "--out", str(out), *arguments])
+    assert result.exit_code == 0, result.output
+    rows = {kind: [json.loads(line) for line in (out / f"{kind}.jsonl").open()] for kind in ("sft", "grpo", "eval")}
+    answer_format = formats.get(tables["format"]["name"])
+    assert all(answer_format.read(row["completion"][0]["content"]).answer == row["answer"] for row in rows["sft"])
+    assert {kind: len(found) > 0 for kind, found in rows.items()} == {"sft": True, "grpo": True, "eval": True}
+    assert not {row["id"] for row in rows["eval"]} & {row["id"] for row in rows["sft"] + rows["grpo"]}
+
+
+# What is refused
+
+
+def refusal(folder: Path, text: str) -> str:
+    """Return the message that reading `text` as a recipe ends with, less the file it names first."""
+    path = folder / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        read_recipe(path)
+    assert refused.value.message.startswith(f"{path}: ")
+    assert refused.value.exit_code == 1
+    return refused.value.message.removeprefix(f"{path}: ")
+
+
+def changed(old: str, new: str) -> str:
+    """Return the tiny recipe with the first `old` replaced."""
+    assert old in TINY, f"recipes/tiny.toml has no {old!r}"
+    return TINY.replace(old, new, 1)
+
+
+def without(table: str) -> str:
+    """Return the tiny recipe less one table."""
+    return "\n[".join(part for part in TINY.split("\n[") if not re.match(rf"\[?{table}[].]", part))
+
+
+LORA_KEYS = "known: alpha, dropout, rank, target_modules"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rank = 16", "rnak = 16", f"[lora] rnak is not known (did you mean 'rank'?); {LORA_KEYS}"),
+        ("rank = 16", "rank = 16\nRank = 16", f"[lora] Rank is not known (did you mean 'rank'?); {LORA_KEYS}"),
+        ("rank = 16", "rank = 16\nx9 = 1", f"[lora] x9 is not known; {LORA_KEYS}"),
+        (
+            "[format]\n", '[format]\nsystem_promt = "Hi"\n',
+            "[format] system_promt is not known (did you mean 'system_prompt'?); known: name, system_prompt",
+        ),
+        ("rank = 16\n", "", "[lora] rank is missing"),
+        ('question = "question"\n', "", "[data.sources] question is missing"),
+        ("rank = 16", 'rank = "16"', "[lora] rank = '16'; expected int, found str"),
+        ("rank = 16", "rank = 16.0", "[lora] rank = 16.0; expected int, found float"),
+        ("rank = 16", "rank = true", "[lora] rank = True; expected int, found bool"),
+        ("dropout = 0.0", "dropout = false", "[lora] dropout = False; expected float, found bool"),
+        ("packing = false", "packing = 0", "[sft] packing = 0; expected bool, found int"),
+        ('["all-linear"]', '"all-linear"', "[lora] target_modules = 'all-linear'; expected a list"),
+        ("weights = [1.0,", 'weights = ["1",', "[rewards] weights, item 1 = '1'; expected float, found str"),
+        (
+            'use = ["sft", "grpo"]', 'use = ["sft", "grop"]',
+            "[data.sources] use, item 2 = 'grop'; expected one of sft, grpo, eval (did you mean 'grpo'?)",
+        ),
+        (
+            'engine = "trl"', 'engine = "trt"',
+            "[model] engine = 'trt'; expected one of trl, unsloth (did you mean 'trl'?)",
+        ),
+        ('engine = "trl"', "engine = 3", "[model] engine = 3; expected one of trl, unsloth"),
+        (
+            'loss_type = "dapo"', 'loss_type = "DAPO"',
+            "[grpo] loss_type = 'DAPO'; expected one of grpo, bnpo, dr_grpo, dapo",
+        ),
+        (
+            'dtype = "float16"', 'dtype = "float32"',
+            "[merge] dtype = 'float32'; expected one of bfloat16, float16 (did you mean 'float16'?)",
+        ),
+    ],
+)  # fmt: skip
+def test_a_slip_in_one_table_is_refused_by_key_and_nearest_match(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    assert refusal(tmp_path, changed(old, new)) == message
+
+
+def test_an_unknown_table_is_refused_with_its_nearest_match(tmp_path: Path) -> None:
+    found = refusal(tmp_path, TINY.replace("[lora]", "[laro]"))
+    assert found.startswith("[laro] is not known (did you mean 'lora'?); known: base_model, data, format, ")
+
+
+@pytest.mark.parametrize(
+    "table", ["model", "format", "lora", "sft", "rewards", "grpo", "infer", "merge", "gguf", "ollama"]
+)
+def test_a_table_that_is_not_there_is_missed(table: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, without(table)) == f"[{table}] is missing"
+
+
+def test_a_value_where_a_table_belongs_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, 'format = "xml"\n' + without("format")) == "[format] = 'xml'; expected a table [format]"
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "revision"),
+    [
+        ("[model]", "google/gemma-3-1b-it", ""),
+        ("[model]", "google/gemma-3-1b-it", "main"),
+        ("[model]", "google/gemma-3-1b-it", "dcc83ea841ab"),
+        ("[model]", "google/gemma-3-1b-it", "DCC83EA841AB6100D6B47A070329E1BA4CF78752"),
+        ("[model]", "google/gemma-3-1b-it", "dcc83ea841ab6100d6b47a070329e1ba4cf787522"),
+        ("[model]", "folder/misspelt", ""),
+        ("[[data.sources]]", "openai/gsm8k", ""),
+        ("[[data.sources]]", "openai/gsm8k", "refs/convert/parquet"),
+    ],
+)
+def test_what_is_fetched_from_the_hub_without_a_whole_commit_is_refused(
+    where: str, name: str, revision: str, tmp_path: Path
+) -> None:
+    start = TINY.index(where)
+    named = TINY[start:].replace('name = "base-model"', f'name = "{name}"\nrevision = "{revision}"', 1)
+    assert refusal(tmp_path, TINY[:start] + named) == (
+        f"{where} name = '{name}' is fetched from the hub, so revision must be a commit (40 hex digits); "
+        f"found '{revision}'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("weights = [1.0, ", "weights = [", "[rewards] has 5 functions and 4 weights"),
+        (
+            "micro_batch_size = 8", "micro_batch_size = 3",
+            "[sft] batch_size = 8 is not a multiple of micro_batch_size = 3",
+        ),
+        (
+            "micro_batch_size = 8", "micro_batch_size = 0",
+            "[sft] batch_size = 8 is not a multiple of micro_batch_size = 0",
+        ),
+        (
+            "micro_batch_size = 64", "micro_batch_size = 48",
+            "[grpo] prompts_per_step x completions_per_prompt = 64 is not a multiple of micro_batch_size = 48",
+        ),
+        (
+            "completions_per_prompt = 8", "completions_per_prompt = 1",
+            "[grpo] prompts_per_step x completions_per_prompt = 8 is not a multiple of micro_batch_size = 64",
+        ),
+        ("log_steps = 10\n", "log_steps = 501\n", "[sft] log_steps must be 1 to steps = 500, save_steps 1 or more"),
+        ("log_steps = 10\n", "log_steps = 0\n", "[sft] log_steps must be 1 to steps = 500, save_steps 1 or more"),
+        ("save_steps = 100", "save_steps = 0", "[sft] log_steps must be 1 to steps = 500, save_steps 1 or more"),
+        (
+            'types = ["f16", "q8_0", "q5_k_m", "q4_k_m"]', "types = []",
+            "[gguf] types = []; expected one or more, each once",
+        ),
+        (
+            'types = ["f16", "q8_0", "q5_k_m", "q4_k_m"]', 'types = ["q8_0", "Q8_0"]',
+            "[gguf] types = ['q8_0', 'Q8_0']; expected one or more, each once",
+        ),
+        (
+            'quantization = "q8_0"', 'quantization = "q6_k"',
+            "[ollama] quantization = 'q6_k' is not among [gguf] types ['f16', 'q8_0', 'q5_k_m', 'q4_k_m']",
+        ),
+        ("max_prompt_tokens = 192", "max_prompt_tokens = 0", "[data] max_prompt_tokens = 0; expected 1 or more"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_itself_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, changed(old, new)) == message
+
+
+def test_one_completion_a_prompt_is_no_group(tmp_path: Path) -> None:
+    text = TINY.replace("prompts_per_step = 8", "prompts_per_step = 64").replace("per_prompt = 8", "per_prompt = 1")
+    assert refusal(tmp_path, text) == (
+        "[grpo] completions_per_prompt must be 2 or more: a reward counts against its group's mean"
+    )
+
+
+def test_an_unknown_quantization_is_refused_with_its_nearest_match(tmp_path: Path) -> None:
+    found = refusal(tmp_path, changed('"q4_k_m"]', '"q4_k_mm"]'))
+    assert found.startswith("[gguf] types: 'q4_k_mm' is no type of llama.cpp (did you mean 'q4_k_m'?); f32, f16, ")
+
+
+def test_base_model_without_its_table_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, without("base_model")) == (
+        "[model] name = 'base-model' asks for a [base_model] table; there is none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[model\n", "not TOML: Expected ']'"),
+        (b'[model]\nname = "\xff"', "not TOML: 'utf-8' codec can't decode byte 0xff"),
+        (b"[model]\n[model]\n", "not TOML: Cannot declare ('model',) twice"),
+    ],
+)
+def test_what_is_not_toml_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        read_recipe(path)
+    assert refused.value.message.startswith(f"{path}: {message}")
+
+
+def test_a_recipe_that_is_not_there_says_where_to_look(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        read_recipe(tmp_path / "none.toml")
+    assert refused.value.message == f"{tmp_path}/none.toml: there is no such recipe. Run: make help"
+
+
+@pytest.mark.parametrize("name", ["models/llama", "./llama", "llama"])
+def test_a_local_folder_needs_no_revision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text(changed('name = "base-model"', f'name = "{name}"'))
+    assert read_recipe(tmp_path / "mine.toml").model.name == name
+
+
+def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(changed("temperature = 1.0", "temperature = 1"))
+    assert read_recipe(tmp_path / "mine.toml").grpo.temperature == 1.0

@@ -1,0 +1,343 @@
+"""SFT and GRPO: every argument explicit, and a killed run, carried on, ends with the bytes of an undisturbed one."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages import grpo, sft
+from stages.lib import artifact, training
+from stages.lib.recipe import read_recipe
+from tests import micro
+
+ROOT = Path(__file__).parents[1]
+STAGES = ["sft", "grpo"]
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+# Fields that are left to their defaults, because they do not change what is learnt.
+UNCHANGING = {
+    "max_steps decides": ["num_train_epochs"],
+    "another spelling of gradient checkpointing, the same gradients": ["gradient_checkpointing_kwargs"],
+    "no evaluation while training": [
+        "bf16_full_eval", "fp16_full_eval", "eval_steps", "eval_delay", "per_device_eval_batch_size",
+        "prediction_loss_only", "eval_on_start", "eval_do_concat_batches", "eval_use_gather_object",
+        "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "load_best_model_at_end",
+        "metric_for_best_model", "greater_is_better", "label_names", "do_train", "do_eval", "do_predict",
+    ],
+    "what is shown and logged": [
+        "logging_first_step", "log_on_each_node", "include_num_input_tokens_seen", "log_level", "log_level_replica",
+        "disable_tqdm", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+        "debug", "skip_memory_metrics",
+    ],
+    "what a checkpoint holds, and where": [
+        "save_only_model", "save_on_each_node", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint",
+        "resume_from_checkpoint",
+    ],
+    "nothing goes to a hub": [
+        "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
+    ],
+    "speed and memory of the same sums": [
+        "torch_compile_backend", "torch_compile_mode", "liger_kernel_config", "use_cache", "torch_empty_cache_steps",
+        "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+        "dataloader_in_order", "full_determinism",
+    ],
+    "how processes are spread, which the machine decides": [
+        "use_cpu", "accelerator_config", "parallelism_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
+        "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed",
+        "local_rank",
+    ],
+    "only GaLore and its kind": ["optim_target_modules"],
+    "only batches by length": ["length_column_name"],
+    "the model is given, not its name": ["model_init_kwargs"],
+    "padding has no loss and gets no attention": ["pad_to_multiple_of"],
+}  # fmt: skip
+UNCHANGING_SFT = {
+    "the tokenizer is given with its template and tokens": ["chat_template_path", "eos_token", "pad_token"],
+    "rows are conversations": ["dataset_text_field", "dataset_kwargs", "dataset_num_proc"],
+    "no example that would be cut is kept": ["truncation_mode"],
+    "no evaluation": ["eval_packing"],
+    "removed are only columns that no argument of the model is called": ["remove_unused_columns"],
+}
+UNCHANGING_GRPO = {
+    "the repeat sampler of GRPO goes before it": ["train_sampling_strategy"],
+    "follows from generation_batch_size": ["steps_per_generation"],
+    "no evaluation": ["num_generations_eval"],
+    "memory under DeepSpeed": ["ds3_gather_for_generation"],
+    "speed of generation": [
+        "cache_implementation", "use_transformers_continuous_batching", "transformers_continuous_batching_config",
+        "use_transformers_paged",
+    ],
+    "use_vllm is false": [
+        "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex",
+        "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
+        "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
+        "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
+        "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
+    ],
+    "losses that no recipe can name": [
+        "sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
+        "vespo_lambda_neg",
+    ],
+    "sync_ref_model is false": ["ref_model_mixup_alpha", "ref_model_sync_steps"],
+    "use_adaptive_entropy is false": ["entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"],
+    "no tools": ["max_tool_calling_iterations"],
+    "log_completions is false": [
+        "log_multimodal", "num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "own"), [(sft, UNCHANGING_SFT), (grpo, UNCHANGING_GRPO)], ids=STAGES)
+def test_every_field_of_the_trainers_config_is_stated_or_does_not_change_the_result(stage, own):
+    import trl
+
+    config = {sft: trl.SFTConfig, grpo: trl.GRPOConfig}[stage]
+    stated = set(stage.arguments(read_recipe(ROOT / "recipes" / "tiny.toml"), Path("out")))
+    left = [field for fields in (UNCHANGING | own).values() for field in fields]
+    assert len(left) == len(set(left))
+    assert stated | set(left) == {field.name for field in dataclasses.fields(config)}
+    assert not stated & set(left)
+
+
+@pytest.mark.parametrize("stage", [sft, grpo], ids=STAGES)
+def test_the_config_takes_the_arguments_and_keeps_each(stage, tmp_path):
+    import trl
+
+    config = {sft: trl.SFTConfig, grpo: trl.GRPOConfig}[stage]
+    stated = stage.arguments(read_recipe(ROOT / "recipes" / "tiny.toml"), tmp_path)
+    built = config(**stated)
+    for name, value in stated.items():
+        found = getattr(built, name)
+        assert getattr(found, "value", found) == value, name
+
+
+def every_knob(stage: str) -> list[tuple[str, object]]:
+    """Return each key of the stage's table with another value, that the recipe's checks let through."""
+    words = {
+        "lr_scheduler": "linear", "optimizer": "sgd", "loss_type": "grpo", "scale_rewards": "none",
+        "steps": 10, "save_steps": 6, "log_steps": 2, "batch_size": 8, "micro_batch_size": 1, "prompts_per_step": 4,
+        "completions_per_prompt": 8,
+    }  # fmt: skip
+    made = []
+    for key, value in dataclasses.asdict(getattr(read_recipe(ROOT / "recipes" / "tiny.toml"), stage)).items():
+        other = words.get(key, not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else None)
+        made.append((key, value / 2 + 0.01 if other is None else other))
+    return made
+
+
+@pytest.mark.parametrize("stage", [sft, grpo], ids=STAGES)
+def test_every_knob_of_the_recipe_reaches_the_trainer(stage, tmp_path):
+    name = stage.__name__.rpartition(".")[2]
+    plain = stage.arguments(read_recipe(micro.write_recipe(tmp_path)), tmp_path)
+    knobs = every_knob(name)
+    assert len(knobs) > 15
+    for key, value in knobs:
+        if key in ("show_completions_steps",):  # for the terminal, not for the trainer
+            continue
+        changed = stage.arguments(read_recipe(micro.write_recipe(tmp_path, **{name: {key: value}})), tmp_path)
+        assert changed != plain, key
+
+
+@pytest.mark.parametrize(("batch", "micro_batch", "steps"), [(8, 8, 1), (8, 2, 4), (8, 1, 8)])
+def test_the_batch_is_what_the_recipe_says_however_it_is_cut(tmp_path, batch, micro_batch, steps):
+    changes = {"sft": {"batch_size": batch, "micro_batch_size": micro_batch}, "grpo": {"micro_batch_size": micro_batch}}
+    recipe = read_recipe(micro.write_recipe(tmp_path, **changes))
+    arguments = sft.arguments(recipe, tmp_path)
+    assert (arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]) == (micro_batch, steps)
+    arguments = grpo.arguments(recipe, tmp_path)  # 2 prompts x 4 completions
+    assert (arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]) == (micro_batch, steps)
+    assert (arguments["generation_batch_size"], arguments["num_generations"]) == (8, 4)
+
+
+def test_all_linear_is_pefts_word_and_a_list_stays_one(tmp_path):
+    assert sft.adapted_modules(read_recipe(micro.write_recipe(tmp_path))) == "all-linear"
+    changes = {"lora": {"target_modules": ["q_proj", "v_proj"]}}
+    assert sft.adapted_modules(read_recipe(micro.write_recipe(tmp_path, **changes))) == ["q_proj", "v_proj"]
+
+
+# --- killed and carried on --------------------------------------------------------------------------------------------
+
+# The stage as `python -m` runs it, but each forward and backward pass takes 0.1 s more: time to be killed.
+SLOWLY = """\
+import runpy, sys, time
+from transformers import Trainer
+real = Trainer.training_step
+def slow(*arguments, **options):
+    time.sleep(0.1)
+    return real(*arguments, **options)
+Trainer.training_step = slow
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+def disturbed(stage: str, finished: Path, out: Path, number: signal.Signals) -> subprocess.CompletedProcess:
+    """Run `stage` in a process of its own, sent the signal `number` when it has saved the checkpoint of step 2."""
+    command = [sys.executable, "-c", SLOWLY, f"stages.{stage}", *micro.arguments(stage, finished, out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    marker = out.with_name(f"{out.name}.unfinished") / "checkpoints" / "checkpoint-2" / "complete"
+    while not marker.is_file() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def is_as_undisturbed(out: Path, finished: Path, stage: str) -> None:
+    """Raise AssertionError unless `out` holds what an undisturbed run left in `finished`, byte for byte."""
+    for name in ["adapter/adapter_model.safetensors"] + ["completions.jsonl"] * (stage == "grpo"):
+        assert artifact.sha256(out / name) == artifact.sha256(finished / stage / name), name
+    assert manifest_digest(out, stage) == manifest_digest(finished / stage, stage)
+    assert list((out / "logs").rglob("events.out.tfevents.*"))
+    assert not (out / "checkpoints").exists()
+
+
+def manifest_digest(out: Path, stage: str) -> str:
+    return artifact.digest(artifact.read(out, stage))
+
+
+def checkpoints(out: Path) -> dict[int, Path]:
+    folder = out.with_name(f"{out.name}.unfinished") / "checkpoints"
+    return {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_terminated_it_saves_and_ends_with_143_and_carried_on_it_ends_with_the_same_bytes(finished, tmp_path, stage):
+    out = tmp_path / stage
+    done = disturbed(stage, finished, out, signal.SIGTERM)
+    assert done.returncode == 143, done.stderr
+    last = max(checkpoints(out))
+    assert f"stopped by SIGTERM, saved at step {last}\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (checkpoints(out)[last] / "complete").is_file()
+    assert 2 < last < 8
+    assert not out.exists()
+    result = micro.run(stage, finished, out)
+    assert result.exit_code == 0, result.output
+    assert f"{stage}: carrying on from" in result.output
+    is_as_undisturbed(out, finished, stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_with_half_a_checkpoint_and_then_at_the_very_end_it_still_ends_with_the_same_bytes(
+    finished, tmp_path, stage, monkeypatch
+):
+    out = tmp_path / stage
+    assert disturbed(stage, finished, out, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert 2 in checkpoints(out) and max(checkpoints(out)) < 8
+    assert not out.exists()
+    # What KILL can leave at its worst: a newer checkpoint of which half the files are there, and half a line.
+    half = checkpoints(out)[2].with_name("checkpoint-7")
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"global_step": 7')
+    if stage == "grpo":
+        with (half.parent / "completions.jsonl").open("a") as file:
+            file.write('{"step": 3, "completion": "}')
+
+    with monkeypatch.context() as patch:  # and once more, after training and before the manifest
+        patch.setattr(artifact, "describe_files", killed)
+        with pytest.raises(Killed):
+            micro.run_uncaught(stage, finished, out)
+    assert not out.exists()
+    assert set(checkpoints(out)) == {6, 8}
+
+    result = micro.run(stage, finished, out)
+    assert result.exit_code == 0, result.output
+    is_as_undisturbed(out, finished, stage)
+
+
+class Killed(BaseException):
+    """Stands for KILL in this process: nothing catches it."""
+
+
+def killed(folder: Path) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_process_drew_at_random_before_changes_nothing(finished, tmp_path, stage):
+    import torch
+
+    torch.manual_seed(12345)
+    assert micro.run(stage, finished, tmp_path / stage).exit_code == 0
+    is_as_undisturbed(tmp_path / stage, finished, stage)
+
+
+def test_with_two_passes_over_a_batch_grpo_stops_only_where_it_can_be_carried_on_from(finished, tmp_path, monkeypatch):
+    recipe = micro.write_recipe(tmp_path, grpo={"num_iterations": 2})
+    assert micro.run("grpo", finished, tmp_path / "undisturbed", recipe).exit_code == 0
+    out = tmp_path / "grpo"
+    monkeypatch.setenv("TERM_AT_CALL", "3")  # in step 5, the first of a round of two
+    assert micro.run("grpo", finished, out, recipe).exit_code == 143
+    assert max(checkpoints(out)) == 6
+    monkeypatch.delenv("TERM_AT_CALL")
+    assert micro.run("grpo", finished, out, recipe).exit_code == 0
+    assert manifest_digest(out, "grpo") == manifest_digest(tmp_path / "undisturbed", "grpo")
+
+
+def test_grpo_continues_the_sft_adapter_and_learns(finished):
+    from safetensors.numpy import load_file
+
+    before, after = (load_file(finished / name / "adapter" / "adapter_model.safetensors") for name in STAGES)
+    assert set(before) == set(after)
+    moved = [float(abs(after[name] - before[name]).max()) for name in before]
+    assert all(0 < distance < 0.05 for distance in moved)
+    settings = [json.loads((finished / name / "adapter" / "adapter_config.json").read_text()) for name in STAGES]
+    assert settings[0]["r"] == settings[1]["r"] == 16
+
+
+def test_the_artifacts_hold_what_later_stages_read(finished):
+    for stage in STAGES:
+        names = {path.name for path in (finished / stage).iterdir()}
+        assert names == {"adapter", "tokenizer", "logs", "manifest.json"} | ({"completions.jsonl"} & names)
+        files = set(artifact.read(finished / stage, stage)["files"])
+        assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "tokenizer/tokenizer.json"} <= files
+        template = (finished / stage / "tokenizer" / "chat_template.jinja").read_text()
+        assert template == (finished / "base-model" / "model" / "chat_template.jinja").read_text()
+    assert "loss" in artifact.read(finished / "sft", "sft")["metrics"]
+
+
+def test_every_completion_is_kept_with_what_it_was_paid(finished):
+    rows = [json.loads(line) for line in (finished / "grpo" / "completions.jsonl").read_text().split("\n")[:-1]]
+    assert [row["step"] for row in rows] == [step for step in range(1, 9) for _ in range(8)]
+    assert {"prompt", "completion", "advantage", "variety", "strict_format", "correctness"} < set(rows[0])
+    assert all(row["completion"] for row in rows)
+    assert len({row["prompt"] for row in rows}) > 8
+    for first in range(0, len(rows), 4):  # a group has one prompt, and its advantages cancel out
+        group = rows[first : first + 4]
+        assert len({row["prompt"] for row in group}) == 1
+        assert abs(sum(row["advantage"] for row in group)) < 1e-2
+        best = max(group, key=lambda row: row["variety"])
+        assert best["advantage"] == max(row["advantage"] for row in group)
+
+
+def test_an_sft_example_that_is_too_long_is_left_out_and_counted_and_none_left_is_an_error(finished, tmp_path):
+    recipe = micro.write_recipe(tmp_path, sft={"max_tokens": 10})
+    result = micro.run("sft", finished, tmp_path / "sft", recipe)
+    assert result.exit_code == 1
+    assert "examples are longer than [sft] max_tokens = 10" in result.output
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_complete_checkpoint_before_the_last_step_counts_and_others_of_no_use_are_removed(tmp_path):
+    for step, complete in ((8, True), (9, True), (10, True), (11, False), (100, False), (20, True)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("")
+        if complete:
+            (folder / "complete").touch()
+    (tmp_path / "logs").mkdir()
+    assert training.last_checkpoint(tmp_path, steps=20) == str(tmp_path / "checkpoint-10")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-8", "checkpoint-9", "logs"]
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path):
+    assert training.last_checkpoint(tmp_path, steps=20) is None
+    assert training.last_checkpoint(tmp_path / "absent", steps=20) is None

@@ -439,9 +439,10 @@ def test_a_bad_row_ends_the_work_of_all_processes(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(prepare_data, "LARGE_BYTES", 0)
     monkeypatch.setattr(prepare_data, "MAX_PROCESSES", 2)
     monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
+    before = set(multiprocessing.active_children())  # the worker of math_correct, where other tests started it
     with pytest.raises(UserError, match="line 101: no answer"):
         three_sets(tmp_path, [*numbered(0, 100), {"question": "q", "solution": "s"}, *numbered(100, 3000)])
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 # Lengths

@@ -130,7 +130,9 @@ def make_model(folder: Path) -> None:
     """Make a model folder as far as this stage needs one: the tiny model's tokenizer and a configuration."""
     knobs = read_recipe(TINY).base_model
     base_model.make_tokenizer(knobs, base_model.conversations(knobs), folder)
-    (folder / "config.json").write_text("{}")
+    from transformers import Gemma3TextConfig
+
+    Gemma3TextConfig(vocab_size=knobs.vocabulary_size, architectures=["Gemma3ForCausalLM"]).save_pretrained(folder)
 
 
 def stage(folder: Path, name: str, model: Path, rows: Path, max_prompt_tokens: int) -> tuple[Measured, dict[str, Any]]:

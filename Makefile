@@ -1,7 +1,7 @@
 # Temper: post-train a small language model to reason, and hand back GGUF files and an Ollama Modelfile.
 #
 #   make all                               every stage, for the embedded tiny model
-#   make all RECIPE=gemma3-1b-gsm8k        the same for another recipe
+#   make all RECIPE=tiny-gsm8k DATA=...    the same for another recipe, from a local copy of its data
 #   make help                              targets, options and recipes
 #
 # This file is the pipeline: the only place that knows the order of the stages. A stage is finished exactly when its
@@ -116,7 +116,7 @@ $(call done,ollama-modelfile): stages/ollama_modelfile.py $(call done,merge gguf
 $(call done,$(stages)): $(recipe) $(lib) | $(ready)
 
 # Where DATA pointed the last time it was given: it stays so, and another place is new input, however old its files are.
-data = $(or $(DATA),$(shell cat $(out)/data.path))
+data = $(or $(DATA),$(shell cat $(out)/data.path 2> /dev/null))
 $(out)/data.path: FORCE
 	@mkdir -p $(@D)
 	@if [[ ! -e $@ || ( -n "$(DATA)" && "$$(cat $@)" != "$(DATA)" ) ]]; then echo "$(DATA)" > $@; fi

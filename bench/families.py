@@ -29,7 +29,7 @@ def main(out: Path) -> None:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             gate, files = family_models.through(name, Path(folder), TYPES, PROMPTS, POSITIONS)
-        cells = [f"{files[kind]['mean_kl']:.1e}" for kind in TYPES]
+        cells = [f"{files[kind]['mean_kl']:.1e}" for kind in (*TYPES, "lora")]
         lines.append(
             f"| {name} | {family.network} | {gate['parameters'] / 1e6:.1f} | {gate['merged_mean_kl']:.1e} | "
             f"{' | '.join(cells)} | {files['f16']['same_top']:.1%} | {time.monotonic() - started:.0f} |"
@@ -45,11 +45,11 @@ def main(out: Path) -> None:
 
 Networks of 2 layers of width 256 with random weights, a random LoRA of rank 4, real vocabularies and chat templates;
 {PROMPTS} prompts with completions, {POSITIONS} positions of each. Mean KL divergence in nats: merged (bfloat16) from
-the adapter on its base, then each file from merged. Random weights are no trained model: read the columns for whether
-everything arrived, not for how good a type is.
+the adapter on its base, then each file from merged, and last the base in f16 with the adapter's GGUF file. Random
+weights are no trained model: read the columns for whether everything arrived, not for how good a type is.
 
-| family | network | M parameters | merge | {" | ".join(TYPES)} | f16 same top | seconds |
-|---|---|---:|---:|{"---:|" * len(TYPES)}---:|---:|
+| family | network | M parameters | merge | {" | ".join(TYPES)} | lora | f16 same top | seconds |
+|---|---|---:|---:|{"---:|" * len(TYPES)}---:|---:|---:|
 {chr(10).join(lines)}
 """
     )

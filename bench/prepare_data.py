@@ -110,6 +110,7 @@ def write_recipe(path: Path, model: Path, rows: Path, max_prompt_tokens: int) ->
     """Write the tiny recipe with the rows as its only source: 0.2% eval, 29.8% sft, 70% grpo."""
     tables = tomllib.loads(TINY.read_text())
     del tables["base_model"], tables["gguf"]["max_mean_kl"]
+    save = json.dumps(tables.pop("save"))
     tables["model"]["name"] = str(model)
     tables["sft"]["max_tokens"] = 1024
     tables["data"] = {
@@ -122,7 +123,10 @@ def write_recipe(path: Path, model: Path, rows: Path, max_prompt_tokens: int) ->
     source |= {"question": "question", "answer": "answer"}
     blocks = [*((f"[{name}]", table) for name, table in tables.items()), ("[[data.sources]]", source)]
     path.write_text(
-        "\n".join(f"{head}\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items()) for head, table in blocks)
+        f"save = {save}\n"
+        + "\n".join(
+            f"{head}\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items()) for head, table in blocks
+        )
     )
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import click
 
-from stages.lib import answers, artifact, formats, imatrix, llama, options, parity, stats, weights
+from stages.lib import answers, artifact, formats, imatrix, llama, models, options, parity, stats, weights
 from stages.lib.errors import UserError
 from stages.lib.recipe import GGUF_TYPES, Gguf, Recipe, read_recipe
 
 SEQUENCES = 8  # completions at once
+ADAPTER = "adapter-f16.gguf"
 COLUMNS = (
     "type",
     "MB",
@@ -34,22 +35,30 @@ COLUMNS = (
 @options.recipe
 @options.reads("merge")
 @options.reads("prepare-data")
+@options.reads("grpo")
+@options.base_model
 @options.out
-def main(recipe: Path, merge: Path, prepare_data: Path, out: Path) -> None:
+def main(recipe: Path, merge: Path, prepare_data: Path, grpo: Path, base_model: Path | None, out: Path) -> None:
     run_recipe = read_recipe(recipe)
     merged = artifact.read(merge, "merge")
-    room = room_bytes(run_recipe.gguf, merged["metrics"]["parameters"], merge / "model")
+    lora = grpo / "adapter" if "lora" in run_recipe.save else None
+    room = room_bytes(run_recipe.gguf, merged["metrics"]["parameters"], merge / "model", lora)
     tables = run_recipe.tables("format", "gguf") | {
         "model": {"name": run_recipe.model.name},
         "infer": {"max_completion_tokens": run_recipe.infer.max_completion_tokens},
     }
     inputs = {"merge": merge, "prepare-data": prepare_data}
+    if lora:
+        tables |= {"save": ["lora"], "merge": {"max_mean_kl": run_recipe.merge.max_mean_kl}}
+        inputs |= {"grpo": grpo, **({"base-model": base_model} if base_model else {})}
+        base, revision = models.locate(run_recipe.model, base_model)
     with artifact.writing(out, "gguf", tables, inputs, room_bytes=room) as run:
         weights.refuse_quantized(merge / "model", "gguf")
         rows = parity.first_rows(prepare_data / "eval.jsonl", run_recipe.gguf.prompts, "[gguf] prompts")
         run.checkpoints.mkdir(exist_ok=True)
         paths = make_files(merge / "model", prepare_data / "sft.jsonl", run_recipe, run)
-        run.metrics.update(prove(merge / "model", paths, rows, run_recipe, run))
+        adapter = make_adapter(weights.whole_folder(base, revision), lora, run_recipe, run) if lora else None
+        run.metrics.update(prove(merge / "model", paths, rows, run_recipe, run, adapter))
 
 
 def kinds(gguf: Gguf) -> list[str]:
@@ -62,11 +71,12 @@ def limits(gguf: Gguf) -> dict[str, float]:
     return GGUF_TYPES | {name.lower(): limit for name, limit in gguf.max_mean_kl.items()}
 
 
-def room_bytes(gguf: Gguf, parameters: int, model: Path) -> int:
+def room_bytes(gguf: Gguf, parameters: int, model: Path, lora: Path | None = None) -> int:
     """Return what the stage writes at most for a model of so many `parameters` in the folder `model`.
 
-    A type's digit understates its bits: scales, embeddings in a finer type, and rows that are no multiple of 256 and
-    so fall back to one. 3 bits more cover all of them.
+    `lora` is the adapter's folder where it is made too: that takes the base in 16 bits for a while. A type's digit
+    understates its bits: scales, embeddings in a finer type, and rows that are no multiple of 256 and so fall back to
+    one. 3 bits more cover all of them.
     """
     tokenizer = sum(path.stat().st_size for path in model.iterdir() if path.suffix != ".safetensors")
     kept = [name for name in kinds(gguf) if name != source_kind(gguf)]
@@ -74,6 +84,8 @@ def room_bytes(gguf: Gguf, parameters: int, model: Path) -> int:
     bits = [digit if digit > 8 else min(digit + 3, 9) for digit in digits.values()]
     files = parameters * 2 + sum(parameters * count // 8 for count in bits)
     reference = gguf.prompts * gguf.positions_per_prompt * weights.vocabulary_size(model) * 4
+    if lora and lora.is_dir():
+        files += parameters * 2 + sum(path.stat().st_size for path in lora.iterdir()) + tokenizer + 1_000_000
     return files + reference + (len(kept) + 1) * (tokenizer + 1_000_000)
 
 
@@ -95,10 +107,7 @@ def make_files(model: Path, training: Path, recipe: Recipe, run: artifact.Run) -
     paths = {kind: run.folder / f"model.{kind}.gguf" for kind in wanted}
     source_path = paths.get(source, run.checkpoints / f"model.{source}.gguf")
     started = time.monotonic()
-    # llama.cpp reads Phi-3's control tokens rightly only where general.name says Phi-3 (src/llama-vocab.cpp), so the
-    # base's name has to be in it.
-    name = f"{recipe.model.name.rsplit('/', 1)[-1]} {recipe.path.stem}"
-    llama.convert(model, source_path, source, name, run.checkpoints / "convert.log")
+    llama.convert(model, source_path, source, name_of(recipe), run.checkpoints / "convert.log")
     run.seconds["convert"] = time.monotonic() - started
     importance = None
     if recipe.gguf.importance_prompts:
@@ -112,6 +121,28 @@ def make_files(model: Path, training: Path, recipe: Recipe, run: artifact.Run) -
             llama.quantize(source_path, paths[kind], kind, importance)
             run.seconds[f"quantize {kind}"] = time.monotonic() - started
     return paths
+
+
+def name_of(recipe: Recipe) -> str:
+    """Return what a GGUF file calls itself.
+
+    llama.cpp reads Phi-3's control tokens rightly only where general.name says Phi-3 (src/llama-vocab.cpp), so the
+    base's name has to be in it.
+    """
+    return f"{recipe.model.name.rsplit('/', 1)[-1]} {recipe.path.stem}"
+
+
+def make_adapter(base: Path, lora: Path, recipe: Recipe, run: artifact.Run) -> tuple[Path, Path]:
+    """Convert the adapter in the folder `lora`, and for its proof the model in the folder `base`; return both files.
+
+    The base's, which comes first, lies with the checkpoints, which go at the end.
+    """
+    started = time.monotonic()
+    base_path = run.checkpoints / "base.f16.gguf"
+    llama.convert(base, base_path, "f16", name_of(recipe), run.checkpoints / "convert-base.log")
+    llama.convert_lora(lora, base, run.folder / ADAPTER, run.checkpoints / "convert-lora.log")
+    run.seconds["convert lora"] = time.monotonic() - started
+    return base_path, run.folder / ADAPTER
 
 
 def weigh(model: Path, source: Path, rows: Sequence[dict]) -> dict[str, Any]:
@@ -146,10 +177,18 @@ class Reference:
         return max(longest, *(len(text.tokens) for text in self.texts))
 
 
-def prove(model: Path, paths: dict[str, Path], rows: list[dict], recipe: Recipe, run: artifact.Run) -> dict[str, Any]:
+def prove(
+    model: Path,
+    paths: dict[str, Path],
+    rows: list[dict],
+    recipe: Recipe,
+    run: artifact.Run,
+    adapter: tuple[Path, Path] | None = None,
+) -> dict[str, Any]:
     """Hold every GGUF file against the merged model; write parity.json and parity.png; return what they say.
 
-    Raises `UserError` when a file reads a prompt as other tokens, is farther away than its limit, or does not end.
+    `adapter` is the base's GGUF file and the LoRA's, which together are held against it as well. Raises `UserError`
+    when a file reads a prompt as other tokens, is farther away than its limit, or does not end.
     """
     started = time.monotonic()
     reference = refer(model, rows, recipe, run.checkpoints)
@@ -169,11 +208,18 @@ def prove(model: Path, paths: dict[str, Path], rows: list[dict], recipe: Recipe,
         started = time.monotonic()
         figures["files"][kind] = examine(path, reference, recipe) | {"max_mean_kl": allowed[kind]}
         run.seconds[f"examine {kind}"] = time.monotonic() - started
+    if adapter:
+        started = time.monotonic()
+        # The merged model is the sum rounded to its type, and these are two files rounded to float16.
+        limit = allowed["f16"] + recipe.merge.max_mean_kl
+        figures["lora"] = examine_adapter(*adapter, reference) | {"max_mean_kl": limit}
+        run.seconds["examine lora"] = time.monotonic() - started
     reference.logits.unlink()
     artifact.write_json(run.folder / "parity.json", figures)
     draw(figures["files"], run.folder / "parity.png")
     click.echo(table(figures))
     missed = [line for kind in paths for line in misses(kind, figures, recipe.gguf.max_lost_ends)]
+    missed += adapter_misses(figures["lora"]) if adapter else []
     if missed:
         raise UserError("the files do not answer like the merged model:\n  " + "\n  ".join(missed))
     return figures
@@ -268,6 +314,28 @@ def examine(path: Path, reference: Reference, recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def examine_adapter(base: Path, adapter: Path, reference: Reference) -> dict[str, Any]:
+    """Return how far the GGUF file `base` with the LoRA `adapter` on it is from the merged model.
+
+    Only distributions are compared: the base has the chat template and the end tokens that it had before training.
+    """
+    with llama.Loaded(base, reference.context_tokens, adapter=adapter) as file:
+        difference = parity.compare(reference.logits, reference.texts, file.logits(reference.texts))
+    return {"bytes": adapter.stat().st_size, **difference}
+
+
+def adapter_misses(lora: dict[str, Any]) -> list[str]:
+    """Return a line with figure, limit and likely causes when the LoRA is farther from merged than it may be."""
+    if lora["mean_kl"] <= lora["max_mean_kl"]:
+        return []
+    return [
+        f"lora: the base with {ADAPTER} is a mean KL of {lora['mean_kl']:.2e} nats from the merged model; limit "
+        f"{lora['max_mean_kl']:.2e}, that of f16 and [merge] max_mean_kl together. Likely causes: another base or "
+        "revision; a scale other than lora_alpha / r, which is all that the file can state (rank-stabilized LoRA, a "
+        "pattern of ranks); an adapter on an embedding that the base ties to another; weights beyond float16's range"
+    ]
+
+
 def misses(kind: str, figures: dict[str, Any], max_lost_ends: int) -> list[str]:
     """Return one line for each limit that the file of type `kind` misses, with figure, limit and likely causes."""
     file, lines = figures["files"][kind], []
@@ -312,6 +380,17 @@ def table(figures: dict[str, Any]) -> str:
             f"{file['ended']}",
         ))  # fmt: skip
         perplexity = f"{file['reference_perplexity']:.4f}"
+    if "lora" in figures:
+        file = figures["lora"]
+        distances = (f"{file[name]:.1e}" for name in ("mean_kl", "p99_kl", "max_kl"))
+        cells = (
+            "lora",
+            f"{file['bytes'] / 1e6:,.1f}",
+            *distances,
+            f"{file['same_top']:.2%}",
+            f"{file['perplexity']:.4f}",
+        )
+        lines.append(cells + ("",) * (len(COLUMNS) - len(cells)))
     lines.append((
         "merged", "", "", "", "", "", perplexity, "", f"{reference['accuracy']:.1%}", "", f"{reference['ended']}"
     ))  # fmt: skip

@@ -1,6 +1,8 @@
 """Fold the adapter into the base model, as 16-bit safetensors, and prove that the result is the model trained."""
 
+import importlib.util
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import click
 
 from stages.lib import artifact, llama, models, options, parity, weights
 from stages.lib.errors import UserError
-from stages.lib.recipe import Merge, read_recipe
+from stages.lib.recipe import GGUF_TYPES, Merge, read_recipe
 
 SHARD_SIZE = "5GB"
+REFERENCE = "adapter-on-base.npy"  # among the checkpoints: the logits that merged is held against
+NF4_MAX_MEAN_KL = GGUF_TYPES["q4_0"]  # nats; the plain 4-bit type's
 
 
 @click.command(help=__doc__)
@@ -24,28 +28,97 @@ def main(recipe: Path, grpo: Path, prepare_data: Path, base_model: Path | None, 
     run_recipe = read_recipe(recipe)
     name, revision = models.locate(run_recipe.model, base_model)
     inputs = {"grpo": grpo, "prepare-data": prepare_data, **({"base-model": base_model} if base_model else {})}
-    room = room_bytes(weights.local_folder(name, revision), run_recipe.merge)
-    with artifact.writing(out, "merge", run_recipe.tables("model", "merge"), inputs, room_bytes=room) as run:
+    four_bits = "merged_4bit" in run_recipe.save
+    room = room_bytes(weights.local_folder(name, revision), run_recipe.merge, four_bits=four_bits)
+    tables = run_recipe.tables("model", "merge") | ({"save": ["merged_4bit"]} if four_bits else {})
+    with artifact.writing(out, "merge", tables, inputs, room_bytes=room) as run:
         knobs = run_recipe.merge
+        if four_bits:
+            require_nf4(recipe)
         rows = parity.first_rows(prepare_data / "eval.jsonl", knobs.prompts, "[merge] prompts")
         base = weights.folder(name, revision)
         weights.refuse_quantized(base, "merge")
         fold(base, grpo, knobs.dtype, run.folder / "model")
         run.checkpoints.mkdir(exist_ok=True)
         run.metrics.update(verify(base, grpo, run.folder / "model", rows, knobs, run.checkpoints))
+        if four_bits:
+            write_nf4(run.folder / "model", run.folder / "model-4bit")
+            run.metrics["merged_4bit"] = verify_nf4(run.folder / "model-4bit", rows, knobs, run.checkpoints)
     show(run.metrics)
 
 
-def room_bytes(base: Path | None, knobs: Merge) -> int:
+def room_bytes(base: Path | None, knobs: Merge, *, four_bits: bool = False) -> int:
     """Return what merging the model in the folder `base` writes at most; 0 when there are no weights yet to count.
 
-    That is its weights in 16 bits, the tokenizer, and two sets of logits for the comparison.
+    That is its weights in 16 bits, the tokenizer, and two sets of logits for the comparison; with `four_bits` a second
+    model, which is smaller than the first.
     """
     if base is None or not any(base.glob("*.safetensors")):
         return 0
     tokenizer = sum(path.stat().st_size for path in base.iterdir() if path.is_file() and path.suffix != ".safetensors")
     logits = 2 * knobs.prompts * knobs.positions_per_prompt * weights.vocabulary_size(base) * 4
-    return 2 * weights.parameter_count(base) + 2 * tokenizer + logits + 1_000_000
+    model = 2 * weights.parameter_count(base) + 2 * tokenizer + 1_000_000
+    return model * (2 if four_bits else 1) + logits
+
+
+def require_nf4(recipe: Path) -> None:
+    """Raise `UserError` where bitsandbytes can't quantize to 4 bits."""
+    import torch
+
+    missing = []
+    if not torch.cuda.is_available():
+        missing.append("torch sees no NVIDIA GPU")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        missing.append("bitsandbytes is not installed")
+    if missing:
+        raise UserError(
+            f"{recipe}: save names 'merged_4bit', and {' and '.join(missing)}; expected a machine that has both, as "
+            f"bitsandbytes makes NF4 weights on the GPU. Take it out of save, or run there: make merge"
+        )
+
+
+def write_nf4(merged: Path, out: Path) -> None:
+    """Write to `out` the model in the folder `merged` in bitsandbytes' NF4 with double quantization (arXiv 2305.14314).
+
+    That is for loading in transformers or vLLM with less memory; it is never the source of anything else.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = getattr(torch, weights.config(merged)["dtype"])
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        merged, quantization_config=settings, dtype=dtype, device_map={"": 0}, trust_remote_code=False,
+        use_safetensors=True,
+    )  # fmt: skip
+    model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    for path in merged.iterdir():  # the tokenizer's files, as they are
+        if path.suffix != ".safetensors" and not (out / path.name).exists() and "index" not in path.name:
+            shutil.copyfile(path, out / path.name)
+
+
+def verify_nf4(folder: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> dict[str, float | int]:
+    """Return how far the 4-bit model saved in `folder`, loaded as any user would, is from the adapter on its base.
+
+    After `verify`, which left that side's logits under `scratch`. Raises `UserError` when it is too far.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    texts = [text_of(tokenizer, row, knobs.positions_per_prompt) for row in rows]
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map={"": 0}, trust_remote_code=False, use_safetensors=True
+    ).eval()
+    difference = parity.compare(scratch / REFERENCE, texts, parity.model_logits(model, texts))
+    if not difference["mean_kl"] <= NF4_MAX_MEAN_KL:
+        raise UserError(
+            f"{folder}: mean KL {difference['mean_kl']:.2e} nats from the adapter on its base; limit "
+            f"{NF4_MAX_MEAN_KL:.2e}. Four bits are too few for this model: take 'merged_4bit' out of save"
+        )
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"bytes": size, **{name: difference[name] for name in ("mean_kl", "max_kl", "same_top")}}
 
 
 def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
@@ -59,7 +132,8 @@ def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(grpo / "tokenizer", trust_remote_code=False)
     model = PeftModel.from_pretrained(parity.load(base), grpo / "adapter").merge_and_unload(safe_merge=True)
-    model.to(getattr(torch, dtype))
+    for parameter in reversed(list(model.parameters())):  # the embedding last: it is the largest, and needs a copy
+        parameter.data = parameter.data.to(getattr(torch, dtype))
     model.config.dtype = getattr(torch, dtype)
     model.generation_config.eos_token_id = end_tokens(parity.end_tokens(model.generation_config), tokenizer)
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
@@ -92,7 +166,7 @@ def verify(
     if cause := untied_cause(base, merged):
         raise UserError(f"{merged}: is not the model that was trained. Cause: {cause}")
 
-    stored = scratch / "adapter-on-base.npy"
+    stored = scratch / REFERENCE
     adapted = PeftModel.from_pretrained(parity.load(base), grpo / "adapter").eval()
     parity.store(stored, texts, adapted.config.get_text_config().vocab_size, parity.model_logits(adapted, texts))
     with adapted.disable_adapter():
@@ -217,6 +291,8 @@ def show(metrics: dict[str, Any]) -> None:
         f"merge: {metrics['positions']:,} positions of {metrics['prompts']} prompts; mean KL from the adapter on its "
         f"base {metrics['merged_mean_kl']:.1e}, of the base {metrics['base_mean_kl']:.1e} nats"
     )
+    if "merged_4bit" in metrics:
+        click.echo(f"merge: mean KL of the 4-bit model {metrics['merged_4bit']['mean_kl']:.1e} nats")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import click
 
 from stages.lib import artifact, formats, go_render, llama, modelfile, options
 from stages.lib.errors import UserError
-from stages.lib.go_template import Derived, Render, derive, jinja_render
+from stages.lib.go_template import Derived, Render, of_tokenizer, refuse_unused_system
 from stages.lib.recipe import Ollama, Recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -49,17 +49,11 @@ def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> dict[str, Any
         )
     place(files[0], folder / files[0].name)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    if not isinstance(tokenizer.chat_template, str):
-        raise UserError(f"{model}: the tokenizer has no chat template; expected the one of training. Run: make merge")
-    try:
-        render = jinja_render(tokenizer.chat_template, tokenizer.special_tokens_map)
-        derived = derive(render, tokenizer.bos_token or "")
-    except UserError as error:
-        raise UserError(f"{model}: {error.message}") from error
+    render, derived = of_tokenizer(tokenizer, model)
     check_gguf(files[0], tokenizer.chat_template, derived)
 
     answers = formats.get(recipe.format.name)
-    system = recipe.format.system_prompt or answers.system_prompt
+    system = recipe.format.prompt
     stops = stop_strings(end_tokens(model, tokenizer), turn_end(derived.turn_end, tokenizer), answers)
     path = folder / "Modelfile"
     path.write_text(written(files[0].name, derived.template, system, stops, recipe.ollama), encoding="utf-8")
@@ -180,11 +174,7 @@ def prove(
     systems = modelfile.values(commands, "system")
     if systems != ([system] if system else []):
         raise UserError(f"{path}: SYSTEM is {systems!r}; expected the format's: {system!r}")
-    if system and not derived.takes_system:
-        raise UserError(
-            f"{path}: the chat template refuses system messages, but the format {answers.name} has a system prompt. "
-            "Train with a chat template that takes one"
-        )
+    refuse_unused_system(derived, system, answers.name, path)
     for name in PARAMETERS:
         if modelfile.values(commands, f"parameter {name}") != [str(getattr(knobs, name))]:
             raise UserError(f"{path}: PARAMETER {name} is not {getattr(knobs, name)}, as the recipe has it")

@@ -26,7 +26,18 @@ from typing import Any
 
 import click
 
-from stages.lib import answers, artifact, formats, llama, models, options, sources, weights
+from stages.lib import (
+    answers,
+    artifact,
+    formats,
+    go_render,
+    go_template,
+    llama,
+    models,
+    options,
+    sources,
+    weights,
+)
 from stages.lib.errors import UserError
 from stages.lib.formats import Format
 from stages.lib.recipe import Recipe, Source, is_hub_name, read_recipe
@@ -85,12 +96,49 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     }
     inputs = {"base-model": base_model} if base_model else {}
     with artifact.writing(out, "prepare-data", tables, inputs, sources=raw, room_bytes=room) as run:
-        system_prompt = run_recipe.format.system_prompt or formats.get(run_recipe.format.name).system_prompt
+        refuse_quantized(run_recipe, base_model)
         tokenizer = models.load_tokenizer(run_recipe, base_model)
         check_tokenizer(run_recipe, tokenizer, base_model)
-        ruler = Ruler(tokenizer, system_prompt)
+        check_chat_template(run_recipe, tokenizer)
+        check_completion(run_recipe, tokenizer)
+        ruler = Ruler(tokenizer, run_recipe.format.prompt)
         run.metrics.update(prepare(run_recipe, located, ruler, run.folder))
         click.echo(summary(run.metrics))
+
+
+def refuse_quantized(recipe: Recipe, base_model: Path | None) -> None:
+    """Raise `UserError` if the base is stored in a few bits, which merge would refuse after all the training."""
+    weights.refuse_quantized_base(weights.folder(*models.locate(recipe.model, base_model)), recipe.model.name)
+
+
+def check_chat_template(recipe: Recipe, tokenizer: Any) -> None:
+    """Raise `UserError` if ollama-modelfile would refuse the chat template after all the training.
+
+    It is derived and compared here as it is there, by Go where the helper is installed.
+    """
+    name = recipe.model.name
+    render, derived = go_template.of_tokenizer(tokenizer, name)
+    go_template.refuse_unused_system(derived, recipe.format.prompt, recipe.format.name, name)
+    go_render.compare(name, derived.template, render, derived.bos)
+
+
+def check_completion(recipe: Recipe, tokenizer: Any) -> None:
+    """Raise `UserError` if the chat template puts something between the generation prompt and a completion.
+
+    Qwen3's own puts an empty thought there: SFT would teach the model to write it first, in every completion, and none
+    would be well formed.
+    """
+    turns = [{"role": "system", "content": recipe.format.prompt}, {"role": "user", "content": "1 + 1?"}]
+    written = formats.get(recipe.format.name).write(formats.Answer("1 + 1 = 2", "2")).strip()
+    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    told = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": written}], tokenize=False)
+    if not told.startswith(asked + written):
+        at = len(asked) if told.startswith(asked) else len(os.path.commonprefix([told, asked]))
+        raise UserError(
+            f"{recipe.path}: the chat template of {recipe.model.name} shows a completion otherwise than the model is to "
+            f"write it: after {told[:at][-30:]!r} it has {told[at : at + 40]!r}, expected {(asked + written)[at : at + 40]!r}. SFT would "
+            f"teach to write that first. Choose a model without it, or [format] name = 'think', which brings a template"
+        )
 
 
 def check_tokenizer(recipe: Recipe, tokenizer: Any, base_model: Path | None) -> None:

@@ -223,7 +223,7 @@ FAMILIES = {
         "<|end|>", {"tie_word_embeddings": False, "pad_token_id": 32000},
     ),
     "phi4": Family(
-        "phi-4", "Phi3", byte_level("qwen2", QWEN_SPLIT, None, "GPT2Tokenizer"), "Qwen-QwQ-32B",
+        "phi-4", "Phi3", byte_level("qwen2", QWEN_SPLIT, None, "GPT2Tokenizer"), "Qwen-Qwen2.5-7B-Instruct",
         "<|im_end|>", {"tie_word_embeddings": False, "pad_token_id": 151645},
     ),
 }  # fmt: skip
@@ -259,7 +259,7 @@ def base(family: Family, folder: Path, **sizes: int) -> Path:
 def through(name: str, folder: Path, types: list[str], prompts: int, positions: int) -> tuple[dict, dict]:
     """Take a family's model through merge, gguf and their gates in `folder`; return the figures of both.
 
-    Raises `UserError` when a gate does not pass.
+    Those of the files are by type, and "lora" for the adapter's. Raises `UserError` when a gate does not pass.
     """
     family = FAMILIES[name]
     base_folder = base(family, folder / "base")
@@ -277,6 +277,9 @@ def through(name: str, folder: Path, types: list[str], prompts: int, positions: 
         format=SimpleNamespace(name="xml"),
         infer=SimpleNamespace(max_completion_tokens=4),
         gguf=Gguf(types, prompts=prompts, positions_per_prompt=positions),
+        merge=knobs,
     )
-    files = gguf.prove(merged, gguf.make_files(merged, merged, recipe, run), rows, recipe, run)["files"]
-    return gate, files
+    paths = gguf.make_files(merged, merged, recipe, run)
+    adapter = gguf.make_adapter(base_folder, grpo / "adapter", recipe, run)
+    figures = gguf.prove(merged, paths, rows, recipe, run, adapter)
+    return gate, figures["files"] | {"lora": figures["lora"]}

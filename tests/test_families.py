@@ -19,6 +19,7 @@ def test_the_family_goes_through_merge_and_gguf_and_their_gates(tmp_path, name):
     assert files["f16"]["mean_kl"] < 1e-5
     assert files["f16"]["same_top"] > 0.95  # random weights have near ties
     assert files["f16"]["mean_kl"] < files["q4_k_m"]["mean_kl"] < 0.1
+    assert files["lora"]["mean_kl"] < 1e-4 < gate["base_mean_kl"]
 
 
 def test_an_unknown_bpe_pre_tokenizer_is_refused_before_training_with_a_remedy(tmp_path):

@@ -1,14 +1,14 @@
 """The gguf stage, on a tiny model that was trained for it: the files, the gate's figures and what is refused."""
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from stages import ask, gguf
+from stages import gguf
 from stages.lib import llama, parity
 from stages.lib.errors import UserError
 from stages.lib.recipe import GGUF_TYPES, Gguf, read_recipe
@@ -22,7 +22,8 @@ def figures() -> dict:
 def test_the_stage_leaves_the_files_asked_for_and_the_proof():
     names = {path.name for path in tiny_models.quantized().iterdir()}
     assert names == {
-        "model.f16.gguf", "model.q8_0.gguf", "model.q4_k_m.gguf", "parity.json", "parity.png", "manifest.json"
+        "model.f16.gguf", "model.q8_0.gguf", "model.q4_k_m.gguf", "adapter-f16.gguf", "parity.json", "parity.png",
+        "manifest.json",
     }  # fmt: skip
     assert (tiny_models.quantized() / "parity.png").read_bytes().startswith(b"\x89PNG")
 
@@ -42,6 +43,14 @@ def test_every_file_answers_like_the_merged_model(kind, mean_kl, same_top):
 
 def test_the_f16_file_writes_the_same_text_on_every_prompt():
     assert figures()["files"]["f16"]["same_text"] == 1.0
+
+
+def test_the_base_with_the_adapters_file_answers_like_the_merged_model():
+    lora = figures()["lora"]
+    assert 0 < lora["mean_kl"] < 1e-6
+    assert lora["mean_kl"] < lora["max_mean_kl"] == pytest.approx(2e-4)
+    assert lora["same_top"] > 0.999
+    assert lora["bytes"] == (tiny_models.quantized() / "adapter-f16.gguf").stat().st_size
 
 
 def test_fewer_bits_are_smaller_and_farther():
@@ -67,7 +76,13 @@ def test_seconds_are_kept_out_of_the_metrics():
 def test_a_second_run_has_nothing_to_do():
     tiny_models.quantized()
     result = tiny_models.run_stage(
-        "gguf", tiny_models.made() / "tiny.toml", tiny_models.made() / "gguf", "merge", "prepare-data"
+        "gguf",
+        tiny_models.made() / "tiny.toml",
+        tiny_models.made() / "gguf",
+        "merge",
+        "prepare-data",
+        "grpo",
+        "base-model",
     )
     assert (result.exit_code, "up to date" in result.output) == (0, True)
 
@@ -75,18 +90,34 @@ def test_a_second_run_has_nothing_to_do():
 def test_the_16_bit_file_goes_unless_it_was_asked_for(tmp_path):
     shutil.copytree(tiny_models.merged(), tmp_path / "merge")
     recipe = tiny_models.recipe(tmp_path, types=["Q8_0"], prompts=2, importance_prompts=5)
-    result = tiny_models.run_stage("gguf", recipe, tmp_path / "gguf", "merge", "prepare-data")
+    result = tiny_models.run_stage("gguf", recipe, tmp_path / "gguf", "merge", "prepare-data", "grpo", "base-model")
     assert result.exit_code == 0, result.output
-    assert {path.name for path in (tmp_path / "gguf").glob("**/*.gguf")} == {"model.q8_0.gguf"}
+    assert {path.name for path in (tmp_path / "gguf").glob("**/*.gguf")} == {"model.q8_0.gguf", "adapter-f16.gguf"}
     assert "q8_0" in result.output
     assert "same text" in result.output
+    assert re.search(r"(?m)^ *lora +0\.\d", result.output)
+
+
+def test_without_lora_in_save_neither_adapter_nor_base_is_looked_at(tmp_path):
+    shutil.copytree(tiny_models.merged(), tmp_path / "merge")
+    recipe = tiny_models.recipe(tmp_path, types=["q8_0"], prompts=2)
+    recipe.write_text(recipe.read_text().replace('"lora", ', ""))
+    (tmp_path / "grpo").mkdir()
+    result = tiny_models.run_stage("gguf", recipe, tmp_path / "gguf", "merge", "prepare-data", "grpo", "base-model")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "gguf").iterdir()} == {
+        "model.q8_0.gguf", "parity.json", "parity.png", "manifest.json"
+    }  # fmt: skip
+    manifest = json.loads((tmp_path / "gguf" / "manifest.json").read_text())
+    assert set(manifest["inputs"]) == {"merge", "prepare-data"}
+    assert "lora" not in manifest["metrics"]
 
 
 def test_a_file_over_its_limit_fails_the_stage_with_figure_limit_and_cause(tmp_path):
     shutil.copytree(tiny_models.merged(), tmp_path / "merge")
     recipe = tiny_models.recipe(tmp_path, types=["q8_0"], prompts=2)
     recipe.write_text(recipe.read_text().replace("[ollama]", "[gguf.max_mean_kl]\nq8_0 = 1e-9\n\n[ollama]"))
-    result = tiny_models.run_stage("gguf", recipe, tmp_path / "gguf", "merge", "prepare-data")
+    result = tiny_models.run_stage("gguf", recipe, tmp_path / "gguf", "merge", "prepare-data", "grpo", "base-model")
     assert result.exit_code == 1
     assert "q8_0: mean KL " in result.output
     assert "limit 1.00e-09. Likely causes: too few bits" in result.output
@@ -98,7 +129,9 @@ def test_too_little_room_is_seen_before_anything_is_written(tmp_path, monkeypatc
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 1000))
     out = tmp_path / "gguf"
-    result = tiny_models.run_stage("gguf", tiny_models.made() / "tiny.toml", out, "merge", "prepare-data")
+    result = tiny_models.run_stage(
+        "gguf", tiny_models.made() / "tiny.toml", out, "merge", "prepare-data", "grpo", "base-model"
+    )
     assert (result.exit_code, "gguf needs 0.0" in result.output) == (1, True)
     assert [path.name for path in tmp_path.iterdir()] == [".gguf.unfinished.lock"]
 
@@ -110,6 +143,10 @@ def test_the_room_asked_for_covers_the_files(types):
     room = gguf.room_bytes(Gguf(types), parameters, tiny_models.merged() / "model")
     assert room > sum(files[kind]["bytes"] for kind in types if kind in files)
     assert room > 2 * parameters
+    with_adapter = gguf.room_bytes(
+        Gguf(types), parameters, tiny_models.merged() / "model", tiny_models.made() / "grpo" / "adapter"
+    )
+    assert with_adapter > room + 2 * parameters + figures()["lora"]["bytes"]
 
 
 def test_the_smallest_types_need_an_importance_matrix_and_are_refused_without(tmp_path):
@@ -201,13 +238,3 @@ def test_a_file_must_end_as_often_as_the_merged_model(ended, allowed, missed):
 def test_a_divergence_that_is_no_number_is_a_miss():
     file = {"mean_kl": float("nan"), "max_mean_kl": 1.0, "ended": 1}
     assert gguf.misses("f16", {"reference": {"ended": 1, "prompts": 1}, "files": {"f16": file}}, 0)
-
-
-def test_ask_prints_what_the_recommended_file_answers():
-    tiny_models.quantized()
-    arguments = ["--recipe", str(tiny_models.made() / "tiny.toml"), "--gguf", str(tiny_models.quantized())]
-    result = CliRunner().invoke(ask.main, [*arguments, "--question", "What is 17 + 25?"])
-    assert result.exit_code == 0, result.output
-    assert "<answer>" in result.output
-    refused = CliRunner().invoke(ask.main, [*arguments, "--question", " "])
-    assert (refused.exit_code, "--question is empty" in refused.output) == (1, True)

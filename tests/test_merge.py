@@ -1,5 +1,6 @@
 """The merge stage, on a tiny model that was trained for it: what it writes and what it refuses."""
 
+import importlib.util
 import json
 
 import pytest
@@ -82,3 +83,26 @@ def test_end_tokens_are_the_union_in_the_bases_order(stated, expected):
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_models.made() / "grpo" / "tokenizer")
     assert merge.end_tokens(stated, tokenizer) == expected
+
+
+def test_a_4_bit_model_is_refused_without_a_gpu_before_any_work(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(merge, "fold", lambda *_: pytest.fail("work was done"))
+    recipe = tiny_models.recipe(tmp_path)
+    recipe.write_text(recipe.read_text().replace('"lora"', '"merged_4bit"'))
+    result = tiny_models.run_stage("merge", recipe, tmp_path / "merge", "grpo", "prepare-data", "base-model")
+    assert result.exit_code == 1
+    assert result.output.strip() == (
+        f"Error: {recipe}: save names 'merged_4bit', and torch sees no NVIDIA GPU and bitsandbytes is not installed; "
+        "expected a machine that has both, as bitsandbytes makes NF4 weights on the GPU. Take it out of save, or run "
+        "there: make merge"
+    )
+    assert not (tmp_path / "merge").exists()
+
+
+def test_room_for_a_4_bit_model_is_asked_for_where_it_is_made():
+    base = tiny_models.made() / "base-model" / "model"
+    assert merge.room_bytes(base, Merge("float16"), four_bits=True) > merge.room_bytes(base, Merge("float16"))

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import tomllib
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stages import prepare_data
-from stages.lib import dedup, sources
+from stages.lib import dedup, sources, weights
 from stages.lib.errors import UserError
 from stages.lib.recipe import Source, build, read_recipe
 
@@ -53,7 +54,7 @@ def write_recipe(folder: Path, sources: list[dict[str, Any]], **knobs: Any) -> P
             tables[name] |= value
         else:
             tables["data"][name] = value
-    lines = []
+    lines = [f"save = {json.dumps(tables.pop('save'))}"]
     for name, table in tables.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
     for source in sources:
@@ -228,6 +229,7 @@ def test_openmath_gives_sft_its_thoughts_and_drops_what_is_not_a_number(tmp_path
         [source, others],
         [[DATA / "openmath" / "data" / "cot-00000-of-00001.parquet"], [tmp_path / "more.jsonl"]],
         format={"name": "think"},
+        rewards={"functions": ["check_answer"], "weights": [1.0]},
     )
     assert metrics["sources"][0]["dropped"] == {"unreadable answer": 2}
     assert [row["answer"] for row in rows_of(tmp_path, "sft")] == ["17", "1/3", "2"]
@@ -687,3 +689,69 @@ def test_a_recipe_whose_data_contradict_themselves_is_refused(
 
 def test_the_bands_are_as_likely_to_meet_as_the_docstring_says() -> None:
     assert [round(1 - (1 - s**dedup.BAND_ROWS) ** dedup.BANDS, 3) for s in (0.8, 0.7, 0.5)] == [0.997, 0.965, 0.656]
+
+
+USER_ONLY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ strftime_now('%d %B') }}" + TEMPLATE, "the chat template writes today's date into the prompt"),
+        (USER_ONLY, "the chat template refuses system messages, but the format xml has a system prompt"),
+        (
+            TEMPLATE.replace("message['content']", "message['content'] | upper"),
+            "the TEMPLATE does not prompt as the chat template of training does",
+        ),
+    ],
+)
+def test_a_chat_template_that_no_modelfile_can_hold_is_refused_before_training(
+    tmp_path: Path, model: Path, template: str, message: str
+) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    result = stage(tmp_path, tmp_path / "model", gsm8k_sources(), "--data", DATA / "gsm8k")
+    assert (result.exit_code, f"{tmp_path / 'model'}: {message}" in result.output) == (1, True), result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chat_template_that_puts_a_thought_before_each_completion_is_refused(tmp_path: Path, model: Path) -> None:
+    """As Qwen3's own does: the prompt ends before the thought, so the model would have to write it first."""
+    shutil.copytree(model, tmp_path / "model")
+    thought = TEMPLATE.replace("message['content']", "('<think>\\n\\n</think>\\n\\n' if message['role'] == 'assistant' else '') + message['content']")
+    assert thought != TEMPLATE
+    (tmp_path / "model" / "chat_template.jinja").write_text(thought)
+    result = stage(tmp_path, tmp_path / "model", gsm8k_sources(), "--data", DATA / "gsm8k")
+    assert result.exit_code == 1
+    assert "shows a completion otherwise than the model is to write it" in result.output
+    assert r"it has '<think>\n\n</think>\n\n<reasoning>" in result.output
+
+
+def test_a_quantized_base_is_refused_before_training(tmp_path: Path, model: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    settings = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    result = stage(tmp_path, tmp_path / "model", gsm8k_sources(), "--data", DATA / "gsm8k")
+    assert result.exit_code == 1
+    assert "model: its weights are quantized (bitsandbytes in its config.json); merge needs the 16-bit" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("unsloth/Qwen3-1.7B-unsloth-bnb-4bit", "unsloth/Qwen3-1.7B"),
+        ("unsloth/gemma-3-1b-it-bnb-4bit", "unsloth/gemma-3-1b-it"),
+        ("Qwen/Qwen2.5-3B-Instruct-GPTQ-Int4", "Qwen/Qwen2.5-3B-Instruct"),
+        ("Qwen/Qwen2.5-3B-Instruct-AWQ", "Qwen/Qwen2.5-3B-Instruct"),
+        ("Qwen/Qwen3-8B-FP8", "Qwen/Qwen3-8B"),
+        ("someone/rounded", None),
+    ],
+)
+def test_a_quantized_base_is_refused_with_the_name_of_the_whole_one(
+    tmp_path: Path, name: str, whole: str | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "x"}}))
+    with pytest.raises(UserError) as refused:
+        weights.refuse_quantized_base(tmp_path, name)
+    likely = f"Name that in [model] name, likely {whole!r};" if whole else "Name that in [model] name;"
+    assert likely in refused.value.message

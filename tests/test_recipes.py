@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from stages import prepare_data
-from stages.lib import artifact, formats, rewards
+from stages.lib import artifact, formats, rewards, sources
 from stages.lib.errors import UserError
-from stages.lib.recipe import Recipe, read_recipe
+from stages.lib.recipe import is_hub_name, read_recipe
 from tests import family_models, tiny_models
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,6 @@ RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.toml"))
 TINY = RECIPES["tiny"].read_text()
 # No published commit of these is known, so their recipes ask for one before they run.
 UNPINNED = {"qwen3-1.7b-dapo": "unsloth/OpenMathReasoning-mini"}
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FAMILIES = {
     "gemma3-1b-gsm8k": "gemma3", "gemma3-4b-gsm8k": "gemma3", "qwen3-1.7b-dapo": "qwen3", "qwen2.5-3b-gsm8k": "qwen2.5",
     "llama3.1-8b-gsm8k": "llama3.1", "phi4-14b-gsm8k": "phi4",
@@ -36,29 +35,28 @@ def test_the_recipes_are_there() -> None:
 # Every recipe
 
 
-def pinned(name: str, folder: Path) -> Recipe:
-    """Read a recipe, with a commit where it still asks for one."""
-    path = folder / f"{name}.toml"
-    path.write_text(RECIPES[name].read_text().replace('revision = ""', f'revision = "{COMMIT}"'))
-    return read_recipe(path)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_loads(name: str) -> None:
+    assert read_recipe(RECIPES[name]).path == RECIPES[name]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_loads_or_is_refused_for_the_commit_it_still_lacks(name: str) -> None:
-    if name not in UNPINNED:
-        assert read_recipe(RECIPES[name]).path == RECIPES[name]
-        return
-    with pytest.raises(UserError) as refused:
-        read_recipe(RECIPES[name])
-    assert refused.value.message == (
-        f"{RECIPES[name]}: [[data.sources]] name = '{UNPINNED[name]}' is fetched from the hub, so revision must be a "
-        "commit (40 hex digits); found ''"
-    )
+def test_a_dataset_is_fetched_only_at_a_commit_that_the_recipe_states(name: str, tmp_path: Path) -> None:
+    for source in read_recipe(RECIPES[name]).data.sources:
+        if source.name == UNPINNED.get(name):
+            with pytest.raises(
+                UserError, match=f"name = '{source.name}' is fetched from the hub, and the recipe states no"
+            ):
+                sources.files_of(source, None, None)
+            (tmp_path / f"{source.split}.jsonl").write_text("{}")
+            assert sources.files_of(source, None, tmp_path) == [tmp_path / f"{source.split}.jsonl"]
+        else:
+            assert not is_hub_name(source.name) or re.fullmatch("[0-9a-f]{40}", source.revision)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_has_a_known_format_and_rewards_that_go_with_it(name: str, tmp_path: Path) -> None:
-    recipe = pinned(name, tmp_path)
+    recipe = read_recipe(RECIPES[name])
     functions = rewards.load(
         recipe.rewards.functions,
         formats.get(recipe.format.name),
@@ -71,7 +69,7 @@ def test_a_recipe_has_a_known_format_and_rewards_that_go_with_it(name: str, tmp_
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_agrees_with_itself(name: str, tmp_path: Path) -> None:
-    recipe = pinned(name, tmp_path)
+    recipe = read_recipe(RECIPES[name])
     assert recipe.infer.max_completion_tokens == recipe.grpo.max_completion_tokens
     assert recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens <= recipe.ollama.num_ctx
     assert recipe.sft.max_tokens <= recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens
@@ -82,7 +80,7 @@ def test_a_recipe_agrees_with_itself(name: str, tmp_path: Path) -> None:
 
 def test_what_is_fetched_from_the_hub_has_one_commit_in_all_recipes(tmp_path: Path) -> None:
     pins: dict[str, set[str]] = {}
-    for recipe in (pinned(name, tmp_path) for name in SHIPPED):
+    for recipe in (read_recipe(RECIPES[name]) for name in SHIPPED):
         for fetched in [recipe.model, *recipe.data.sources]:
             if fetched.name != "base-model":
                 pins.setdefault(fetched.name, set()).add(fetched.revision)
@@ -96,7 +94,7 @@ def test_the_two_tiny_recipes_start_from_the_same_base_model() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_recipe_for_a_gpu_starts_from_the_defaults(name: str, tmp_path: Path) -> None:
-    grpo = pinned(name, tmp_path).grpo
+    grpo = read_recipe(RECIPES[name]).grpo
     assert (grpo.loss_type, grpo.beta, grpo.epsilon, grpo.epsilon_high) == ("dapo", 0.0, 0.2, 0.28)
     assert (grpo.temperature, grpo.top_p, grpo.top_k, grpo.min_p) == (1.0, 1.0, 0, 0.0)
     assert grpo.mask_truncated_completions
@@ -116,7 +114,7 @@ def test_a_recipe_for_a_gpu_starts_from_the_defaults(name: str, tmp_path: Path) 
 def test_a_recipe_for_a_gpu_is_the_run_it_is_named_after(
     name: str, model: str, rank: int, alpha: int, tokens: int, completions: int, steps: int, tmp_path: Path
 ) -> None:
-    recipe = pinned(name, tmp_path)
+    recipe = read_recipe(RECIPES[name])
     assert recipe.model.name == model
     assert (recipe.lora.rank, recipe.lora.alpha) == (rank, alpha)
     assert recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens == tokens
@@ -156,9 +154,7 @@ def dapo(folder: Path) -> Path:
     row = sample.to_pylist()[0]
     rows = [row | {"prompt": f"Compute ${i * 31} + {i * i * 17 + 5}$.", "solution": str(48 * i)} for i in range(100)]
     (folder / "en").mkdir(parents=True)
-    parquet.write_table(
-        pyarrow.Table.from_pylist(rows, sample.schema), folder / "en" / "train-00000-of-00001.parquet"
-    )
+    parquet.write_table(pyarrow.Table.from_pylist(rows, sample.schema), folder / "en" / "train-00000-of-00001.parquet")
     return folder
 
 
@@ -190,8 +186,10 @@ def tokenizer(name: str, folder: Path) -> Path:
 
 def toml(tables: dict[str, Any], inside: str = "") -> str:
     """Return a recipe's tables as TOML."""
-    lines = []
+    lines = [f"{name} = {json.dumps(value)}" for name, value in tables.items() if not isinstance(value, dict)]
     for name, table in tables.items():
+        if not isinstance(table, dict):
+            continue
         lines += [f"[{inside}{name}]"]
         plain = {key: value for key, value in table.items() if key not in ("sources", "max_mean_kl")}
         lines += [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
@@ -332,7 +330,7 @@ def test_a_value_where_a_table_belongs_is_refused(tmp_path: Path) -> None:
         ("[model]", "google/gemma-3-1b-it", "DCC83EA841AB6100D6B47A070329E1BA4CF78752"),
         ("[model]", "google/gemma-3-1b-it", "dcc83ea841ab6100d6b47a070329e1ba4cf787522"),
         ("[model]", "folder/misspelt", ""),
-        ("[[data.sources]]", "openai/gsm8k", ""),
+        ("[[data.sources]]", "openai/gsm8k", "main"),
         ("[[data.sources]]", "openai/gsm8k", "refs/convert/parquet"),
     ],
 )
@@ -383,10 +381,53 @@ def test_what_is_fetched_from_the_hub_without_a_whole_commit_is_refused(
             "[ollama] quantization = 'q6_k' is not among [gguf] types ['f16', 'q8_0', 'q5_k_m', 'q4_k_m']",
         ),
         ("max_prompt_tokens = 192", "max_prompt_tokens = 0", "[data] max_prompt_tokens = 0; expected 1 or more"),
+        ('save = ["merged_16bit", "lora", "gguf"]\n', "", "save is missing"),
+        ('save = ["merged_16bit", "lora", "gguf"]', 'save = "gguf"', "save = 'gguf'; expected a list"),
+        ('save = ["merged_16bit", "lora", "gguf"]', "save = []", "save = []; expected one or more, each once"),
+        (
+            'save = ["merged_16bit", "lora", "gguf"]', 'save = ["gguf", "gguf"]',
+            "save = ['gguf', 'gguf']; expected one or more, each once",
+        ),
+        (
+            'save = ["merged_16bit", "lora", "gguf"]', 'save = ["merged_16bits"]',
+            "save, item 1 = 'merged_16bits'; expected one of merged_16bit, merged_4bit, lora, gguf (did you mean "
+            "'merged_16bit'?)",
+        ),
+        (
+            'name = "xml"', 'name = "xlm"',
+            "[format] name: unknown answer format 'xlm' (did you mean 'xml'?); known: think, xml",
+        ),
+        (
+            '"correctness"]', '"corectness"]',
+            "[rewards] 'corectness' is not known (did you mean 'correctness'?); known: xmlcount, soft_format, "
+            "strict_format, int, correctness, math_correct, length_penalty, repetition_penalty, or your own as "
+            "'FILE.py:FUNCTION'",
+        ),
+        (
+            '"correctness"]', '"check_answer"]',
+            "[rewards] 'check_answer' is of suite 'think', but [format] name = 'xml'; its own: xmlcount, soft_format, "
+            "strict_format, int, correctness, math_correct, length_penalty, repetition_penalty",
+        ),
+        ('"correctness"]', '"length_penalty"]', "[rewards] length_cache_tokens is missing: length_penalty needs it"),
+        (
+            '"correctness"]', '"own.py"]',
+            "[rewards] 'own.py': expected 'FILE.py:FUNCTION', the file relative to the recipe",
+        ),
     ],
 )  # fmt: skip
 def test_what_contradicts_itself_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
     assert refusal(tmp_path, changed(old, new)) == message
+
+
+def test_an_own_reward_whose_file_is_not_there_is_refused(tmp_path: Path) -> None:
+    found = refusal(tmp_path, changed('"correctness"]', '"own.py:mine"]'))
+    assert found == f"[rewards] 'own.py:mine': there is no file {(tmp_path / 'own.py').resolve()}"
+
+
+def test_an_own_reward_is_not_run_when_the_recipe_is_read(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("raise SystemExit(9)")
+    (tmp_path / "mine.toml").write_text(changed('"correctness"]', '"own.py:mine"]'))
+    assert read_recipe(tmp_path / "mine.toml").rewards.functions[-1] == "own.py:mine"
 
 
 def test_one_completion_a_prompt_is_no_group(tmp_path: Path) -> None:

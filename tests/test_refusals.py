@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 TRAINING = list(micro.INPUTS)
 OTHERS = {
     "merge": ["grpo", "prepare-data", "base-model"],
-    "gguf": ["merge", "prepare-data"],
+    "gguf": ["merge", "prepare-data", "grpo", "base-model"],
     "ollama-modelfile": ["merge", "gguf"],
 }
 INPUTS = micro.INPUTS | OTHERS

@@ -43,6 +43,60 @@ def gguf_gate(merged: Path, folder: Path) -> None:
     gguf.prove(merged, gguf.make_files(merged, merged, recipe, run), tiny_models.rows(2, seed=5), recipe, run)
 
 
+def lora_gate(folder: Path, lora: Path) -> None:
+    """Hold the base with the adapter in `lora`, both as GGUF files, against the model merged from the right one."""
+    recipe = SimpleNamespace(
+        path=Path("tiny.toml"),
+        model=SimpleNamespace(name="base-model"),
+        format=SimpleNamespace(name="xml"),
+        infer=SimpleNamespace(max_completion_tokens=4),
+        gguf=Gguf(["f16"], prompts=2),
+        merge=Merge("float16"),
+    )
+    run = artifact.Run(folder / "gguf")
+    run.checkpoints.mkdir(parents=True)
+    model = tiny_models.merged() / "model"
+    paths, files = gguf.make_files(model, model, recipe, run), gguf.make_adapter(base(), lora, recipe, run)
+    gguf.prove(model, paths, tiny_models.rows(2, seed=5), recipe, run, files)
+
+
+def test_the_adapter_that_was_merged_passes_as_a_file_of_its_own(tmp_path):
+    lora_gate(tmp_path, grpo() / "adapter")
+
+
+def test_a_lora_file_that_is_not_applied_is_caught(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    lora = Path(shutil.copytree(grpo() / "adapter", tmp_path / "adapter"))
+    weights = load_file(lora / "adapter_model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, lora / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"lora: the base with adapter-f16.gguf is a mean KL of .* another base"):
+        lora_gate(tmp_path, lora)
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 32}, {"use_rslora": True, "lora_alpha": 16 / 8**0.5}])
+def test_a_lora_file_of_another_scale_is_caught(tmp_path, change):
+    lora = Path(shutil.copytree(grpo() / "adapter", tmp_path / "adapter"))
+    edit_json(lora / "adapter_config.json", **change)
+    with pytest.raises(UserError, match=r"lora: the base .* a scale other than lora_alpha / r"):
+        lora_gate(tmp_path, lora)
+
+
+def test_an_adapter_on_a_tied_output_layer_is_no_lora_file(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    lora = Path(shutil.copytree(grpo() / "adapter", tmp_path / "adapter"))
+    weights = load_file(lora / "adapter_model.safetensors")
+    taken = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    stem = "base_model.model.lm_head.lora_{}.weight"
+    weights[stem.format("A")] = weights[taken.format("A")].clone()
+    weights[stem.format("B")] = weights[taken.format("B")].repeat(2, 1)[:384]
+    save_file(weights, lora / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"LoRA tensor 'output.weight' does not exist in base model"):
+        lora_gate(tmp_path, lora)
+
+
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -198,7 +252,7 @@ def test_a_q4_k_m_of_a_merge_in_few_bits_is_refused_by_name(tmp_path, settings, 
     manifest["files"]["model/config.json"]["bytes"] = (tmp_path / "merge" / "model" / "config.json").stat().st_size
     (tmp_path / "merge" / "manifest.json").write_text(json.dumps(manifest))
     recipe = tiny_models.recipe(tmp_path, types=["q8_0", "q4_k_m"])
-    result = tiny_models.run_stage("gguf", recipe, tmp_path / "gguf", "merge", "prepare-data")
+    result = tiny_models.run_stage("gguf", recipe, tmp_path / "gguf", "merge", "prepare-data", "grpo", "base-model")
     assert (result.exit_code, f"its weights are {named}" in result.output) == (1, True), result.output
     assert not list(tmp_path.rglob("*.gguf"))
 

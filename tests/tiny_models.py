@@ -179,6 +179,15 @@ def merged() -> Path:
 def quantized() -> Path:
     """Return the folder of the finished gguf/ artifact of the tiny run, made once."""
     merged()
-    result = run_stage("gguf", made() / "tiny.toml", made() / "gguf", "merge", "prepare-data")
+    result = run_stage("gguf", made() / "tiny.toml", made() / "gguf", "merge", "prepare-data", "grpo", "base-model")
     assert result.exit_code == 0, result.output
     return made() / "gguf"
+
+
+@functools.cache
+def modelfile() -> Path:
+    """Return the folder of the finished ollama-modelfile/ artifact of the tiny run, made once."""
+    quantized()
+    result = run_stage("ollama_modelfile", made() / "tiny.toml", made() / "ollama-modelfile", "merge", "gguf")
+    assert result.exit_code == 0, result.output
+    return made() / "ollama-modelfile"

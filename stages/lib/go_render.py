@@ -233,7 +233,7 @@ def scope_of(name: str, scopes: list[dict[str, Any]]) -> dict[str, Any]:
     raise NotInSubset(f"the variable {name}, which is not set")
 
 
-def compare(where: Path, template: str, jinja: Render, bos: str) -> tuple[str, int]:
+def compare(where: Path | str, template: str, jinja: Render, bos: str) -> tuple[str, int]:
     """Render every conversation by the chat template, `jinja`, and by `template`; return who rendered Go and how many.
 
     Raises `UserError` showing the first conversation on which the two differ.

@@ -19,6 +19,7 @@ import os.path
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stages.lib.errors import UserError
@@ -130,6 +131,29 @@ def derive(render: Render, bos: str = "") -> Derived:
             mark = "{{range .Messages}}" + when('eq .Role "system"', "{{$system = true}}") + "{{end}}"
         text = "{{$system := false}}" + mark + text
     return Derived(trimmers(text) + text, bos, takes_system, turn_end)
+
+
+def of_tokenizer(tokenizer: Any, where: Path | str) -> tuple[Render, Derived]:
+    """Give the renderer of a transformers tokenizer's chat template and the Go template derived from it.
+
+    `where` is what an error names. Raises `UserError` for no chat template, or one that can't be said in Go.
+    """
+    if not isinstance(tokenizer.chat_template, str):
+        raise UserError(f"{where}: the tokenizer has no chat template; expected the one of training. Run: make merge")
+    try:
+        render = jinja_render(tokenizer.chat_template, tokenizer.special_tokens_map)
+        return render, derive(render, tokenizer.bos_token or "")
+    except UserError as error:
+        raise UserError(f"{where}: {error.message}") from error
+
+
+def refuse_unused_system(derived: Derived, system: str, format_name: str, where: Path | str) -> None:
+    """Raise `UserError` when the chat template refuses system messages and there is a system prompt."""
+    if system and not derived.takes_system:
+        raise UserError(
+            f"{where}: the chat template refuses system messages, but the format {format_name} has a system prompt. "
+            "Train with a chat template that takes one"
+        )
 
 
 class Table(dict[tuple[bool, ...], Pieces]):

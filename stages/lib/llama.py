@@ -41,9 +41,19 @@ def convert(model: Path, out: Path, kind: str, name: str, log: Path) -> None:
     run_converter([str(model), "--outfile", str(out), "--outtype", kind, "--model-name", name], log)
 
 
-def run_converter(arguments: list[str], log: Path) -> None:
+def convert_lora(adapter: Path, base: Path, out: Path, log: Path) -> None:
+    """Convert the PEFT adapter in the folder `adapter`, of the model in the folder `base`, to the GGUF file `out`.
+
+    Its matrices are stored as float16. The converter's output goes to the file `log`. Raises `UserError` with its last
+    lines when it fails.
+    """
+    arguments = [str(adapter), "--base", str(base), "--outfile", str(out), "--outtype", "f16"]
+    run_converter(arguments, log, "convert_lora_to_gguf.py")
+
+
+def run_converter(arguments: list[str], log: Path, name: str = "convert_hf_to_gguf.py") -> None:
     """Run llama.cpp's converter with `arguments`. Raises `UserError` with the end of its output when it fails."""
-    program = HOME / "convert_hf_to_gguf.py"
+    program = HOME / name
     if not program.is_file():
         raise UserError(f"{program}: llama.cpp's converter is not installed. Run: make setup")
     # A clean path: on ours, a gguf.py would shadow the converter's gguf package.
@@ -350,10 +360,10 @@ class Vocabulary:
 class Loaded(Vocabulary):
     """A GGUF file at work on the CPU: token ids in, logits and greedy completions out."""
 
-    def __init__(self, path: Path, context_tokens: int, sequences: int = 1) -> None:
-        """Load `path` with room for `sequences` texts at once of `context_tokens` each.
+    def __init__(self, path: Path, context_tokens: int, sequences: int = 1, adapter: Path | None = None) -> None:
+        """Load `path` with room for `sequences` texts at once of `context_tokens` each, and the GGUF LoRA `adapter`.
 
-        Raises `UserError` as `Vocabulary` does.
+        Raises `UserError` as `Vocabulary` does, and when the adapter does not fit the file.
         """
         super().__init__(path, with_weights=True)
         parameters = self.llama_cpp.llama_context_default_params()
@@ -369,6 +379,24 @@ class Loaded(Vocabulary):
             super().close()
             raise UserError(f"{path}: no room for {context_tokens:,} x {sequences} tokens of context:\n{said()}")
         self.batch = self.llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
+        if adapter:
+            try:
+                self.apply(adapter)
+            except UserError:
+                self.close()
+                raise
+
+    def apply(self, adapter: Path) -> None:
+        """Put the GGUF LoRA `adapter` on the model, at its full strength; it is freed with the model."""
+        loaded = self.llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(adapter))
+        adapters = (self.llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded)
+        strength = (ctypes.c_float * 1)(1.0)
+        if not loaded or self.llama_cpp.llama_set_adapters_lora(self.context, adapters, 1, strength):
+            raise UserError(
+                f"{adapter}: llama.cpp can't put it on {self.path.name}; expected an adapter of that very base, on "
+                f"none of its tied embeddings ([lora] target_modules). Take 'lora' out of save to go on without it. "
+                f"llama.cpp said:\n{said(1)}"
+            )
 
     def close(self) -> None:
         """Free batch, context and model."""

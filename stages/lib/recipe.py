@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stages.lib import formats, rewards
 from stages.lib.errors import UserError, nearest
-
 
 # llama.cpp's types (LLAMA_FTYPE in llama.h) and the mean KL divergence (nats) that a file of each may have from the
 # merged model, where [gguf.max_mean_kl] says nothing else: docs/fidelity.md.
@@ -38,6 +38,30 @@ class Model:
     dtype: Literal["float32", "bfloat16", "float16"]  # of the weights in training
     engine: Literal["trl", "unsloth"]
     revision: str = ""  # the hub commit, 40 hex digits
+    load_in_4bit: bool = False  # engine unsloth: the base in 4 bits (NF4) while training; merge takes its 16 bits
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """`[vllm]`: what generates completions with engine "unsloth", on the GPU that also trains."""
+
+    memory_share: float  # of the GPU's memory, for the weights and the KV cache
+    sequences: int  # completions decoded side by side
+    standby: bool = False  # in GRPO, give the KV cache's memory back while the trainer works; Unsloth then takes nine
+    #   tenths of the GPU while decoding, whatever memory_share says
+
+
+@dataclass(frozen=True)
+class Health:
+    """`[health]`: what ends a training run that would only waste GPU hours; `stages/lib/health.py` has the checks."""
+
+    log_entries: int = 20  # a sign counts when so many log entries in a row show it; nan counts at once
+    max_kl: float | None = None  # nats; with beta = 0 none is measured
+    min_entropy: float | None = None  # nats a token
+    max_entropy: float | None = None
+    warn_only: list[Literal["nan", "constant_reward", "cut_off", "kl", "entropy"]] = dataclasses.field(
+        default_factory=list
+    )  # checks that only say so; the others stop the run
 
 
 @dataclass(frozen=True)
@@ -108,6 +132,11 @@ class Format:
 
     name: str
     system_prompt: str = ""  # "" is the format's own
+
+    @property
+    def prompt(self) -> str:
+        """The system prompt in use."""
+        return self.system_prompt or formats.get(self.name).system_prompt
 
 
 @dataclass(frozen=True)
@@ -188,6 +217,7 @@ class Grpo:
     save_steps: int
     log_steps: int
     show_completions_steps: int  # every so many steps, a table of samples on the terminal
+    min_completion_tokens: int | None = None  # out of GPU memory, the last resort is completions down to this; None: no
 
 
 @dataclass(frozen=True)
@@ -252,6 +282,9 @@ class Recipe:
     """A whole recipe. `path` is the file it was read from."""
 
     path: Path
+    save: list[Literal["merged_16bit", "merged_4bit", "lora", "gguf"]]  # what is handed over (`make push`). The merged
+    #   model in 16 bits and the GGUF files are made in any case, these out of that; merged_4bit asks merge for a copy in
+    #   NF4 (NVIDIA GPU only), lora asks gguf for the adapter as a GGUF file
     model: Model
     data: Data
     format: Format
@@ -263,6 +296,8 @@ class Recipe:
     merge: Merge
     gguf: Gguf
     ollama: Ollama
+    vllm: Vllm | None = None
+    health: Health = Health()
     base_model: BaseModel | None = None
     score_base: ScoreBase | None = None
 
@@ -292,14 +327,14 @@ def build(kind: type, table: dict[str, Any], path: Path, where: str, given: dict
     """Return `kind`, a dataclass, from a TOML table; `where` is the table's dotted name, "" for the whole file."""
     given = given or {}
     fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in given}
-    for key in table:
+    for key, value in table.items():
         if key not in fields:
-            name = f"[{where}] {key}" if where else f"[{key}]"
+            name = f"[{where}] {key}" if where else f"[{key}]" if isinstance(value, dict) else key
             raise UserError(f"{path}: {name} is not known{nearest(key, fields)}; known: {', '.join(sorted(fields))}")
     hints = typing.get_type_hints(kind)
     values = dict(given)
     for name, field in fields.items():
-        spelled = f"[{where}] {name}" if where else f"[{name}]"
+        spelled = f"[{where}] {name}" if where else name if name == "save" else f"[{name}]"
         if name in table:
             values[name] = convert(table[name], hints[name], path, f"{where}.{name}".lstrip("."), spelled)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -346,7 +381,8 @@ def check(recipe: Recipe) -> None:
     """Raise `UserError` for what one table alone can't show."""
     path = recipe.path
     pinned = [("[model]", recipe.model.name, recipe.model.revision)]
-    pinned += [("[[data.sources]]", source.name, source.revision) for source in recipe.data.sources]
+    # A dataset without any is refused when it is about to be fetched: a local copy of it needs none.
+    pinned += [("[[data.sources]]", source.name, source.revision) for source in recipe.data.sources if source.revision]
     for where, name, revision in pinned:
         if is_hub_name(name) and not re.fullmatch(r"[0-9a-f]{40}", revision):
             raise UserError(
@@ -355,10 +391,23 @@ def check(recipe: Recipe) -> None:
             )
         if name == "base-model" and recipe.base_model is None:
             raise UserError(f"{path}: {where} name = 'base-model' asks for a [base_model] table; there is none")
-    if len(recipe.rewards.functions) != len(recipe.rewards.weights):
-        raise UserError(
-            f"{path}: [rewards] has {len(recipe.rewards.functions)} functions and {len(recipe.rewards.weights)} weights"
-        )
+    if recipe.model.engine == "unsloth":
+        if recipe.vllm is None or not 0 < recipe.vllm.memory_share < 1 or recipe.vllm.sequences < 1:
+            raise UserError(
+                f"{path}: [model] engine = 'unsloth' needs a [vllm] table with memory_share between 0 and 1 and "
+                f"sequences of 1 or more; found {recipe.vllm}"
+            )
+    elif recipe.model.load_in_4bit:
+        raise UserError(f"{path}: [model] load_in_4bit = true needs engine = 'unsloth'; found {recipe.model.engine!r}")
+    if not recipe.save or len(set(recipe.save)) < len(recipe.save):
+        raise UserError(f"{path}: save = {recipe.save}; expected one or more, each once")
+    try:
+        answer_format = formats.get(recipe.format.name)
+    except UserError as error:
+        raise UserError(f"{path}: [format] name: {error.message}") from error
+    check_rewards(recipe, answer_format)
+    if recipe.health.log_entries < 1:
+        raise UserError(f"{path}: [health] log_entries = {recipe.health.log_entries}; expected 1 or more")
     check_data(recipe)
     divides(path, "[sft] batch_size", recipe.sft.batch_size, "micro_batch_size", recipe.sft.micro_batch_size)
     batch = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt
@@ -375,6 +424,25 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             f"{path}: [ollama] quantization = {recipe.ollama.quantization!r} is not among [gguf] types {recipe.gguf.types}"
         )
+
+
+def check_rewards(recipe: Recipe, answer_format: formats.Format) -> None:
+    """Raise `UserError` for a reward that GRPO could not find, or could not weigh."""
+    path, table = recipe.path, recipe.rewards
+    if len(table.functions) != len(table.weights):
+        raise UserError(f"{path}: [rewards] has {len(table.functions)} functions and {len(table.weights)} weights")
+    try:
+        rewards.check_names(
+            table.functions,
+            answer_format,
+            path.parent,
+            max_completion_tokens=recipe.grpo.max_completion_tokens,
+            length_cache_tokens=table.length_cache_tokens,
+            repetition_ngram_tokens=table.repetition_ngram_tokens,
+            repetition_max_penalty=table.repetition_max_penalty,
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error.message}") from error
 
 
 def check_data(recipe: Recipe) -> None:

@@ -387,9 +387,7 @@ def _serve_math(pipe: Any) -> None:
 
 SUITES: dict[str, dict[str, Reward]] = {
     "xml": {f.__name__: f for f in (xmlcount, soft_format, strict_format, integer, correctness)},
-    "think": {
-        f.__name__: f for f in (match_format_exactly, match_format_approximately, check_answer, check_numbers)
-    },
+    "think": {f.__name__: f for f in (match_format_exactly, match_format_approximately, check_answer, check_numbers)},
 }
 FOR_ANY_FORMAT: dict[str, Reward] = {f.__name__: f for f in (math_correct, length_penalty, repetition_penalty)}
 
@@ -411,6 +409,17 @@ def load(names: Sequence[str], format: Format, recipe_folder: Path, **parameters
     return rewards
 
 
+def check_names(names: Sequence[str], format: Format, recipe_folder: Path, **parameters: int | float | None) -> None:
+    """Raise UserError for what `load` would refuse of the recipe itself, without running a line of the user's."""
+    told = Parameters(**parameters)
+    for name in names:
+        if _is_own(name):
+            _own_path(name, recipe_folder)
+        else:
+            _known(name, format)
+            _parameters_of(name, told)
+
+
 def own_files(names: Sequence[str], recipe_folder: Path) -> dict[str, Path]:
     """Give the user's own files among the rewards `names`, by name: who pays by them is out of date when they change.
 
@@ -421,27 +430,39 @@ def own_files(names: Sequence[str], recipe_folder: Path) -> dict[str, Path]:
 
 
 def _load_one(name: str, format: Format, recipe_folder: Path, parameters: Parameters) -> Reward:
-    if ":" in name or name.endswith(".py"):
+    if _is_own(name):
         return _load_own(name, recipe_folder)
-    known = SUITES[format.name] | FOR_ANY_FORMAT
-    if name not in known:
-        raise UserError(f"[rewards] {name!r} {_why_unknown(name, known, format)}")
+    reward = _known(name, format)
     if name == "math_correct":
         _MATH_WORKER.start()
         return _named(name, functools.partial(math_correct, format=format))
+    own = _parameters_of(name, parameters)
+    return _named(name, functools.partial(reward, **own)) if own else reward
+
+
+def _is_own(name: str) -> bool:
+    return ":" in name or name.endswith(".py")
+
+
+def _known(name: str, format: Format) -> Reward:
+    known = SUITES[format.name] | FOR_ANY_FORMAT
+    if name not in known:
+        raise UserError(f"[rewards] {name!r} {_why_unknown(name, known, format)}")
+    return known[name]
+
+
+def _parameters_of(name: str, parameters: Parameters) -> dict[str, Any]:
     if name == "length_penalty":
         limit = _told(name, parameters, "max_completion_tokens", 1)
         cache = _told(name, parameters, "length_cache_tokens", 1)
         if cache > limit:
             raise UserError(f"[rewards] length_cache_tokens = {cache} is more than max_completion_tokens = {limit}")
-        own = {"max_completion_tokens": limit, "length_cache_tokens": cache}
-        return _named(name, functools.partial(length_penalty, **own))
+        return {"max_completion_tokens": limit, "length_cache_tokens": cache}
     if name == "repetition_penalty":
         ngram = _told(name, parameters, "repetition_ngram_tokens", 1)
         penalty = _told(name, parameters, "repetition_max_penalty", 0)
-        own = {"repetition_ngram_tokens": ngram, "repetition_max_penalty": penalty}
-        return _named(name, functools.partial(repetition_penalty, **own))
-    return known[name]
+        return {"repetition_ngram_tokens": ngram, "repetition_max_penalty": penalty}
+    return {}
 
 
 def _why_unknown(name: str, known: dict[str, Reward], format: Format) -> str:
@@ -476,13 +497,19 @@ def _named(name: str, function: functools.partial) -> Reward:
 # --- the user's own -------------------------------------------------------------------------------------------------
 
 
-def _load_own(name: str, recipe_folder: Path) -> Reward:
+def _own_path(name: str, recipe_folder: Path) -> Path:
     file_name, _, function_name = name.rpartition(":")
     path = (recipe_folder / file_name).resolve()
     if not file_name.endswith(".py") or not function_name.isidentifier():
         raise UserError(f"[rewards] {name!r}: expected 'FILE.py:FUNCTION', the file relative to the recipe")
     if not path.is_file():
         raise UserError(f"[rewards] {name!r}: there is no file {path}")
+    return path
+
+
+def _load_own(name: str, recipe_folder: Path) -> Reward:
+    path = _own_path(name, recipe_folder)
+    function_name = name.rpartition(":")[2]
     module = _import_file(name, path)
     function = getattr(module, function_name, None)
     if not inspect.isfunction(function):

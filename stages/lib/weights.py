@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -17,6 +18,16 @@ def folder(name: str, revision: str | None) -> Path:
 
     cached_file(name, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
     return Path(cached_file(name, "config.json", revision=revision)).parent
+
+
+def whole_folder(name: str, revision: str | None) -> Path:
+    """Return the folder that holds the whole model `name`, fetched if need be: safetensors, tokenizer, configuration."""
+    if revision is None:
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
 
 def local_folder(name: str, revision: str | None) -> Path | None:
@@ -71,6 +82,28 @@ def vocabulary_size(folder: Path) -> int:
     """Return the rows of a model's embedding, of its text part where it has others."""
     configuration = config(folder)
     return configuration.get("text_config", configuration)["vocab_size"]
+
+
+# What a quantized copy's name ends with: "-unsloth-bnb-4bit", "-GPTQ-Int4", "-FP8".
+QUANTIZED_NAME = re.compile(r"[-_.]((unsloth[-_])?bnb[-_]4bit|4bit|8bit|int[48]|fp8|awq|gptq|nf4|mxfp4)\b.*", re.I)
+
+
+def refuse_quantized_base(folder: Path, name: str) -> None:
+    """Raise `UserError` when config.json in `folder` says that the base `name` is stored in a few bits.
+
+    For before training: it reads no weight, and a base that is still on the hub has none here.
+    """
+    settings = config(folder).get("quantization_config")
+    if settings is None:
+        return
+    whole = QUANTIZED_NAME.sub("", name)
+    example = f", likely {whole!r}" if whole != name else ""
+    method = settings.get("quant_method", "quantization_config")
+    raise UserError(
+        f"{name}: its weights are quantized ({method} in its config.json); merge needs the 16-bit model, or the "
+        f"rounding counts twice. Name that in [model] name{example}; with engine = 'unsloth' and load_in_4bit = true "
+        f"it is trained on in 4 bits all the same"
+    )
 
 
 def refuse_quantized(folder: Path, purpose: str) -> None:

@@ -1,0 +1,27 @@
+"""`make ask`: one question to the finished GGUF."""
+
+from click.testing import CliRunner, Result
+
+from stages import ask
+from tests import tiny_models
+
+
+def asked(question: str) -> Result:
+    arguments = ["--recipe", str(tiny_models.made() / "tiny.toml"), "--ollama-modelfile", str(tiny_models.modelfile())]
+    return CliRunner().invoke(ask.main, [*arguments, "--question", question])
+
+
+def test_the_answer_of_the_recommended_file_is_printed():
+    result = asked("What is 17 + 25?")
+    assert result.exit_code == 0, result.output
+    assert "<answer>" in result.output
+    assert result.output.endswith("\n")
+
+
+def test_the_answer_is_greedy_whatever_the_modelfile_samples_with():
+    assert asked("What is 17 + 25?").output == asked("What is 17 + 25?").output
+
+
+def test_an_empty_question_is_refused():
+    result = asked(" ")
+    assert (result.exit_code, "--question is empty" in result.output) == (1, True)

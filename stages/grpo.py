@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from stages.lib import artifact, formats, models, options, rewards, training
+from stages.lib import artifact, formats, ladder, models, options, rewards, training
 from stages.lib.errors import UserError
 from stages.lib.recipe import Recipe, read_recipe
 
@@ -28,7 +29,7 @@ def main(
     inputs = {"prepare-data": prepare_data, "sft": sft}
     inputs |= {"score-base": score_base} if score_base else {}
     inputs |= {"base-model": base_model} if base_model else {}
-    tables = run_recipe.tables("model", "format", "rewards", "grpo")
+    tables = run_recipe.tables("model", "vllm", "format", "lora", "rewards", "grpo", "health")
     problems = subset(score_base) if score_base else prepare_data / "grpo.jsonl"
     sources = rewards.own_files(run_recipe.rewards.functions, run_recipe.path.parent)
     with artifact.writing(out, "grpo", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
@@ -52,28 +53,45 @@ def subset(score_base: Path) -> Path:
     return score_base / "grpo.jsonl"
 
 
-def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """Return the fields of TRL's GRPOConfig: every one that changes the result, none left to a default."""
+def top(recipe: Recipe) -> ladder.Rung:
+    """Return how much memory the recipe asks for."""
+    share = recipe.vllm.memory_share if recipe.model.engine == "unsloth" else None
+    return ladder.Rung(recipe.grpo.micro_batch_size, share, recipe.grpo.max_completion_tokens)
+
+
+def arguments(recipe: Recipe, output: Path, rung: ladder.Rung, ends: Sequence[int] = ()) -> dict[str, Any]:
+    """Return the fields of TRL's GRPOConfig: every one that changes the result, none left to a default.
+
+    `ends` are the token ids at which vLLM ends a completion.
+    """
     knobs = recipe.grpo
     completions_per_step = knobs.prompts_per_step * knobs.completions_per_prompt
+    vllm = recipe.model.engine == "unsloth"
     return {
         "output_dir": str(output),
         "max_steps": knobs.steps,
-        "per_device_train_batch_size": knobs.micro_batch_size,
-        "gradient_accumulation_steps": completions_per_step // knobs.micro_batch_size,
+        "per_device_train_batch_size": rung.micro_batch_size,
+        "gradient_accumulation_steps": completions_per_step // rung.micro_batch_size,
         "generation_batch_size": completions_per_step,
         "num_generations": knobs.completions_per_prompt,
         "num_iterations": knobs.num_iterations,
-        "max_completion_length": knobs.max_completion_tokens,
+        "max_completion_length": rung.max_completion_tokens,
         "shuffle_dataset": True,
         "temperature": knobs.temperature,
         "top_p": knobs.top_p,
         "top_k": knobs.top_k,
         "min_p": knobs.min_p,
         "repetition_penalty": knobs.repetition_penalty,
-        "generation_kwargs": None,
+        "generation_kwargs": {"stop_token_ids": list(ends)} if vllm else None,
         "chat_template_kwargs": None,
-        "use_vllm": False,
+        "use_vllm": vllm,
+        "vllm_mode": "colocate",
+        "vllm_enable_sleep_mode": bool(vllm and recipe.vllm.standby),
+        # vLLM's probabilities are not quite the trainer's: each token counts by their ratio, at most 2.
+        "vllm_importance_sampling_correction": vllm,
+        "vllm_importance_sampling_mode": "token_truncate",
+        "vllm_importance_sampling_clip_max": 2.0,
+        "vllm_importance_sampling_clip_min": None,
         "loss_type": knobs.loss_type,
         "scale_rewards": knobs.scale_rewards,
         "multi_objective_aggregation": "sum_then_normalize",
@@ -132,42 +150,64 @@ def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
         "report_to": ["tensorboard"],
         "push_to_hub": False,
         "trust_remote_code": False,
+        **(unsloth_arguments(completions_per_step, rung) if vllm else {}),
     }
+
+
+def unsloth_arguments(completions_per_step: int, rung: ladder.Rung) -> dict[str, int]:
+    """Return the fields of GRPOConfig that only Unsloth's has, and that it would otherwise derive from free memory.
+
+    `unsloth_grpo_mini_batch` is the number of parts, not their size: of all completions for the scoring pass, which keeps
+    no activations and so takes four micro-batches at once, and of a micro-batch for the pass with gradients.
+    `unsloth_logit_chunk_multiplier` is the number of chunks of logits a completion.
+    """
+    parts = max(1, completions_per_step // (4 * rung.micro_batch_size))
+    return {"unsloth_grpo_mini_batch": parts, "unsloth_logit_chunk_multiplier": 1}
 
 
 def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None, run: artifact.Run) -> dict[str, Any]:
     """Go on training the SFT `adapter` on `problems`, save it under `run.folder`, return what it came to.
 
     Metrics, each the mean over the first and over the last tenth of the steps, in log entries: `reward`, `reward_std`
-    within a group, `completion_tokens`, `cut_off` (share that did not end), and every reward function by its name.
+    within a group, `completion_tokens`, `cut_off` (share that did not end), every reward function by its name, and where
+    vLLM generates `sampling_difference` (mean absolute difference of its log-probability of a token from the trainer's,
+    nats) and `importance_ratio`. `memory_ladder` lists what was given up for lack of GPU memory.
     """
+    models.start(recipe)
     from datasets import load_dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    knobs = recipe.grpo
     training.keep_logs(run.checkpoints)
+    rung, steps_down = ladder.read(run.checkpoints, top(recipe))
     tokenizer = models.load_tokenizer(recipe, base_model)
-    model = models.load_model(recipe, base_model, adapter, trainable=True)
+    with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens):
+        max_tokens = recipe.data.max_prompt_tokens + rung.max_completion_tokens
+        model = models.load_trainable(recipe, base_model, adapter, max_tokens, rung.memory_share)
+    ends = models.end_ids(model.generation_config, tokenizer)
     rows = load_dataset("json", data_files=str(problems), split="train", cache_dir=str(run.folder / "cache"))
     functions = rewards.load(
         recipe.rewards.functions,
         formats.get(recipe.format.name),
         recipe.path.parent,
-        max_completion_tokens=recipe.grpo.max_completion_tokens,
+        max_completion_tokens=rung.max_completion_tokens,
         length_cache_tokens=recipe.rewards.length_cache_tokens,
         repetition_ngram_tokens=recipe.rewards.repetition_ngram_tokens,
         repetition_max_penalty=recipe.rewards.repetition_max_penalty,
     )
     trainer = GRPOTrainer(
         model=model,
-        args=GRPOConfig(**arguments(recipe, run.checkpoints)),
+        args=GRPOConfig(**arguments(recipe, run.checkpoints, rung, ends)),
         reward_funcs=functions,
         train_dataset=rows.select_columns(["prompt", "answer"]),
         processing_class=tokenizer,
     )
-    kept = keep_completions(trainer, run.checkpoints / "completions.jsonl", recipe.grpo.show_completions_steps)
+    kept = keep_completions(trainer, run.checkpoints / "completions.jsonl", knobs.show_completions_steps)
     bar = ("loss", "reward", "completions/mean_length")
-    training.train(trainer, run.checkpoints, bar, (kept,), round_steps=recipe.grpo.num_iterations)
+    with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens, trainer):
+        training.train(trainer, run.checkpoints, bar, recipe.health, (kept,), round_steps=knobs.num_iterations)
     training.save_adapter(trainer, tokenizer, run)
+    models.close(getattr(getattr(model, "vllm_engine", None), "llm_engine", None))
     shutil.copyfile(run.checkpoints / "completions.jsonl", run.folder / "completions.jsonl")
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     names = {
@@ -177,11 +217,20 @@ def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None
         "completions/clipped_ratio": "cut_off",
         **{f"rewards/{function.__name__}/mean": function.__name__ for function in functions},
     }
+    names |= {
+        key: name
+        for key, name in {
+            "sampling/sampling_logp_difference/mean": "sampling_difference",
+            "sampling/importance_sampling_ratio/mean": "importance_ratio",
+        }.items()
+        if all(key in entry for entry in log)
+    }
     tenth = max(1, len(log) // 10)
-    return {
+    shown = {
         when: {name: sum(entry[key] for entry in part) / len(part) for key, name in names.items()}
         for when, part in (("first", log[:tenth]), ("last", log[-tenth:]))
     }
+    return {**shown, "memory_ladder": steps_down}
 
 
 def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
@@ -202,8 +251,15 @@ def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
             # TRL has no public way to a step's completions but a table on every log: these are its own records.
             logs = trainer._logs
             rows = [
-                {"step": state.global_step, "prompt": prompt, "completion": completion, "advantage": round(advantage, 4)}
-                for prompt, completion, advantage in zip(logs["prompt"], logs["completion"], logs["advantages"], strict=True)
+                {
+                    "step": state.global_step,
+                    "prompt": prompt,
+                    "completion": completion,
+                    "advantage": round(advantage, 4),
+                }
+                for prompt, completion, advantage in zip(
+                    logs["prompt"], logs["completion"], logs["advantages"], strict=True
+                )
             ]
             for name, values in logs["rewards"].items():
                 for row, value in zip(rows, values, strict=True):
@@ -221,9 +277,17 @@ def show(rows: list[dict[str, Any]], step: int) -> None:
     from tqdm import tqdm
 
     lines = []
-    for name, row in (("best", max(rows, key=lambda row: row["advantage"])), ("worst", min(rows, key=lambda row: row["advantage"]))):
-        paid = "  ".join(f"{key} {value:g}" for key, value in row.items() if key not in ("step", "prompt", "completion"))
-        lines += [f"step {step}, {name}: {paid}", *("    " + line for line in row["completion"].strip().splitlines()[:12])]
+    for name, row in (
+        ("best", max(rows, key=lambda row: row["advantage"])),
+        ("worst", min(rows, key=lambda row: row["advantage"])),
+    ):
+        paid = "  ".join(
+            f"{key} {value:g}" for key, value in row.items() if key not in ("step", "prompt", "completion")
+        )
+        lines += [
+            f"step {step}, {name}: {paid}",
+            *("    " + line for line in row["completion"].strip().splitlines()[:12]),
+        ]
     tqdm.write("\n".join(lines))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from stages.lib import artifact, formats, models, options, stats
+from stages.lib import artifact, formats, generate, options, stats
 from stages.lib.marks import mark
 from stages.lib.recipe import Recipe, read_recipe
 
@@ -25,7 +25,7 @@ def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Pa
     run_recipe = read_recipe(recipe)
     inputs = {"prepare-data": prepare_data, "sft": sft, "grpo": grpo}
     inputs |= {"base-model": base_model} if base_model else {}
-    tables = run_recipe.tables("model", "format", "infer")
+    tables = run_recipe.tables("model", "vllm", "format", "infer")
     with artifact.writing(out, "infer", tables, inputs, room_bytes=ROOM_BYTES) as run:
         with (prepare_data / "eval.jsonl").open() as file:
             problems = [json.loads(line) for _, line in zip(range(run_recipe.infer.problems), file, strict=False)]
@@ -45,46 +45,27 @@ def answer(
     A row holds `id`, `question`, `answer` (the right one), `model`, `completion`, `tokens` (the end token counted),
     `ended` (false: cut off), `well_formed`, `given` (the canonical answer read, or None) and `right`.
     """
-    import torch
-    from peft import PeftModel
     from tqdm import tqdm
 
-    tokenizer = models.load_tokenizer(recipe, base_model)
-    tokenizer.padding_side = "left"
-    model = models.load_model(recipe, base_model)
-    ends = set(models.end_ids(model, tokenizer))
-    for name, adapter in adapters.items():
-        if isinstance(model, PeftModel):
-            model.load_adapter(adapter, adapter_name=name)
-        else:
-            model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    knobs = recipe.infer
+    generator = generate.load(recipe, base_model, adapters, knobs.max_completion_tokens, seed=0)
+    tokenizer = generator.tokenizer
+    prompts = [
+        tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
+        for problem in problems
+    ]
     answer_format = formats.get(recipe.format.name)
-    size = recipe.infer.batch_size
+    sampling = generate.Sampling(knobs.max_completion_tokens)
     rows = []
-    bar = tqdm(total=len(MODELS) * len(problems), desc="infer", unit="answer", dynamic_ncols=True)
-    for name in MODELS:
-        model.base_model.disable_adapter_layers() if name == "base" else model.base_model.enable_adapter_layers()
-        if name in adapters:
-            model.set_adapter(name)
-        for first in range(0, len(problems), size):
-            batch = problems[first : first + size]
-            prompts = [
-                tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
-                for problem in batch
-            ]
-            encoded = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
-            with torch.inference_mode():
-                generated = model.generate(
-                    **encoded,
-                    max_new_tokens=recipe.infer.max_completion_tokens,
-                    do_sample=False,
-                    eos_token_id=sorted(ends),
-                    pad_token_id=tokenizer.pad_token_id,
-                )[:, encoded["input_ids"].shape[1] :].tolist()
-            for problem, ids in zip(batch, generated, strict=True):
-                end = next((place for place, token in enumerate(ids) if token in ends), None)
-                completion = tokenizer.decode(ids if end is None else ids[:end], skip_special_tokens=True)
+    with tqdm(total=len(MODELS) * len(problems), desc="infer", unit="answer", dynamic_ncols=True) as bar:
+        for name in MODELS:
+            adapter = name if name in adapters else None
+            made = generate.completions(
+                generator, prompts, sampling, knobs.batch_size, adapter=adapter, advance=bar.update
+            )
+            for problem, ids in zip(problems, made, strict=True):
+                ended = ids[-1] in generator.ends
+                completion = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
                 rows.append(
                     {
                         "id": problem["id"],
@@ -92,13 +73,12 @@ def answer(
                         "answer": problem["answer"],
                         "model": name,
                         "completion": completion,
-                        "tokens": len(ids) if end is None else end + 1,
-                        "ended": end is not None,
+                        "tokens": len(ids),
+                        "ended": ended,
                         **mark(answer_format, completion, problem["answer"]),
                     }
                 )
-            bar.update(len(batch))
-    bar.close()
+    generate.close(generator)
     return rows
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from stages.lib import artifact, formats, models, options, rewards
+from stages.lib import artifact, formats, generate, options, rewards
 from stages.lib.errors import UserError
 from stages.lib.marks import mark
 from stages.lib.recipe import Recipe, ScoreBase, read_recipe
@@ -37,7 +37,7 @@ def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | 
     inputs = {"prepare-data": prepare_data}
     inputs |= {"sft": sft} if sft else {}
     inputs |= {"base-model": base_model} if base_model else {}
-    tables = run_recipe.tables("model", "format", "rewards", "score_base")
+    tables = run_recipe.tables("model", "vllm", "format", "rewards", "score_base")
     tables["grpo"] = {name: getattr(run_recipe.grpo, name) for name in GRPO_KNOBS}
     sources = rewards.own_files(run_recipe.rewards.functions, run_recipe.path.parent)
     writing = artifact.writing(out, "score-base", tables, inputs, sources=sources, room_bytes=ROOM_BYTES)
@@ -75,9 +75,7 @@ def sample(
     (false: cut off), `well_formed`, `given` (the canonical answer read, or None), `right`, `rewards` (by name, not
     weighted) and `total`, their weighted sum.
     """
-    import torch
     from tqdm import tqdm
-    from transformers import GenerationConfig
 
     answer_format = formats.get(recipe.format.name)
     functions = rewards.load(
@@ -89,73 +87,53 @@ def sample(
         repetition_ngram_tokens=recipe.rewards.repetition_ngram_tokens,
         repetition_max_penalty=recipe.rewards.repetition_max_penalty,
     )
-    tokenizer = models.load_tokenizer(recipe, base_model)
-    tokenizer.padding_side = "left"
-    model = models.load_model(recipe, base_model, adapter)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    ends = models.end_ids(model, tokenizer)
-    # Given to generate() instead, what is not said here would be the model's own: its publisher's favourite sampling.
-    model.generation_config = GenerationConfig(
-        max_new_tokens=recipe.grpo.max_completion_tokens,
-        do_sample=True,
+    knobs = recipe.score_base
+    sampling = generate.Sampling(
+        recipe.grpo.max_completion_tokens,
         temperature=recipe.grpo.temperature,
         top_p=recipe.grpo.top_p,
         top_k=recipe.grpo.top_k,
         min_p=recipe.grpo.min_p,
         repetition_penalty=recipe.grpo.repetition_penalty,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        disable_compile=True,
     )
-    torch.manual_seed(recipe.score_base.seed)
-    group = recipe.score_base.completions_per_problem
-    size = recipe.score_base.batch_size // group
+    adapters = {"sft": adapter} if adapter else {}
+    generator = generate.load(recipe, base_model, adapters, sampling.max_completion_tokens, knobs.seed)
+    each = [problem for problem in problems for _ in range(knobs.completions_per_problem)]
+    prompts = [
+        generator.tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
+        for problem in each
+    ]
+    with tqdm(total=len(prompts), desc="score-base", unit="completion", dynamic_ncols=True) as bar:
+        completion_ids = generate.completions(
+            generator, prompts, sampling, knobs.batch_size, adapter="sft" if adapter else None, advance=bar.update
+        )
+    generate.close(generator)
+    texts = generator.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    columns = {
+        "prompts": [problem["prompt"] for problem in each],
+        "completions": [[{"role": "assistant", "content": text}] for text in texts],
+        "completion_ids": completion_ids,
+        "answer": [problem["answer"] for problem in each],
+    }
+    paid = {function.__name__: function(**columns) for function in functions}
     rows = []
-    bar = tqdm(total=len(problems) * group, desc="score-base", unit="completion", dynamic_ncols=True)
-    for first in range(0, len(problems), size):
-        batch = [problem for problem in problems[first : first + size] for _ in range(group)]
-        prompts = [
-            tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
-            for problem in batch
-        ]
-        encoded = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            generated = model.generate(**encoded)[:, encoded["input_ids"].shape[1] :].tolist()
-        completion_ids = [until_end(ids, ends) for ids in generated]
-        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        columns = {
-            "prompts": [problem["prompt"] for problem in batch],
-            "completions": [[{"role": "assistant", "content": text}] for text in texts],
-            "completion_ids": completion_ids,
-            "answer": [problem["answer"] for problem in batch],
-        }
-        paid = {function.__name__: function(**columns) for function in functions}
-        for place, (problem, ids, text) in enumerate(zip(batch, completion_ids, texts, strict=True)):
-            own = {name: values[place] for name, values in paid.items()}
-            total = sum(weight * value for weight, value in zip(recipe.rewards.weights, own.values(), strict=True))
-            rows.append(
-                {
-                    "id": problem["id"],
-                    "question": problem["prompt"][-1]["content"],
-                    "answer": problem["answer"],
-                    "completion": text,
-                    "tokens": len(ids),
-                    "ended": ids[-1] in ends,
-                    **mark(answer_format, text, problem["answer"]),
-                    "rewards": own,
-                    "total": total,
-                }
-            )
-        bar.update(len(batch))
-    bar.close()
+    for place, (problem, ids, text) in enumerate(zip(each, completion_ids, texts, strict=True)):
+        own = {name: values[place] for name, values in paid.items()}
+        total = sum(weight * value for weight, value in zip(recipe.rewards.weights, own.values(), strict=True))
+        rows.append(
+            {
+                "id": problem["id"],
+                "question": problem["prompt"][-1]["content"],
+                "answer": problem["answer"],
+                "completion": text,
+                "tokens": len(ids),
+                "ended": ids[-1] in generator.ends,
+                **mark(answer_format, text, problem["answer"]),
+                "rewards": own,
+                "total": total,
+            }
+        )
     return rows
-
-
-def until_end(ids: list[int], ends: list[int]) -> list[int]:
-    """Return the token ids up to the first that ends a completion, that one included; all, where none does."""
-    end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: end + 1]
 
 
 def score(rows: list[dict[str, Any]], weights: list[float], group: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from stages.lib import artifact, models, options, training
+from stages.lib import artifact, ladder, models, options, training
 from stages.lib.recipe import Recipe, read_recipe
 
 ROOM_BYTES = 500_000_000
@@ -19,19 +19,24 @@ ROOM_BYTES = 500_000_000
 def main(recipe: Path, prepare_data: Path, base_model: Path | None, out: Path) -> None:
     run_recipe = read_recipe(recipe)
     inputs = {"prepare-data": prepare_data, **({"base-model": base_model} if base_model else {})}
-    tables = run_recipe.tables("model", "format", "lora", "sft")
+    tables = run_recipe.tables("model", "format", "lora", "sft", "health")
     with artifact.writing(out, "sft", tables, inputs, room_bytes=ROOM_BYTES) as run:
         run.metrics.update(train(run_recipe, prepare_data / "sft.jsonl", base_model, run))
 
 
-def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
+def top(recipe: Recipe) -> ladder.Rung:
+    """Return how much memory the recipe asks for."""
+    return ladder.Rung(recipe.sft.micro_batch_size)
+
+
+def arguments(recipe: Recipe, output: Path, rung: ladder.Rung) -> dict[str, Any]:
     """Return the fields of TRL's SFTConfig: every one that changes the result, none left to a default."""
     knobs = recipe.sft
     return {
         "output_dir": str(output),
         "max_steps": knobs.steps,
-        "per_device_train_batch_size": knobs.micro_batch_size,
-        "gradient_accumulation_steps": knobs.batch_size // knobs.micro_batch_size,
+        "per_device_train_batch_size": rung.micro_batch_size,
+        "gradient_accumulation_steps": knobs.batch_size // rung.micro_batch_size,
         "max_length": knobs.max_tokens,
         "packing": knobs.packing,
         "packing_strategy": "bfd",
@@ -89,15 +94,16 @@ def train(recipe: Recipe, examples: Path, base_model: Path | None, run: artifact
     Metrics: `examples` used, `dropped_too_long`, `loss` (mean nats a completion token over the last tenth of the
     steps) and `trainable_parameters`.
     """
+    models.start(recipe)
     from datasets import load_dataset
-    from peft import LoraConfig
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
     set_seed(recipe.sft.seed)  # the trainer does so only after PEFT has drawn the adapter's first weights
     training.keep_logs(run.checkpoints)
+    rung, steps_down = ladder.read(run.checkpoints, top(recipe))
     tokenizer = models.load_tokenizer(recipe, base_model)
-    model = models.load_model(recipe, base_model)
+    model = models.load_trainable(recipe, base_model, None, recipe.sft.max_tokens)
     rows = load_dataset("json", data_files=str(examples), split="train", cache_dir=str(run.folder / "cache"))
     rows = rows.select_columns(["prompt", "completion"])
 
@@ -112,20 +118,12 @@ def train(recipe: Recipe, examples: Path, base_model: Path | None, run: artifact
         )
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**arguments(recipe, run.checkpoints)),
+        args=SFTConfig(**arguments(recipe, run.checkpoints, rung)),
         train_dataset=kept,
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=recipe.lora.rank,
-            lora_alpha=recipe.lora.alpha,
-            lora_dropout=recipe.lora.dropout,
-            target_modules=adapted_modules(recipe),
-            bias="none",
-            use_rslora=False,
-            task_type="CAUSAL_LM",
-        ),
     )
-    training.train(trainer, run.checkpoints, ("loss",))
+    with ladder.stepping_down(run.checkpoints, rung, None, trainer):
+        training.train(trainer, run.checkpoints, ("loss",), recipe.health)
     training.save_adapter(trainer, tokenizer, run)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     last = losses[-max(1, len(losses) // 10) :]
@@ -134,13 +132,8 @@ def train(recipe: Recipe, examples: Path, base_model: Path | None, run: artifact
         "dropped_too_long": len(rows) - len(kept),
         "loss": sum(last) / len(last),
         "trainable_parameters": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
+        "memory_ladder": steps_down,
     }
-
-
-def adapted_modules(recipe: Recipe) -> str | list[str]:
-    """Return PEFT's `target_modules`: its word for all linear layers, or the recipe's list."""
-    modules = recipe.lora.target_modules
-    return "all-linear" if modules == ["all-linear"] else modules
 
 
 if __name__ == "__main__":

@@ -121,6 +121,8 @@ def test_the_stage_keeps_every_answer_of_every_model_to_the_same_problems(finish
 
 def test_each_model_is_the_one_it_is_called_and_the_batch_does_not_change_its_answers(finished):
     """The stage switches adapters on one base; here each model is loaded alone and asked one problem at a time."""
+    from peft import PeftModel
+
     recipe = read_recipe(finished / "micro.toml")
     told = [json.loads(line) for line in (finished / "infer" / "answers.jsonl").read_text().split("\n")[:-1]]
     problems = [json.loads(line) for line in (finished / "prepare-data" / "eval.jsonl").read_text().split("\n")[:20]]
@@ -128,7 +130,8 @@ def test_each_model_is_the_one_it_is_called_and_the_batch_does_not_change_its_an
     texts = {}
     for name in ("base", "sft", "grpo"):
         adapter = None if name == "base" else finished / name / "adapter"
-        model = models.load_model(recipe, finished / "base-model", adapter).eval()
+        model = models.load_model(recipe, finished / "base-model").eval()
+        model = PeftModel.from_pretrained(model, adapter) if adapter else model
         limit = recipe.infer.max_completion_tokens
         texts[name] = [greedy(model, tokenizer, problem["prompt"], limit) for problem in problems]
         same = [each["completion"] for each in told if each["model"] == name]

@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 
 from stages import grpo, score_base
-from stages.lib import artifact
+from stages.lib import artifact, generate
 from stages.lib.errors import UserError
 from stages.lib.recipe import ScoreBase, read_recipe
 from tests import tiny_models
 
-KNOBS = ScoreBase(
-    problems=3, completions_per_problem=2, batch_size=2, seed=0, min_pass_rate=0.0, max_pass_rate=1.0
-)
+KNOBS = ScoreBase(problems=3, completions_per_problem=2, batch_size=2, seed=0, min_pass_rate=0.0, max_pass_rate=1.0)
 
 
 def row(form: float, correct: float, *, right: bool = False, ended: bool = True, well_formed: bool = True) -> dict:
@@ -175,7 +173,7 @@ def test_all_problems_are_taken_where_there_are_no_more():
     ("ids", "expected"), [([7, 5, 0, 0], [7, 5]), ([7, 8], [7, 8]), ([1, 5], [1]), ([5], [5]), ([7, 8, 1], [7, 8, 1])]
 )
 def test_a_completion_ends_with_its_first_end_token(ids, expected):
-    assert score_base.until_end(ids, [1, 5]) == expected
+    assert generate.until_end(ids, [1, 5]) == expected
 
 
 def test_the_table_has_a_line_a_reward_and_one_for_the_sum():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages import grpo, sft
-from stages.lib import artifact, training
+from stages.lib import artifact, models, training
 from stages.lib.recipe import read_recipe
 from tests import micro
 
@@ -73,12 +73,11 @@ UNCHANGING_GRPO = {
         "cache_implementation", "use_transformers_continuous_batching", "transformers_continuous_batching_config",
         "use_transformers_paged",
     ],
-    "use_vllm is false": [
-        "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex",
+    "vLLM's engine is Unsloth's": [
+        "vllm_model_impl", "vllm_structured_outputs_regex",
         "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
         "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
-        "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
-        "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
+        "vllm_importance_sampling_cap",
     ],
     "losses that no recipe can name": [
         "sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
@@ -93,12 +92,18 @@ UNCHANGING_GRPO = {
 }  # fmt: skip
 
 
+def arguments_of(stage, recipe: Path, output: Path) -> dict[str, object]:
+    """Return the trainer's arguments for a recipe's file, with all the memory that it asks for."""
+    read = read_recipe(recipe)
+    return stage.arguments(read, output, stage.top(read))
+
+
 @pytest.mark.parametrize(("stage", "own"), [(sft, UNCHANGING_SFT), (grpo, UNCHANGING_GRPO)], ids=STAGES)
 def test_every_field_of_the_trainers_config_is_stated_or_does_not_change_the_result(stage, own):
     import trl
 
     config = {sft: trl.SFTConfig, grpo: trl.GRPOConfig}[stage]
-    stated = set(stage.arguments(read_recipe(ROOT / "recipes" / "tiny.toml"), Path("out")))
+    stated = set(arguments_of(stage, ROOT / "recipes" / "tiny.toml", Path("out")))
     left = [field for fields in (UNCHANGING | own).values() for field in fields]
     assert len(left) == len(set(left))
     assert stated | set(left) == {field.name for field in dataclasses.fields(config)}
@@ -110,7 +115,7 @@ def test_the_config_takes_the_arguments_and_keeps_each(stage, tmp_path):
     import trl
 
     config = {sft: trl.SFTConfig, grpo: trl.GRPOConfig}[stage]
-    stated = stage.arguments(read_recipe(ROOT / "recipes" / "tiny.toml"), tmp_path)
+    stated = arguments_of(stage, ROOT / "recipes" / "tiny.toml", tmp_path)
     built = config(**stated)
     for name, value in stated.items():
         found = getattr(built, name)
@@ -126,6 +131,8 @@ def every_knob(stage: str) -> list[tuple[str, object]]:
     }  # fmt: skip
     made = []
     for key, value in dataclasses.asdict(getattr(read_recipe(ROOT / "recipes" / "tiny.toml"), stage)).items():
+        if value is None:
+            continue
         other = words.get(key, not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else None)
         made.append((key, value / 2 + 0.01 if other is None else other))
     return made
@@ -134,31 +141,31 @@ def every_knob(stage: str) -> list[tuple[str, object]]:
 @pytest.mark.parametrize("stage", [sft, grpo], ids=STAGES)
 def test_every_knob_of_the_recipe_reaches_the_trainer(stage, tmp_path):
     name = stage.__name__.rpartition(".")[2]
-    plain = stage.arguments(read_recipe(micro.write_recipe(tmp_path)), tmp_path)
+    plain = arguments_of(stage, micro.write_recipe(tmp_path), tmp_path)
     knobs = every_knob(name)
     assert len(knobs) > 15
     for key, value in knobs:
-        if key in ("show_completions_steps",):  # for the terminal, not for the trainer
+        if key in ("show_completions_steps", "min_completion_tokens"):  # for the terminal and the memory ladder
             continue
-        changed = stage.arguments(read_recipe(micro.write_recipe(tmp_path, **{name: {key: value}})), tmp_path)
+        changed = arguments_of(stage, micro.write_recipe(tmp_path, **{name: {key: value}}), tmp_path)
         assert changed != plain, key
 
 
 @pytest.mark.parametrize(("batch", "micro_batch", "steps"), [(8, 8, 1), (8, 2, 4), (8, 1, 8)])
 def test_the_batch_is_what_the_recipe_says_however_it_is_cut(tmp_path, batch, micro_batch, steps):
     changes = {"sft": {"batch_size": batch, "micro_batch_size": micro_batch}, "grpo": {"micro_batch_size": micro_batch}}
-    recipe = read_recipe(micro.write_recipe(tmp_path, **changes))
-    arguments = sft.arguments(recipe, tmp_path)
+    recipe = micro.write_recipe(tmp_path, **changes)
+    arguments = arguments_of(sft, recipe, tmp_path)
     assert (arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]) == (micro_batch, steps)
-    arguments = grpo.arguments(recipe, tmp_path)  # 2 prompts x 4 completions
+    arguments = arguments_of(grpo, recipe, tmp_path)  # 2 prompts x 4 completions
     assert (arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]) == (micro_batch, steps)
     assert (arguments["generation_batch_size"], arguments["num_generations"]) == (8, 4)
 
 
 def test_all_linear_is_pefts_word_and_a_list_stays_one(tmp_path):
-    assert sft.adapted_modules(read_recipe(micro.write_recipe(tmp_path))) == "all-linear"
+    assert models.adapted_modules(read_recipe(micro.write_recipe(tmp_path))) == "all-linear"
     changes = {"lora": {"target_modules": ["q_proj", "v_proj"]}}
-    assert sft.adapted_modules(read_recipe(micro.write_recipe(tmp_path, **changes))) == ["q_proj", "v_proj"]
+    assert models.adapted_modules(read_recipe(micro.write_recipe(tmp_path, **changes))) == ["q_proj", "v_proj"]
 
 
 # --- killed and carried on --------------------------------------------------------------------------------------------

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stages.lib import health
 from stages.lib.artifact import LOGS, Run
+from stages.lib.errors import UserError
+from stages.lib.recipe import Health
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -17,23 +20,32 @@ COMPLETE = "complete"  # in a checkpoint: everything was written; transformers i
 
 
 def train(
-    trainer: "Trainer", checkpoints: Path, bar: tuple[str, ...], extra: tuple[Any, ...] = (), *, round_steps: int = 1
+    trainer: "Trainer",
+    checkpoints: Path,
+    bar: tuple[str, ...],
+    knobs: Health,
+    extra: tuple[Any, ...] = (),
+    *,
+    round_steps: int = 1,
 ) -> None:
     """Run `trainer`, from its last complete checkpoint if there is one, with `bar` naming the metrics beside the bar.
 
     On TERM or INT the round of `round_steps` in hand is finished (for a trainer that can only be carried on between
-    two), a checkpoint is saved, and the process exits with 128 + the signal.
+    two), a checkpoint is saved, and the process exits with 128 + the signal. Raises `UserError` when the log shows
+    what `knobs` say is a wasted run.
     """
     from transformers import PrinterCallback, ProgressCallback
 
-    progress, stop = make_callbacks(bar, round_steps)
+    progress, stop, watch = make_callbacks(bar, round_steps, knobs)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    for callback in (progress, stop, *extra):
+    for callback in (progress, stop, watch, *extra):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints, trainer.args.max_steps))
     if stop.signal is not None:
-        click.echo(f"stopped by {signal.Signals(stop.signal).name}, saved at step {trainer.state.global_step}", err=True)
+        click.echo(
+            f"stopped by {signal.Signals(stop.signal).name}, saved at step {trainer.state.global_step}", err=True
+        )
         raise SystemExit(128 + stop.signal)
 
 
@@ -58,8 +70,8 @@ def keep_logs(checkpoints: Path) -> None:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(checkpoints / LOGS)
 
 
-def make_callbacks(bar: tuple[str, ...], round_steps: int) -> tuple[Any, Any]:
-    """Return the progress bar and the signal handler, as callbacks of transformers' Trainer."""
+def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tuple[Any, Any, Any]:
+    """Return the progress bar, the signal handler and the watch over the log, as callbacks of transformers' Trainer."""
     from tqdm import tqdm
     from transformers import TrainerCallback
 
@@ -100,7 +112,20 @@ def make_callbacks(bar: tuple[str, ...], round_steps: int) -> tuple[Any, Any]:
             for number, handler in self.before.items():
                 signal.signal(number, handler)
 
-    return Progress(), StopOnSignal()
+    class Watch(TrainerCallback):
+        """Stop a run that would only waste GPU hours, or say so once, as the recipe's [health] says."""
+
+        said: set[str] = set()
+
+        def on_log(self, args, state, control, **kwargs):
+            for check, advice in health.find(state.log_history, knobs).items():
+                if check not in knobs.warn_only:
+                    raise UserError(f"stopped at step {state.global_step} by the {check} check: {advice}")
+                if check not in self.said:
+                    self.said.add(check)
+                    tqdm.write(f"step {state.global_step}, {check} check: {advice}")
+
+    return Progress(), StopOnSignal(), Watch()
 
 
 def save_adapter(trainer: "Trainer", tokenizer: Any, run: Run) -> None:

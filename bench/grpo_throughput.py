@@ -1,0 +1,267 @@
+"""Completion tokens a second of GRPO: this project's engine "unsloth" beside plain TRL with vLLM, on one GPU.
+
+    python -m bench.grpo_throughput --work FOLDER --run unsloth:qwen3-1.7b:256:32 --run trl:qwen3-1.7b:256:8
+
+A run is ENGINE:SHAPE:COMPLETIONS:MICRO_BATCH[:4bit][:NAME=VALUE of [grpo] or [vllm]...], each in a process of its own.
+The models have the published shapes and random weights: these hardly ever end by themselves, so all completions are
+equally long. Counted are whole optimizer steps after the first. Appends to bench/results/grpo_throughput.jsonl.
+"""
+
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stages import grpo
+from stages.lib import artifact, ladder, models
+from stages.lib.recipe import Recipe, Vllm, read_recipe
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results" / "grpo_throughput.jsonl"
+# shape: (family of tests/family_models.py, recipe, sizes)
+SHAPES = {
+    "qwen3-1.7b": ("qwen3", "qwen3-1.7b-dapo", {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128,
+    }),
+    "qwen2.5-3b": ("qwen2.5", "qwen2.5-3b-gsm8k", {
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+    }),
+    "llama3.1-8b": ("llama3.1", "llama3.1-8b-gsm8k", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }),
+}  # fmt: skip
+COMPLETION_TOKENS, PROMPT_TOKENS = 768, 128
+
+
+def make_model(shape: str, work: Path) -> Path:
+    """Write a random-weight model of a published shape, once; return its folder."""
+    from tests import family_models
+
+    family, _, sizes = SHAPES[shape]
+    folder = work / shape
+    if not (folder / "generation_config.json").is_file():
+        sizes = {**sizes, "max_position_embeddings": 4096, "initializer_range": 0.02}
+        family_models.base(family_models.FAMILIES[family], folder, **sizes)
+    return folder
+
+
+def make_adapter(recipe: Recipe, folder: Path, out: Path) -> Path:
+    """Write an untrained adapter, as SFT's would be; return its folder."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    settings = LoraConfig(
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,
+        target_modules=recipe.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    made = get_peft_model(model, settings).to_empty(device="cpu")
+    for name, weight in made.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.01) if "lora_A" in name else torch.nn.init.zeros_(weight)
+    made.save_pretrained(out)
+    return out
+
+
+def changed(recipe: Recipe, run: str, work: Path) -> Recipe:
+    """Return the recipe with what a run's name asks for."""
+    engine, shape, completions, micro_batch, *extra = run.split(":")
+    four_bit = "4bit" in extra
+    values = dict(word.split("=") for word in extra if "=" in word)
+
+    def typed(table: Any) -> dict[str, Any]:
+        known = {field.name: getattr(table, field.name) for field in fields(table)}
+        return {name: type(known[name])(json.loads(text)) for name, text in values.items() if name in known}
+
+    group = 4 if int(completions) == 4 else 8
+    new = replace(
+        recipe.grpo,
+        steps=5,
+        prompts_per_step=int(completions) // group,
+        completions_per_prompt=group,
+        micro_batch_size=int(micro_batch),
+        max_completion_tokens=COMPLETION_TOKENS,
+        mask_truncated_completions=False,  # every completion is cut off here, and all would be masked
+        save_steps=1000,
+        log_steps=1,
+        show_completions_steps=1000,
+    )
+    vllm = recipe.vllm or Vllm(0.5, 256)
+    return replace(
+        recipe,
+        model=replace(recipe.model, name=str(work / shape), revision="", engine=engine, load_in_4bit=four_bit),
+        vllm=replace(vllm, **{"sequences": max(8, int(completions)), **typed(vllm)}),
+        data=replace(recipe.data, max_prompt_tokens=PROMPT_TOKENS + 64),
+        grpo=replace(new, **typed(new)),
+    )
+
+
+def watch(owner: Any, name: str, spent: dict[str, float], key: str) -> None:
+    """Let calls of `owner.name` add their seconds to `spent[key]`."""
+    inner = getattr(owner, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.monotonic()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            spent[key] = spent.get(key, 0.0) + time.monotonic() - started
+
+    setattr(owner, name, timed)
+
+
+def measure(run: str, work: Path) -> dict[str, Any]:
+    """Return what one run came to: seconds of each part of a step (medians), tokens a second, peak GPU memory."""
+    engine, shape, *_ = run.split(":")
+    recipe = changed(read_recipe(ROOT / "recipes" / f"{SHAPES[shape][1]}.toml"), run, work)
+    problems = work / "problems.jsonl"
+    words = " ".join(["one two three four"] * 24)
+    prompt = [{"role": "user", "content": f"{words} {{}}"}]
+    with problems.open("w") as file:
+        for number in range(2000):
+            turns = [{**turn, "content": turn["content"].format(number)} for turn in prompt]
+            file.write(json.dumps({"prompt": turns, "answer": str(number)}) + "\n")
+    peak, stop = [0], threading.Event()
+
+    def look() -> None:
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while not stop.wait(0.5):
+            peak[0] = max(peak[0], int(subprocess.run(query, capture_output=True, text=True).stdout.split()[0]))
+
+    threading.Thread(target=look, daemon=True).start()
+    started = time.monotonic()
+    if engine == "unsloth":
+        models.start(recipe)
+    from transformers import TrainerCallback, trainer
+    from trl import GRPOTrainer
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    spent: dict[str, float] = {}
+    steps: list[dict[str, float]] = []
+
+    class Timer(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.started = time.monotonic()
+            spent.setdefault("load", self.started - started)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            whole = time.monotonic() - self.started
+            parts = {name: spent.pop(name, 0.0) for name in ("generation", "scoring", "weight transfer")}
+            steps.append({"step": whole, **parts, "training": whole - sum(parts.values())})
+            print(f"{run}: step {state.global_step} {steps[-1]}", flush=True)
+
+    trainer.DEFAULT_CALLBACKS.append(Timer)
+    watch(VLLMGeneration, "generate", spent, "generation")
+    watch(VLLMGeneration, "sync_weights", spent, "weight transfer")
+    watch(GRPOTrainer, "_calculate_rewards", spent, "scoring")
+    folder = work / "run"
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    made = artifact.Run(folder)
+    made.checkpoints.mkdir(parents=True)
+    if engine == "unsloth":
+        grpo.train(recipe, problems, work / f"{shape}-adapter", None, made)
+    else:
+        plain_trl(recipe, problems, made)
+    stop.set()
+    tokens = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt * COMPLETION_TOKENS
+    counted = steps[1:]
+    medians = {name: round(statistics.median(step[name] for step in counted), 2) for name in counted[0]}
+    return {
+        "run": run,
+        "tokens_per_second": round(tokens / medians["step"]),
+        "load": round(spent["load"], 1),
+        "first step": round(steps[0]["step"], 1),
+        **medians,
+        "peak_gib": round(peak[0] / 1024, 1),
+    }
+
+
+def plain_trl(recipe: Recipe, problems: Path, run: artifact.Run) -> None:
+    """Train with TRL's own trainer and its colocated vLLM, the same recipe otherwise."""
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    arguments = grpo.arguments(
+        recipe, run.checkpoints, ladder.Rung(recipe.grpo.micro_batch_size, None, COMPLETION_TOKENS)
+    )
+    arguments |= {
+        "use_vllm": True,
+        "vllm_gpu_memory_utilization": recipe.vllm.memory_share,
+        "vllm_max_model_length": recipe.data.max_prompt_tokens + COMPLETION_TOKENS,
+        "model_init_kwargs": {"dtype": recipe.model.dtype},
+        "save_strategy": "no",
+        "report_to": [],
+    }
+    rows = load_dataset("json", data_files=str(problems), split="train", cache_dir=str(run.folder / "cache"))
+    lora = LoraConfig(
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,
+        target_modules=recipe.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+    def distinct(completions: list[Any], **kwargs: Any) -> list[float]:
+        return [len(set(turns[-1]["content"].split())) / 100 for turns in completions]
+
+    arguments |= {"reward_weights": [1.0]}
+    GRPOTrainer(
+        model=recipe.model.name,
+        args=GRPOConfig(**arguments),
+        reward_funcs=[distinct],
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(recipe.model.name),
+        peft_config=lora,
+    ).train()
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--work", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where models go.")
+@click.option("--run", "runs", multiple=True, required=True)
+@click.option("--timeout-seconds", default=400, show_default=True, help="For one run.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=RESULTS, show_default=True)
+@click.option("--here", is_flag=True, hidden=True, help="Measure in this process.")
+def main(work: Path, runs: tuple[str, ...], timeout_seconds: int, out: Path, here: bool) -> None:
+    if here:
+        result = measure(runs[0], work)
+        packages = {name: version(name) for name in ("torch", "transformers", "trl", "vllm", "unsloth", "unsloth_zoo")}
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        line = json.dumps({**result, "gpu": gpu, "date": str(datetime.date.today()), "packages": packages})
+        with out.open("a") as file:
+            file.write(line + "\n")
+        click.echo(line)
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        shape = run.split(":")[1]
+        folder = make_model(shape, work)
+        recipe = read_recipe(ROOT / "recipes" / f"{SHAPES[shape][1]}.toml")
+        if not (work / f"{shape}-adapter").is_dir():
+            make_adapter(recipe, folder, work / f"{shape}-adapter")
+        command = [sys.executable, "-m", "bench.grpo_throughput", "--work", str(work), "--run", run, "--here"]
+        try:
+            subprocess.run([*command, "--out", str(out)], cwd=ROOT, timeout=timeout_seconds, check=False)
+        except subprocess.TimeoutExpired:
+            click.echo(f"{run}: not finished in {timeout_seconds} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Signs in a training log that a run is wasting GPU hours, and what to do about each."""
+
+import math
+from collections.abc import Sequence
+
+from stages.lib.recipe import Health
+
+
+def find(log: Sequence[dict[str, float]], knobs: Health) -> dict[str, str]:
+    """Return what is wrong at the end of `log`, by the name of the check: what was seen and what to do.
+
+    `log` are the trainer's entries, oldest first, a dict of metrics each; a metric that it has not got is not checked.
+    Loss counts at once; the others when the last `knobs.log_entries` entries all show them.
+    """
+    found = {}
+    last = log[-1] if log else {}
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(last.get(name, 0.0)):
+            found["nan"] = (
+                f"{name} is {last[name]}. Lower learning_rate or max_grad_norm, or train in bfloat16: in float16 large "
+                f"activations overflow"
+            )
+    recent = log[-knobs.log_entries :]
+    if len(recent) < knobs.log_entries:
+        return found
+
+    def all_of(name: str, test) -> bool:
+        return all(name in entry and test(entry[name]) for entry in recent)
+
+    for_so_long = f"for {knobs.log_entries} log entries"
+    if all_of("reward_std", lambda value: value < 1e-6):
+        found["constant_reward"] = (
+            f"within a group every completion was paid the same {for_so_long}: there is nothing to learn from. Run: "
+            f"make score-base; then choose easier or harder problems (SUBSET=1), other rewards, or more completions a prompt"
+        )
+    if all_of("completions/clipped_ratio", lambda value: value >= 1.0):
+        found["cut_off"] = (
+            f"every completion was cut off {for_so_long}. Raise [grpo] max_completion_tokens, or train SFT longer: the "
+            f"model has not learnt to end"
+        )
+    if knobs.max_kl is not None and all_of("kl", lambda value: value > knobs.max_kl):
+        found["kl"] = (
+            f"the KL divergence from the reference was over [health] max_kl = {knobs.max_kl} {for_so_long}; now "
+            f"{last['kl']:.3g}. Lower learning_rate, or raise beta"
+        )
+    low, high = knobs.min_entropy, knobs.max_entropy
+    if low is not None and all_of("entropy", lambda value: value < low):
+        found["entropy"] = (
+            f"the entropy of a token was under [health] min_entropy = {low} {for_so_long}; now {last['entropy']:.3g}: "
+            f"the model says the same always. Raise epsilon_high or temperature, or lower learning_rate"
+        )
+    if high is not None and all_of("entropy", lambda value: value > high):
+        found["entropy"] = (
+            f"the entropy of a token was over [health] max_entropy = {high} {for_so_long}; now {last['entropy']:.3g}: "
+            f"the model falls apart. Lower learning_rate, or raise beta"
+        )
+    return found

@@ -1,0 +1,624 @@
+"""`make doctor`: each thing that would end a run later has its line, with the remedy, and ends the doctor with 1.
+
+nvidia-smi and docker are small programs on PATH that print what the real ones print; the hub is a server on loopback.
+"""
+
+import collections
+import dataclasses
+import email.utils
+import json
+import re
+import shutil
+import threading
+import time
+import tomllib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from stages import doctor
+from stages.lib import memory
+from stages.lib.recipe import Gguf, Grpo, Lora, Merge, Model, Ollama, Sft, Vllm
+
+ROOT = Path(__file__).parents[1]
+H200 = "NVIDIA H200, 580.95.05, 143771, 143151, 9.0"
+L4 = "NVIDIA L4, 580.95.05, 23034, 22563, 8.9"
+DOCKER = {
+    "ServerVersion": "28.2.2",
+    "DockerRootDir": "/var/lib/docker",
+    "Runtimes": {"io.containerd.runc.v2": {"path": "runc"}, "nvidia": {"path": "nvidia-container-runtime"}},
+}
+NO_DRIVER = (
+    "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest NVIDIA "
+    "driver is installed and running."
+)
+MISMATCH = "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 580.95"
+LLAMA = {
+    "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+}  # fmt: skip
+Usage = collections.namedtuple("Usage", "total used free")
+
+
+class Machine:
+    """A machine that is fine, until a test changes something about it."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.monkeypatch = folder, monkeypatch
+        self.free = {}  # bytes by folder
+        self.status = {}  # HTTP status by part of the path
+        self.asked = []  # path, method and Authorization of what reached the hub
+        self.hub_seconds_ahead = 0.0
+        self.model = "meta-llama/Llama-3.1-8B-Instruct"
+        self.model_lines = ["load_in_4bit = true"]
+        self.engine, self.dtype, self.share = "unsloth", "bfloat16", 0.5
+        self.sources = ""
+        (folder / "bin").mkdir()
+        (folder / "shm").mkdir()
+        monkeypatch.setenv("PATH", str(folder / "bin"))
+        monkeypatch.setenv("HF_HOME", str(folder / "hf"))
+        for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "RUNTIME", "GPUS", "DATA", "DOCKER", "http_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(doctor, "ARTIFACTS", folder / "artifacts")
+        monkeypatch.setattr(doctor, "CONTAINER_CACHE", folder / "cache")
+        monkeypatch.setattr(doctor, "SHARED_MEMORY", folder / "shm")
+        monkeypatch.setattr(doctor, "MEMINFO", folder / "meminfo")
+        monkeypatch.setattr(doctor, "CGROUP_LIMIT", folder / "memory.max")
+        monkeypatch.setattr(doctor, "CDI_FOLDERS", (folder / "cdi",))
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(0, 0, self.free_at(Path(path))))
+        monkeypatch.setattr(doctor, "start_tokenizer_check", lambda recipe, model, cache: None)
+        self.memory(128_000_000, 120_000_000)
+        self.program("nvidia-smi", H200)
+        self.program("docker", json.dumps(DOCKER))
+
+    def free_at(self, path: Path) -> int:
+        return next((size for folder, size in self.free.items() if path.is_relative_to(folder)), 10**12)
+
+    def memory(self, total_kb: int, available_kb: int) -> None:
+        text = f"MemTotal:       {total_kb} kB\nMemFree:        1000 kB\nMemAvailable:   {available_kb} kB\n"
+        (self.folder / "meminfo").write_text(text)
+
+    def program(self, name: str, text: str, code: int = 0, stream: int = 1) -> None:
+        path = self.folder / "bin" / name
+        path.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$*\" >> {self.folder}/{name}.calls\nwhile read -r line; do\n"
+                        f"  printf '%s\\n' \"$line\" >&{stream}\ndone <<'END'\n{text}\nEND\nexit {code}\n")  # fmt: skip
+        path.chmod(0o755)
+
+    def env(self, **values: str) -> None:
+        for name, value in values.items():
+            self.monkeypatch.setenv(name, value)
+
+    def cached(self, config: dict, *, shards: int = 2, there: int = 2, outside: bool = False) -> Path:
+        hub = self.folder / ("hf" if outside else "cache/huggingface") / "hub"
+        folder = hub / f"models--{self.model.replace('/', '--')}" / "snapshots" / ("a" * 40)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        names = [f"model-{number:05}-of-{shards:05}.safetensors" for number in range(1, shards + 1)]
+        index = {"weight_map": {f"layer.{name}": name for name in names}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        for name in names[:there]:
+            (folder / name).touch()
+        return folder
+
+    def recipe(self) -> Path:
+        text = (ROOT / "recipes" / "tiny.toml").read_text()
+        lines = [f'name = "{self.model}"', f'engine = "{self.engine}"', f'dtype = "{self.dtype}"', *self.model_lines]
+        lines += [f'revision = "{"a" * 40}"']
+        vllm = f"\n[vllm]\nmemory_share = {self.share}\nsequences = 64\n" if self.engine == "unsloth" else ""
+        text = re.sub(r"\[model\]\n(.+\n)+", "[model]\n" + "\n".join(lines) + "\n" + vllm, text, count=1)
+        text = text.replace("gradient_checkpointing = false", "gradient_checkpointing = true")
+        text = text.replace("micro_batch_size = 64", "micro_batch_size = 4")
+        text = text.replace("[format]\n", self.sources + "[format]\n", 1)
+        path = self.folder / "big.toml"
+        path.write_text(text)
+        return path
+
+    def look(self) -> tuple[int, dict[str, list[str]]]:
+        """Return the exit code and the lines, by the name of the check."""
+        result = CliRunner().invoke(doctor.main, ["--recipe", str(self.recipe())])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        lines = collections.defaultdict(list)
+        *each, last = result.output.splitlines()
+        assert last.startswith("doctor: ")
+        for line in each:
+            match = re.fullmatch(r"(ok  |warn|fail)  ([^:]+): (.+)", line)
+            assert match, line
+            assert (" To do: " in line) == (match[1] != "ok  "), line
+            lines[match[2]].append(line)
+        assert result.exit_code == int("\nfail  " in "\n" + result.output)
+        return result.exit_code, lines
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch) -> Machine:
+    """Return a machine on which a big model can be trained, with a hub on loopback."""
+    made = Machine(tmp_path, monkeypatch)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:  # noqa: N802  (the name is http.server's)
+            made.asked.append((self.path, self.command, self.headers.get("Authorization")))
+            self.send_response_only(next((code for part, code in made.status.items() if part in self.path), 200))
+            self.send_header("Date", email.utils.formatdate(time.time() + made.hub_seconds_ahead, usegmt=True))
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        do_GET = do_HEAD  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    made.env(HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}")
+    yield made
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_machine_that_is_fine_has_only_ok_lines(machine):
+    code, lines = machine.look()
+    assert code == 0
+    assert [line for each in lines.values() for line in each if not line.startswith("ok  ")] == []
+    assert set(lines) == {
+        "driver", "GPU", "GPU memory", "vLLM", "Docker", "/dev/shm", "memory", "disk", "model", "token", "clock",
+        "tokenizer",
+    }  # fmt: skip
+    assert len(lines["GPU memory"]) == 3
+    assert "weights 5.7" in lines["GPU memory"][1]
+
+
+def source(name: str) -> str:
+    return f'[[data.sources]]\nname = "{name}"\nrevision = "{"b" * 40}"\nuse = ["grpo"]\nquestion = "q"\nanswer = "a"\n'
+
+
+def old_driver(machine):
+    machine.program("nvidia-smi", "NVIDIA L4, 570.133.20, 23034, 22563, 8.9")
+
+
+def no_gpu_program(machine):
+    (machine.folder / "bin" / "nvidia-smi").unlink()
+
+
+def shared_gpu(machine):
+    machine.program("nvidia-smi", "NVIDIA H200, 580.95.05, 143771, 61023, 9.0")
+
+
+def small_gpu(machine):
+    machine.program("nvidia-smi", "NVIDIA RTX A4000, 580.95.05, 16376, 16101, 8.6")
+    machine.model_lines = []
+
+
+def gpu_below_float32(machine):
+    machine.program("nvidia-smi", L4)
+
+
+def share_below_weights(machine):
+    machine.share = 0.05
+
+
+def no_runtime(machine):
+    machine.program("docker", json.dumps(DOCKER | {"Runtimes": {"runc": {"path": "runc"}}}))
+
+
+def docker_without_server(machine):
+    machine.program("docker", "Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", 1, stream=2)
+    machine.env(RUNTIME="docker")
+
+
+def docker_of_old(machine):
+    errors = ["Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?"]
+    machine.program("docker", json.dumps({"ServerErrors": errors}))
+    machine.env(RUNTIME="docker")
+
+
+def docker_not_allowed(machine):
+    machine.program("docker", "permission denied while trying to connect to the Docker daemon socket", 1, stream=2)
+    machine.env(RUNTIME="docker")
+
+
+def docker_not_installed(machine):
+    (machine.folder / "bin" / "docker").unlink()
+    machine.env(RUNTIME="docker")
+
+
+def shared_memory_of_docker(machine):
+    machine.free[machine.folder / "shm"] = 64 << 20
+
+
+def no_shared_memory(machine):
+    (machine.folder / "shm").rmdir()
+
+
+def little_memory(machine):
+    machine.memory(32_000_000, 30_000_000)
+
+
+def container_limit(machine):
+    (machine.folder / "memory.max").write_text("17179869184\n")
+
+
+def full_disk(machine):
+    machine.free[machine.folder] = 50_000_000_000
+    machine.free = {machine.folder / "shm": 10**12, **machine.free}
+
+
+def hub_refuses(machine):
+    machine.status["/resolve/"] = 403
+    machine.env(HF_TOKEN="hf_planted")
+
+
+def hub_wants_token(machine):
+    machine.status["/resolve/"] = 401
+
+
+def hub_has_no_revision(machine):
+    machine.status["/resolve/"] = 404
+
+
+def hub_is_away(machine):
+    machine.env(HF_ENDPOINT="http://127.0.0.1:9")
+
+
+def hub_is_forbidden(machine):
+    machine.env(HF_HUB_OFFLINE="1")
+
+
+def data_not_there(machine):
+    machine.sources = source("data/mine.jsonl")
+
+
+def data_away(machine):
+    machine.sources = source("openai/gsm8k")
+    machine.cached(LLAMA)
+    machine.env(HF_ENDPOINT="http://127.0.0.1:9")
+
+
+def model_folder_away(machine):
+    machine.model = "./models/mine"
+
+
+def half_a_copy_and_no_network(machine):
+    machine.cached(LLAMA, there=1)
+    hub_is_away(machine)
+
+
+def token_with_line_break(machine):
+    machine.env(HF_TOKEN="hf_planted\n")
+
+
+def late_clock(machine):
+    machine.hub_seconds_ahead = 3600
+
+
+def early_clock_without_network(machine):
+    hub_is_away(machine)
+    machine.cached(LLAMA)
+    # Only the sight of files: time goes on for everything else.
+    machine.monkeypatch.setattr(doctor.time, "time", lambda: 1_000_000.0)
+
+
+def capability(text):
+    def change(machine):
+        machine.program("nvidia-smi", text)
+
+    return change
+
+
+def smi_fails(text, code):
+    def change(machine):
+        machine.program("nvidia-smi", text, code)
+
+    return change
+
+
+def gpus(value):
+    def change(machine):
+        machine.env(GPUS=value)
+
+    return change
+
+
+def runtime_local(machine):
+    machine.env(RUNTIME="local")
+    machine.monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+
+
+@pytest.mark.parametrize(
+    ("broken", "name", "found", "remedy"),
+    [
+        (old_driver, "driver", "570.133.20; CUDA 13's wheels need 580", "install driver 580 or newer"),
+        (no_gpu_program, "driver", "there is no program nvidia-smi", "install driver 580 or newer"),
+        (smi_fails(NO_DRIVER, 9), "driver", "couldn't communicate", "install driver 580 or newer"),
+        (smi_fails(MISMATCH, 18), "driver", "NVML library version: 580.95", "sudo reboot"),
+        (smi_fails("No devices were found", 6), "GPU", "the driver finds none", "nvidia-smi -L"),
+        (
+            smi_fails('Field "compute_cap" is not a valid field to query.', 2),
+            "driver", "so old", "install driver 580 or newer",
+        ),
+        (smi_fails("Unable to determine the device handle: GPU is lost.", 15), "GPU", "GPU is lost", "sudo reboot"),
+        (gpus("none"), "GPU", "GPUS=none", "GPUS=0"),
+        (capability("Tesla V100-SXM2-16GB, 580.95.05, 16384, 16144, 7.0"), "GPU", "need 7.5", "take a newer GPU"),
+        (capability("Tesla T4, 580.95.05, 15360, 14913, 7.5"), "GPU", "'bfloat16' needs 8.0", "dtype = 'float16'"),
+        (shared_gpu, "GPU memory", "64.0 GB of 150.8 GB are free", "nvidia-smi lists it"),
+        (small_gpu, "GPU memory", "grpo needs about", "load_in_4bit = true"),
+        (share_below_weights, "vLLM", "for weights and vLLM; one completion", "raise memory_share to 0.06 or more"),
+        (no_runtime, "Docker", "no NVIDIA runtime", "sudo nvidia-ctk runtime configure --runtime=docker"),
+        (docker_without_server, "Docker", "Cannot connect", "sudo systemctl start docker"),
+        (docker_of_old, "Docker", "Cannot connect", "sudo systemctl start docker"),
+        (docker_not_allowed, "Docker", "permission denied", "sudo usermod -aG docker $USER"),
+        (docker_not_installed, "Docker", "there is no program docker", "docs/rented-gpu.md"),
+        (runtime_local, "Docker", "lacks torch, unsloth, vllm, a C compiler", "RUNTIME=docker"),
+        (shared_memory_of_docker, "/dev/shm", "67 MB free", "--ipc host"),
+        (no_shared_memory, "/dev/shm", "is not there", "--ipc host"),
+        (little_memory, "memory", "need about 36.1 GB; 30.7 GB of 32.8 GB", "more memory"),
+        (container_limit, "memory", "17.2 GB of 17.2 GB", "more memory"),
+        (full_disk, "disk", "50.0 GB free", "on a larger disk"),
+        (hub_refuses, "model", "the hub refuses it (403)", "see token"),
+        (hub_refuses, "token", "HF_TOKEN is set and does not open it", "accept the licence at http://127.0.0.1"),
+        (hub_wants_token, "token", "HF_TOKEN is not set", "export HF_TOKEN="),
+        (hub_has_no_revision, "model", "not at this revision", "mend name and revision"),
+        (hub_is_away, "model", "does not answer", "HF_ENDPOINT"),
+        (hub_is_away, "token", "is gated and HF_TOKEN is not set", "accept the licence"),
+        (hub_is_forbidden, "model", "HF_HUB_OFFLINE is set", "give a copy"),
+        (data_not_there, "data", "data/mine.jsonl: there is no such file", "mend [[data.sources]]"),
+        (data_away, "data", "openai/gsm8k: no copy here", "DATA=FOLDER"),
+        (model_folder_away, "model", "./models/mine: no folder with config.json", "copy the whole model there"),
+        (half_a_copy_and_no_network, "model", "no copy here", "mend the network"),
+        (token_with_line_break, "token", "a space or a line break", "export it again"),
+        (late_clock, "clock", "s behind the hub's", "sudo timedatectl set-ntp true"),
+        (early_clock_without_network, "clock", "in its future", "sudo timedatectl set-ntp true"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_later_fails_now_with_what_to_do(machine, broken, name, found, remedy):
+    broken(machine)
+    code, lines = machine.look()
+    assert code == 1
+    failed = [line for line in lines[name] if line.startswith("fail  ")]
+    assert any(found in line and remedy in line.partition(" To do: ")[2] for line in failed), lines[name]
+    assert "hf_planted" not in str(dict(lines))
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "found"),
+    [
+        ("NVIDIA GB10, 580.95.05, [N/A], [N/A], 12.1", "GPU memory", "tells no size ([N/A])"),
+        ("NVIDIA RTX A5000, 580.95.05, 48000, 47900, 8.6", "GPU memory", "would have to step down"),
+    ],
+)
+def test_what_may_go_slower_or_can_not_be_known_is_a_warning(machine, line, name, found):
+    machine.program("nvidia-smi", line)
+    machine.share = 0.99
+    code, lines = machine.look()
+    assert code == 0
+    assert any(each.startswith("warn  ") and found in each for each in lines[name]), lines[name]
+
+
+def test_where_merge_and_gguf_would_compare_on_the_cpu_that_is_a_warning(machine):
+    gpu_below_float32(machine)
+    _, lines = machine.look()
+    assert any(
+        each.startswith("warn  ") and "merge and gguf needs about 32.7 GB" in each and "compare on the CPU" in each
+        for each in lines["GPU memory"]
+    ), lines["GPU memory"]
+
+
+def test_a_model_of_an_unknown_family_is_a_warning_and_no_guess(machine):
+    machine.cached({"model_type": "mixtral"})
+    code, lines = machine.look()
+    assert code == 0
+    assert lines["estimate"][0].startswith("warn") and "model_type is 'mixtral'" in lines["estimate"][0]
+    assert not lines["GPU memory"] and not lines["disk"]
+
+
+def test_gpus_chooses_the_device_that_is_asked_about(machine):
+    machine.env(GPUS="2,3")
+    machine.look()
+    assert (machine.folder / "nvidia-smi.calls").read_text().startswith("--id=2 --query-gpu=name,driver_version,")
+
+
+def test_another_docker_client_and_gpus_by_cdi(machine):
+    machine.env(DOCKER="podman")
+    machine.program("podman", json.dumps({"version": {"Version": "5.4.0"}, "host": {}}))
+    (machine.folder / "bin" / "docker").unlink()
+    (machine.folder / "cdi").mkdir()
+    (machine.folder / "cdi" / "nvidia.yaml").touch()
+    code, lines = machine.look()
+    assert lines["Docker"] == ["ok    Docker: engine 5.4.0"]
+    assert code == 0
+
+
+def test_without_docker_the_environment_itself_will_do_if_it_has_everything(machine):
+    (machine.folder / "bin" / "docker").unlink()
+    machine.program("cc", "")
+    machine.monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    code, lines = machine.look()
+    assert lines["Docker"][0].startswith("ok    Docker: not needed: no Docker engine answers")
+    assert code == 0
+
+
+def test_little_room_for_the_image_is_a_warning(machine):
+    machine.free[Path("/var/lib")] = 12_000_000_000
+    machine.free[Path("/var")] = 12_000_000_000
+    code, lines = machine.look()
+    assert code == 0
+    assert any("building the CUDA image" in line for line in lines["disk"])
+
+
+def test_a_whole_copy_needs_no_network_no_token_and_no_room(machine):
+    hub_is_away(machine)
+    machine.free[machine.folder / "shm"] = 10**12
+    before = machine.look()[1]["disk"][0]
+    folder = machine.cached(LLAMA)
+    code, lines = machine.look()
+    assert code == 0
+    assert f"a whole copy is at {folder}" in lines["model"][0]
+    assert lines["token"] == ["ok    token: not needed: the model is not fetched"]
+    assert "(base 16.1, " in before and "base" not in lines["disk"][0]
+    assert machine.asked == []
+
+
+@pytest.mark.parametrize("runtime", ["docker", "local"])
+def test_a_container_has_a_hub_cache_of_its_own(machine, runtime):
+    machine.cached(LLAMA, outside=True)
+    machine.env(RUNTIME=runtime)
+    assert ("a whole copy is at" in machine.look()[1]["model"][0]) == (runtime == "local")
+
+
+def test_finished_stages_need_no_room_and_no_data(machine):
+    machine.sources = source("openai/gsm8k")
+    for stage in ("prepare-data", "merge", "gguf"):
+        folder = machine.folder / "artifacts" / "big" / stage
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    code, lines = machine.look()
+    assert code == 0
+    assert "prepare-data is finished" in lines["data"][0]
+    assert "merge" not in lines["disk"][0] and "gguf" not in lines["disk"][0]
+
+
+@pytest.mark.parametrize("how", ["variable", "last time"])
+def test_a_local_copy_of_the_data_is_found_where_data_says(machine, how):
+    machine.sources = source("openai/gsm8k")
+    file = machine.folder / "gsm8k" / "train.jsonl"
+    file.parent.mkdir()
+    file.write_text("{}\n")
+    if how == "variable":
+        machine.env(DATA=str(file.parent))
+    else:
+        (machine.folder / "artifacts" / "big").mkdir(parents=True)
+        (machine.folder / "artifacts" / "big" / "data.path").write_text(f"{file.parent}\n")
+    code, lines = machine.look()
+    assert code == 0
+    assert lines["data"] == [f"ok    data: openai/gsm8k: on this disk ({file})"]
+    assert not any("gsm8k" in path for path, _, _ in machine.asked)
+
+
+def test_the_hub_is_asked_by_head_and_a_redirect_is_not_followed_with_the_token(machine):
+    machine.sources = source("openai/gsm8k")
+    machine.status["/resolve/"] = 307
+    machine.env(HF_TOKEN="hf_planted")
+    code, lines = machine.look()
+    assert code == 0
+    assert sorted(machine.asked) == [
+        (f"/datasets/openai/gsm8k/resolve/{'b' * 40}/.gitattributes", "HEAD", "Bearer hf_planted"),
+        (f"/meta-llama/Llama-3.1-8B-Instruct/resolve/{'a' * 40}/config.json", "HEAD", "Bearer hf_planted"),
+    ]
+    assert lines["token"] == ["ok    token: HF_TOKEN is set"]
+
+
+def test_a_hub_in_trouble_is_a_warning(machine):
+    machine.status["/resolve/"] = 503
+    code, lines = machine.look()
+    assert code == 0
+    assert lines["model"][0].startswith("warn") and "503" in lines["model"][0]
+
+
+def test_a_cpu_recipe_needs_no_gpu_no_docker_and_no_shared_memory(machine):
+    machine.engine, machine.dtype, machine.model_lines = "trl", "float32", []
+    machine.model = "base-model"
+    for program in ("nvidia-smi", "docker"):
+        (machine.folder / "bin" / program).unlink()
+    (machine.folder / "shm").rmdir()
+    code, lines = machine.look()
+    assert code == 0
+    assert lines["GPU"] == ["ok    GPU: not needed: engine = 'trl' also runs on a CPU"]
+    assert lines["/dev/shm"] == ["ok    /dev/shm: not needed on a CPU"]
+    assert lines["model"] == ["ok    model: made by this run"]
+
+
+def test_a_program_that_hangs_is_given_up_on(machine):
+    machine.monkeypatch.setattr(doctor, "COMMAND_SECONDS", 0.3)
+    path = machine.folder / "bin" / "nvidia-smi"
+    path.write_text("#!/bin/sh\nwhile :; do :; done\n")
+    code, lines = machine.look()
+    assert code == 1
+    assert "nvidia-smi did not answer within 0.3 s" in lines["driver"][0]
+
+
+def test_a_tokenizer_that_llama_cpp_reads_otherwise_fails(finished, tmp_path, monkeypatch):
+    recipe = tmp_path / "micro.toml"
+    recipe.write_text((finished / "micro.toml").read_text())
+    (tmp_path / "own.py").write_text((finished / "own.py").read_text())
+    base = tmp_path / "artifacts" / "micro" / "base-model"
+    base.parent.mkdir(parents=True)
+    shutil.copytree(finished / "base-model", base)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    run = doctor.read_recipe(recipe)
+
+    def look() -> doctor.Finding:
+        process = doctor.start_tokenizer_check(run, doctor.local_model(run, tmp_path), tmp_path)
+        return doctor.tokenizer_finding(process, run, time.monotonic() + 120)
+
+    assert (look().status, look().name) == ("ok", "tokenizer")
+    path = base / "model" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    template = base / "model" / "chat_template.jinja"
+    if template.is_file():
+        template.write_text("{{ bos_token }}" + template.read_text())
+    else:
+        path.write_text(json.dumps(settings | {"chat_template": "{{ bos_token }}" + settings["chat_template"]}))
+    finding = look()
+    assert finding.status == "fail"
+    assert "BOS is doubled" in finding.found
+
+
+def test_a_tokenizer_check_that_takes_too_long_is_ended_and_said(machine, monkeypatch):
+    process = doctor.subprocess.Popen(
+        ["/bin/sh", "-c", "while :; do :; done"], stdout=doctor.subprocess.PIPE, text=True, start_new_session=True
+    )
+    finding = doctor.tokenizer_finding(process, doctor.read_recipe(machine.recipe()), time.monotonic() - 60)
+    assert finding.status == "warn" and "make prepare-data RECIPE=big" in finding.remedy
+    assert process.returncode == -9
+
+
+PAGE = (ROOT / "docs" / "rented-gpu.md").read_text()
+BIG = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml") if not path.stem.startswith("tiny"))
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_the_times_on_the_page_follow_from_the_recipe_and_the_one_measured_figure(name):
+    recipe = tomllib.loads((ROOT / "recipes" / f"{name}.toml").read_text())
+    grpo = recipe["grpo"]
+    completions = grpo["steps"] * grpo["prompts_per_step"] * grpo["completions_per_prompt"]
+    tokens = completions * grpo["max_completion_tokens"]
+    rate = 5604 * 1_720_574_976 / memory.SHAPES[recipe["model"]["name"]].parameters
+    hours = tokens / rate / 3600
+    assert f"| `{name}` | {tokens:,} | {rate:,.0f} | {hours:.2f} | {3 * hours:.2f} |" in PAGE
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_the_gpus_and_disks_on_the_page_follow_from_the_estimate(name):
+    match = re.search(
+        rf"^\| `{re.escape(name)}` \| (\d+) GB(?:; training alone: (\d+) GB)? \| (\d+) GB \|$", PAGE, re.M
+    )
+    whole, alone, disk = (int(number or 0) for number in match.groups())
+    recipe = tomllib.loads((ROOT / "recipes" / f"{name}.toml").read_text())
+    run = doctor.read_recipe(ROOT / "recipes" / "tiny.toml")
+    shape = memory.SHAPES[recipe["model"]["name"]]
+    # Only the tables that count: a recipe may have a revision to fill in, and is refused until then.
+    run = dataclasses.replace(
+        run,
+        **{
+            key: kind(**recipe[key])
+            for key, kind in {
+                "model": Model,
+                "lora": Lora,
+                "sft": Sft,
+                "grpo": Grpo,
+                "vllm": Vllm,
+                "gguf": Gguf,
+            }.items()
+        },
+        data=dataclasses.replace(run.data, max_prompt_tokens=recipe["data"]["max_prompt_tokens"]),
+        merge=Merge(**recipe["merge"]),
+        ollama=Ollama(**recipe["ollama"]),
+        save=recipe["save"],
+    )
+    for size, stages in ((whole, ("sft", "grpo", "merge and gguf")), (alone, ("sft", "grpo"))):
+        needs = doctor.estimates(run, shape, size << 30)
+        assert not size or max(needs[stage].peak_bytes for stage in stages) < 0.97 * (size << 30)
+    room = memory.most_room(doctor.rooms(run, shape))
+    assert disk - 1 < room / 1e9 <= disk

@@ -1,0 +1,373 @@
+"""Upload the finished model to the hub, with a card written from the manifests, and check what arrived."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stages.lib import artifact, model_card, modelfile, options
+from stages.lib.errors import UserError, nearest
+from stages.lib.model_card import File
+from stages.lib.recipe import Recipe, is_hub_name, read_recipe
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+TOKEN = "HF_TOKEN"
+# No pickles, no code, no logs: what a model repository needs, and what can do no harm to those who load it.
+SUFFIXES = (".gguf", ".jinja", ".json", ".md", ".model", ".png", ".safetensors", ".txt")
+WITHOUT_SUFFIX = ("Modelfile",)
+LEFT_BY_THE_HUB = (".gitattributes",)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One repository and all that goes into it, the card last."""
+
+    repository: str
+    files: tuple[File, ...]
+
+
+@click.command(help=__doc__)
+@options.recipe
+@click.option("--hub", required=True, metavar="USER/NAME", help="The repository; what is beside it adds to its name.")
+@options.reads("prepare-data")
+@options.reads("sft")
+@options.reads("grpo")
+@options.reads("infer")
+@options.reads("merge")
+@options.reads("gguf")
+@options.reads("ollama-modelfile")
+@click.option("--what", help="What to upload, with commas between, instead of the recipe's save: merged_16bit,gguf.")
+@click.option("--public", is_flag=True, help="Let everyone see it, once all of it is there; asks before.")
+@click.option("--yes", is_flag=True, help="Do not ask before something becomes public.")
+def main(recipe: Path, hub: str, what: str | None, public: bool, yes: bool, **folders: Path) -> None:
+    run_recipe = read_recipe(recipe)
+    kinds = chosen(run_recipe.save if what is None else what.split(","))
+    names = model_card.repositories(checked_name(hub), kinds)
+    token = read_token()
+    inputs = {name.replace("_", "-"): folder for name, folder in folders.items()}
+    push(prepare(names, inputs, run_recipe), token, public=public, yes=yes)
+
+
+def prepare(names: Mapping[str, str], folders: Mapping[str, Path], recipe: Recipe) -> list[Upload]:
+    """Return what goes into each repository of `names` (by kind), out of the finished artifacts in `folders`.
+
+    Raises `UserError` when they are not of one run of this recipe, or hold what is not to be uploaded.
+    """
+    manifests = {stage: artifact.read(folder, stage) for stage, folder in folders.items()}
+    verify_chain(manifests, folders)
+    verify_recipe(recipe, manifests)
+    uploads = []
+    for kind, repository in names.items():
+        files = collect(kind, folders, manifests, recipe)
+        card = model_card.write(kind, names, recipe, manifests, files)
+        uploads.append(Upload(repository, (*files, of_text("README.md", card))))
+    return uploads
+
+
+def chosen(kinds: Sequence[str]) -> list[str]:
+    """Return what to upload, in the order of `model_card.KINDS`. Raises `UserError` for an unknown word."""
+    known = tuple(model_card.KINDS)
+    for kind in kinds:
+        if kind not in known:
+            raise UserError(f"--what: {kind!r} is not known{nearest(kind, known)}; known: {', '.join(known)}")
+    return [kind for kind in known if kind in kinds]
+
+
+def checked_name(name: str) -> str:
+    """Return `name` if it can be a repository of the hub, else raise `UserError`."""
+    fits = re.fullmatch(r"\w[\w.-]*/\w([\w.-]*\w)?", name, re.ASCII) and len(name) <= 90  # the hub: 96, with a suffix
+    if not fits or "--" in name or ".." in name or name.endswith(".git"):
+        raise UserError(
+            f"--hub {name!r} is not a name of the hub; expected user/name, as in: make push HUB=ann/my-model"
+        )
+    return name
+
+
+def read_token() -> str:
+    """Return the hub's token out of the environment, its only source. Raises `UserError` when it is not there."""
+    token = os.environ.get(TOKEN, "").strip()
+    if not token:
+        raise UserError(
+            f"the environment has no {TOKEN}; expected a token of the hub that may write "
+            f"(https://huggingface.co/settings/tokens). Run: export {TOKEN}=...  and this again"
+        )
+    return token
+
+
+def verify_chain(manifests: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> None:
+    """Raise `UserError` unless all artifacts come from one run: whatever two of them were made from is the same."""
+    stated: dict[str, tuple[str, str]] = {
+        name: (artifact.digest(manifest), str(folders[name])) for name, manifest in manifests.items()
+    }
+    for stage, manifest in manifests.items():
+        for name, claimed in manifest["inputs"].items():
+            digest, where = stated.setdefault(name, (claimed, f"the one that {folders[stage]} was made from"))
+            if claimed != digest:
+                raise UserError(
+                    f"{folders[stage]}: was made from another {name} than {where}. Its figures and files would not be "
+                    f"those of one model. Run: make {stage}"
+                )
+
+
+def verify_recipe(recipe: Recipe, manifests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `UserError` when a value of the recipe is not the one that an artifact was made with: the card shows it."""
+    for stage, manifest in manifests.items():
+        for table, used in manifest["recipe"].items():
+            if table == "save":  # what was made besides; whether it is there is looked at by name
+                continue
+            now = recipe.tables(table).get(table, {})
+            for key, value in used.items():
+                if now.get(key) != value:
+                    raise UserError(
+                        f"{recipe.path}: [{table}] {key} = {now.get(key)!r}, and {stage} was made with {value!r}. "
+                        f"The card shows the recipe, which has to be that of the model. Run: make all"
+                    )
+
+
+def collect(
+    kind: str, folders: Mapping[str, Path], manifests: Mapping[str, Mapping[str, Any]], recipe: Recipe
+) -> list[File]:
+    """Return the files of one kind of upload, without the card, each checked against its manifest's sha256.
+
+    Raises `UserError` when there are none, when a folder they come from holds a symbolic link or a file that its
+    manifest does not state, for a suffix that is not in SUFFIXES, and when a file is not what the manifest says.
+    """
+    chosen: dict[str, tuple[str, str]] = {}  # name in the repository: stage, name in its artifact
+    for stage, prefix in model_card.KINDS[kind].sources:
+        refuse_unknown(folders[stage], stage, manifests[stage])
+        for name in manifests[stage]["files"]:
+            short = name.removeprefix(prefix)
+            if name.startswith(prefix) and "/" not in short and takes(kind, stage, short):
+                chosen[short] = (stage, name)
+    if not any(stage == model_card.KINDS[kind].sources[0][0] for stage, _ in chosen.values()):
+        stage, prefix = model_card.KINDS[kind].sources[0]
+        raise UserError(
+            f"{folders[stage] / prefix}: there is no {kind} there; expected it as save in the recipe asks for it "
+            f"(merged_4bit needs an NVIDIA GPU). Add {kind!r} to save and run: make {stage}"
+        )
+    files = []
+    for short, (stage, name) in sorted(chosen.items()):
+        path = folders[stage] / name
+        if path.suffix not in SUFFIXES and short not in WITHOUT_SUFFIX:
+            raise UserError(
+                f"{path}: is not uploaded; expected only {', '.join((*SUFFIXES, *WITHOUT_SUFFIX))}. Move it away, or "
+                f"leave {kind} out with --what"
+            )
+        described = manifests[stage]["files"][name]
+        if artifact.sha256(path) != described["sha256"]:
+            raise UserError(
+                f"{path}: is not the file that {stage} wrote: its sha256 is another than the manifest's. "
+                f"Delete {folders[stage]} and run: make {stage}"
+            )
+        files.append(File(short, path, described["bytes"], described["sha256"]))
+    if kind == "lora":
+        place = next(place for place, file in enumerate(files) if file.name == "adapter_config.json")
+        files[place] = of_text("adapter_config.json", adapter_config(files[place].content, recipe))
+    if kind == "gguf":
+        files += ollama_files(folders["ollama-modelfile"] / "Modelfile", {file.name for file in files})
+    return files
+
+
+def takes(kind: str, stage: str, name: str) -> bool:
+    """Say whether a kind of upload takes the file `name` of a stage: which of its GGUF files are whose."""
+    if stage == "gguf":
+        return name.startswith("adapter") if kind == "lora" else not name.startswith("adapter")
+    return stage != "ollama-modelfile" or name == "Modelfile"  # the GGUF beside it is one of the gguf stage
+
+
+def refuse_unknown(folder: Path, stage: str, manifest: Mapping[str, Any]) -> None:
+    """Raise `UserError` when an artifact holds a symbolic link, or a file that its manifest does not state."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        known = path.is_dir() or name == artifact.MANIFEST or name.startswith(f"{artifact.LOGS}/")
+        if path.is_symlink() or not (known or name in manifest["files"]):
+            found = "is a symbolic link" if path.is_symlink() else f"was not written by {stage}"
+            raise UserError(
+                f"{path}: {found}; expected only files that {folder / artifact.MANIFEST} states. Move it away"
+            )
+
+
+def of_text(name: str, text: str) -> File:
+    """Return a file of a repository that is made here."""
+    content = text.encode()
+    return File(name, content, len(content), hashlib.sha256(content).hexdigest())
+
+
+def adapter_config(content: bytes, recipe: Recipe) -> str:
+    """Return adapter_config.json with the base model by its hub name and revision, instead of a path on this disk."""
+    settings = json.loads(content)
+    on_hub = is_hub_name(recipe.model.name)
+    settings["base_model_name_or_path"] = recipe.model.name if on_hub else Path(recipe.model.name).name
+    settings["revision"] = recipe.model.revision if on_hub else None
+    return json.dumps(settings, indent=2, sort_keys=True) + "\n"
+
+
+def ollama_files(path: Path, beside: set[str]) -> list[File]:
+    """Return `template`, `system` and `params`, which `ollama run hf.co/...` reads instead of a Modelfile.
+
+    Without them it takes a stock template by the look of the model. See https://huggingface.co/docs/hub/ollama.
+    Raises `UserError` when the Modelfile's FROM names no file in `beside`.
+    """
+    commands = modelfile.read(path)
+    (source,) = modelfile.values(commands, "from")
+    if source.removeprefix("./") not in beside:
+        raise UserError(f"{path}: FROM {source} is not among the GGUF files. Run: make ollama-modelfile")
+    files = [of_text("template", text) for text in modelfile.values(commands, "template")]
+    files += [of_text("system", text) for text in modelfile.values(commands, "system")]
+    params: dict[str, Any] = {}
+    for name, value in commands:
+        if name == "parameter stop":
+            params.setdefault("stop", []).append(value)
+        elif name.startswith("parameter "):
+            params[name.removeprefix("parameter ")] = json.loads(value)
+    return [*files, of_text("params", json.dumps(params, indent=2, ensure_ascii=False) + "\n")]
+
+
+def push(uploads: Sequence[Upload], token: str, *, public: bool, yes: bool) -> None:
+    """Upload to private repositories, check what arrived, and only then make them public if that was asked for.
+
+    Raises `UserError` for whatever the hub or the way to it refuses, and when the user says no.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    private = {upload.repository: is_private(api, upload.repository) for upload in uploads}
+    confirm(private, public=public, yes=yes)
+    for upload in uploads:
+        with explained(upload.repository):
+            send(api, upload, new=private[upload.repository] is None)
+    for upload in uploads:
+        if public and private[upload.repository] is not False:
+            with explained(upload.repository):
+                api.update_repo_settings(upload.repository, visibility="public", repo_type="model")
+            click.echo(f"{upload.repository}: is public now")
+
+
+def is_private(api: "HfApi", repository: str) -> bool | None:
+    """Say whether a repository is private; None when there is none, or none that this token may see."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with explained(repository):
+        try:
+            return bool(api.model_info(repository).private)
+        except RepositoryNotFoundError:
+            return None
+
+
+def confirm(private: Mapping[str, bool | None], *, public: bool, yes: bool) -> None:
+    """Ask before anything can be seen by everyone. Raises `UserError` on a no, and when there is nobody to ask."""
+    already = [repository for repository, state in private.items() if state is False]
+    becomes = [repository for repository, state in private.items() if public and state is not False]
+    for names, text in ((already, "public already"), (becomes, "to become public")):
+        for name in names:
+            click.echo(f"{name}: {text}; everyone will see and be able to download what is uploaded")
+    if not (already or becomes) or yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError("this would be public, and there is no terminal to ask on. If that is meant, add YES=1 (--yes)")
+    if not click.confirm("Upload it?"):
+        raise UserError("nothing was uploaded")
+
+
+@contextlib.contextmanager
+def explained(repository: str) -> Iterator[None]:
+    """Turn what the hub's client raises into a `UserError` that says what to do, with no signed address in it."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    again = "Run the same again: files that have arrived are not sent again"
+    try:
+        yield
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
+        # LFS uploads wrap what they met. Their addresses are signed, and whoever has one may write there.
+        met = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if not isinstance(met, HfHubHTTPError):
+            text = re.sub(r"(https?://[^\s?'\"]*)\?\S*", r"\1", str(error)).strip()
+            raise UserError(f"{repository}: {text}. {again}") from error
+        status = met.response.status_code
+        said = f"the hub answered {status}: {met.server_message or met.response.reason_phrase}"
+        todo = {
+            401: f"Is {TOKEN} right, and still valid? https://huggingface.co/settings/tokens",
+            403: f"May the token in {TOKEN} write there, and is the name yours?",
+        }
+        raise UserError(f"{repository}: {said}. {todo.get(status, again)}") from error
+
+
+def send(api: "HfApi", upload: Upload, *, new: bool) -> None:
+    """Upload what is not in the repository yet, in one commit, and list what is there then against the manifests.
+
+    Content goes first, a file at a time, and what has arrived stays with the hub: only the file that was on its way
+    when an upload broke off is sent again. Raises `UserError` when a file that arrived is not the one that was sent.
+    """
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    name = upload.repository
+    card = {"content": upload.files[-1].content.decode(), "repoType": "model"}
+    headers = build_hf_headers(token=api.token)
+    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=card, headers=headers)
+    if answer.status_code == 400:  # create_commit asks the same, hours later
+        raise ValueError(f"the hub refuses the card: {answer.json().get('errors')}")
+    if new:
+        api.create_repo(name, private=True, repo_type="model")
+    there = remote_files(api, name)
+    missing = [file for file in upload.files if not is_same(file, there.get(file.name))]
+    size = sum(file.bytes for file in missing)
+    click.echo(
+        f"{name}: {len(upload.files) - len(missing)} of {len(upload.files)} files are there, {size / 1e6:,.1f} MB to go"
+    )
+    if missing:
+        additions = [CommitOperationAdd(file.name, file.source) for file in missing]
+        for addition in additions:
+            api.preupload_lfs_files(name, [addition], free_memory=False)
+        api.create_commit(name, additions, commit_message="Upload from Temper")
+    verify_remote(upload, remote_files(api, name))
+    click.echo(f"{name}: {api.endpoint}/{name}")
+
+
+def remote_files(api: "HfApi", name: str) -> dict[str, Any]:
+    """Return what the hub says of every file in a repository, by path."""
+    return {entry.path: entry for entry in api.list_repo_tree(name, recursive=True) if hasattr(entry, "size")}
+
+
+def is_same(file: File, remote: Any) -> bool:
+    """Say whether what the hub says of a file is this one: sha256 of large files, git's own hash of small ones."""
+    if remote is None or remote.size != file.bytes:
+        return False
+    if remote.lfs is not None:
+        return remote.lfs.sha256 == file.sha256
+    content = file.content
+    return remote.blob_id == hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+def verify_remote(upload: Upload, there: Mapping[str, Any]) -> None:
+    """Print every file with its size and sha256, and say of others that they are not of this run.
+
+    Raises `UserError` when the hub has not what was uploaded.
+    """
+    for file in upload.files:
+        if not is_same(file, there.get(file.name)):
+            raise UserError(
+                f"{upload.repository}: {file.name} is not on the hub as it is here ({file.bytes:,} bytes, sha256 "
+                f"{file.sha256}). Run the same again"
+            )
+        click.echo(f"  {file.sha256[:16]}  {file.bytes:>15,}  {file.name}")
+    click.echo(f"{upload.repository}: all {len(upload.files)} files are on the hub as they are here, by size and hash")
+    for name in sorted(set(there) - {file.name for file in upload.files} - set(LEFT_BY_THE_HUB)):
+        click.echo(
+            f"{upload.repository}: also holds {name}, which is not of this run. Delete it there if it is not wanted"
+        )
+
+
+if __name__ == "__main__":
+    main()

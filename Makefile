@@ -2,6 +2,7 @@
 #
 #   make all                               every stage, for the embedded tiny model
 #   make all RECIPE=tiny-gsm8k DATA=...    the same for another recipe, from a local copy of its data
+#   make all RUNTIME=local                 in a virtual environment, also where a container engine answers
 #   make help                              targets, options and recipes
 #
 # This file is the pipeline: the only place that knows the order of the stages. A stage is finished exactly when its
@@ -21,11 +22,20 @@ RUNTIME ?=
 DATA ?=
 VENV ?= .venv
 PYTHON ?= python3
-export PYTHON TORCH_INDEX
+DOCKER ?= docker
+GPUS ?=
+CA_BUNDLE ?=
+MOUNT ?=
+export PYTHON TORCH_INDEX DOCKER
 # Threads that wait do so asleep: spinning, as is the default, makes a shared CPU up to eight times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 Q ?= What is 17 + 25?
 SUBSET ?=
+PORT ?= 8000
+HUB ?=
+PUBLIC ?=
+WHAT ?=
+YES ?=
 
 # ---- what was asked for -------------------------------------------------------------------------------------------
 
@@ -37,24 +47,71 @@ endif
 ifneq ($(filter-out local docker,$(RUNTIME)),)
   $(error RUNTIME=$(RUNTIME) is not known. Expected local or docker)
 endif
-ifeq ($(RUNTIME),docker)
-  $(error RUNTIME=docker: this version has no images yet. Use RUNTIME=local)
+ifneq ($(GPUS),)
+  ifeq ($(shell [[ "$(GPUS)" =~ ^(all|none|[0-9]+(,[0-9]+)*)$$ ]] && echo ok),)
+    $(error GPUS=$(GPUS) is not known. Expected all, none, or device numbers: 0 or 0,1)
+  endif
+endif
+ifneq ($(filter-out cpu cuda,$(IMAGE)),)
+  $(error IMAGE=$(IMAGE) is not known. Expected cpu or cuda)
 endif
 ifneq ($(DATA),)
   ifeq ($(wildcard $(DATA)),)
     $(error DATA=$(DATA): there is no such file or folder)
   endif
 endif
+ifneq ($(filter push,$(MAKECMDGOALS)),)
+  ifeq ($(HUB),)
+    $(error make push needs a repository's name on the hub: make push HUB=user/name)
+  endif
+endif
 
-# ---- how a stage runs ---------------------------------------------------------------------------------------------
+comma := ,
+
+# ---- where a stage runs -------------------------------------------------------------------------------------------
+
+# In a container if an engine answers, with the GPUs if it can hand them over; else in the virtual environment. Targets
+# that start no stage do not ask.
+ifneq ($(filter-out help clean setup test lock doctor,$(or $(MAKECMDGOALS),help)),)
+  ifeq ($(RUNTIME),)
+    override RUNTIME := $(if $(shell timeout 10 $(DOCKER) info > /dev/null 2>&1 && echo yes),docker,local)
+    chosen := yes
+  endif
+  ifneq ($(filter docker,$(RUNTIME))$(filter image,$(MAKECMDGOALS)),)
+    ifeq ($(GPUS),)
+      nvidia := $(shell { $(DOCKER) info --format '{{json .Runtimes}}' | grep nvidia || \
+          command -v nvidia-container-runtime-hook; } 2> /dev/null)
+      override GPUS := $(if $(nvidia),all,none)
+    endif
+    IMAGE ?= $(if $(filter none,$(GPUS)),cpu,cuda)
+  endif
+  ifdef chosen
+    $(info $(if $(filter docker,$(RUNTIME)),RUNTIME=docker: $(DOCKER) answers; image $(IMAGE)$(comma) GPUS=$(GPUS),RUNTIME=local: \
+      no container engine answers ($(DOCKER)); $(VENV)))
+  endif
+endif
 
 out := artifacts/$(RECIPE)
-ready := $(VENV)/installed
-python := $(VENV)/bin/python
 lib := $(wildcard stages/lib/*.py)
+ifeq ($(RUNTIME),docker)
+  IMAGE_FILE := data/cache/image-$(IMAGE)
+  ready := $(IMAGE_FILE)
+  python = docker/run python
+  export IMAGE_FILE GPUS CA_BUNDLE MOUNT
+else
+  ready := $(VENV)/installed
+  python := $(VENV)/bin/python
+  ifneq ($(filter-out all,$(GPUS)),)
+    export CUDA_VISIBLE_DEVICES := $(filter-out none,$(GPUS))
+  endif
+endif
 
 # $(call stage,name): run a stage on this recipe, with the folders of its inputs, into its own.
 stage = $(python) -m stages.$(subst -,_,$(1)) --recipe $(recipe)
+# For what looks at the machine itself, before anything is installed or built if need be: it asks for no more than click.
+on_host = $(or $(firstword $(shell for each in $(PYTHON) $(VENV)/bin/python; do \
+  "$$each" -c 'import click, tomllib' 2> /dev/null && echo "$$each"; done; true)),$(error \
+  $(PYTHON) has no click. Run: $(PYTHON) -m pip install click, or: make setup))
 # $(call given,names): "--name folder" for each finished stage that is an input.
 given = $(foreach name,$(1),--$(name) $(out)/$(name))
 done = $(foreach name,$(1),$(out)/$(name)/manifest.json)
@@ -62,7 +119,7 @@ done = $(foreach name,$(1),$(out)/$(name)/manifest.json)
 # Only a recipe with a [base_model] table makes its own base model; every stage that loads the model then reads it.
 base := $(if $(shell grep -l '^\[base_model\]' $(recipe)),base-model)
 
-.PHONY: all help test clean setup ask ollama FORCE
+.PHONY: all help test test-gpu clean setup ask chat serve push ollama image shell lock sbom doctor FORCE
 stages := base-model prepare-data sft score-base grpo infer merge gguf ollama-modelfile
 .PHONY: $(stages)
 # A manifest is never half written: make, interrupted in the moment after one appeared, must not delete it.
@@ -88,6 +145,7 @@ $(call done,base-model): stages/base_model.py
 
 $(call done,prepare-data): stages/prepare_data.py $(call done,$(base)) $(out)/data.path
 	$(call stage,prepare-data) $(call given,$(base)) $(if $(data),--data $(data)) --out $(@D)
+$(call done,prepare-data): export MOUNT := $(MOUNT) $(data)
 
 $(call done,sft): stages/sft.py $(call done,$(base) prepare-data)
 	$(call stage,sft) $(call given,$(base) prepare-data) --out $(@D)
@@ -106,8 +164,8 @@ $(call done,infer): stages/infer.py $(call done,$(base) prepare-data sft grpo)
 $(call done,merge): stages/merge.py $(call done,$(base) prepare-data grpo)
 	$(call stage,merge) $(call given,$(base) prepare-data grpo) --out $(@D)
 
-$(call done,gguf): stages/gguf.py $(call done,prepare-data merge)
-	$(call stage,gguf) $(call given,prepare-data merge) --out $(@D)
+$(call done,gguf): stages/gguf.py $(call done,$(base) prepare-data grpo merge)
+	$(call stage,gguf) $(call given,$(base) prepare-data grpo merge) --out $(@D)
 
 $(call done,ollama-modelfile): stages/ollama_modelfile.py $(call done,merge gguf)
 	$(call stage,ollama-modelfile) $(call given,merge gguf) --out $(@D)
@@ -123,27 +181,79 @@ $(out)/data.path: FORCE
 
 # ---- with the result ----------------------------------------------------------------------------------------------
 
-ask: $(call done,gguf)  ## Ask the finished GGUF: make ask Q="What is 17 + 25?"
-	@$(call stage,ask) $(call given,gguf) --question "$$QUESTION"
+ask: $(call done,ollama-modelfile)  ## Ask the finished GGUF: make ask Q="What is 17 + 25?"
+	@$(call stage,ask) $(call given,ollama-modelfile) --question "$$QUESTION"
 ask: export QUESTION = $(Q)
 
-ollama: $(call done,ollama-modelfile)  ## Hand the model to Ollama and ask it one question
-	@$(call stage,ollama) $(call given,ollama-modelfile)
+chat: $(call done,ollama-modelfile)  ## Talk with the finished GGUF
+	@INTERACTIVE=1 $(call stage,chat) $(call given,ollama-modelfile)
+
+# In a container the server has to listen to more than itself: docker/run publishes the port to this machine alone.
+serve: $(call done,ollama-modelfile)  ## Serve the finished GGUF with OpenAI's API, to this machine alone (PORT=8000)
+	@PUBLISH=$(PORT) $(call stage,serve) $(call given,ollama-modelfile) --port $(PORT) \
+	  $(if $(filter docker,$(RUNTIME)),--host 0.0.0.0)
+
+uploaded := prepare-data sft grpo infer merge gguf ollama-modelfile
+push: $(call done,$(uploaded))  ## Upload the result to a private repository: make push HUB=user/name (PUBLIC=1, WHAT=gguf)
+	@INTERACTIVE=1 $(call stage,push) --hub $(HUB) $(call given,$(uploaded)) \
+	  $(if $(WHAT),--what $(WHAT)) $(if $(PUBLIC),--public) $(if $(YES),--yes)
+
+ollama: $(call done,ollama-modelfile)  ## Hand the model to the machine's Ollama and ask it one question
+	@$(on_host) -m stages.ollama --recipe $(recipe) $(call given,ollama-modelfile)
 
 # ---- housekeeping -------------------------------------------------------------------------------------------------
 
-setup: $(ready)  ## Make the virtual environment (the other targets do it when it is missing)
+setup: $(VENV)/installed  ## Make the virtual environment (the other targets do it when it is missing)
 
-$(ready): docker/install docker/cpu.lock docker/cpu-cuda.lock
+$(VENV)/installed: docker/install docker/llama docker/common docker/cpu.lock docker/cpu-cuda.lock
 	docker/install $(VENV)
 
-test: $(ready)  ## Run the tests
-	$(python) -m pytest $(TESTS)
+# The image is the environment and nothing else; its id stands in a file, and in the manifests.
+define build
+	mkdir -p data/cache
+	DOCKER_BUILDKIT=1 $(DOCKER) build --target $(IMAGE) --tag temper:$(IMAGE) --iidfile data/cache/image-$(IMAGE).new \
+	  $(if $(BASE),--build-arg BASE=$(BASE)) $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) \
+	  $(if $(CA_BUNDLE),--secret id=ca_bundle$(comma)src=$(CA_BUNDLE)) \
+	  $(if $(PIP_CONFIG),--secret id=pip_config$(comma)src=$(PIP_CONFIG)) $(BUILD_FLAGS) docker
+	mv data/cache/image-$(IMAGE).new data/cache/image-$(IMAGE)
+endef
+image:  ## Build the container image (IMAGE=cpu or cuda, BASE=, CA_BUNDLE=, PIP_CONFIG=, BUILD_FLAGS=)
+	$(build)
+
+ifeq ($(RUNTIME),docker)
+$(ready): docker/Dockerfile docker/apt docker/check.py docker/common docker/install docker/llama docker/$(IMAGE).lock \
+    $(wildcard docker/gotemplate/*)
+	$(build)
+endif
+
+shell: $(ready)  ## Open a shell where the stages run
+	@$(if $(filter docker,$(RUNTIME)),INTERACTIVE=1 docker/run bash,PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash)
+
+sbom: $(ready)  ## List every package with version, hash and licence: artifacts/sbom.json (CycloneDX)
+	@mkdir -p artifacts
+	$(python) docker/sbom.py > artifacts/sbom.json.new
+	@mv artifacts/sbom.json.new artifacts/sbom.json
+
+lock:  ## Resolve docker/*.in into the locks again (UV=uv; UPGRADE=1 takes newer versions)
+	docker/lock
+
+doctor:  ## Look, before a paid run, for whatever would make it fail
+	@$(on_host) -m stages.doctor --recipe $(recipe)
+doctor: export RUNTIME := $(RUNTIME)
+doctor: export GPUS := $(GPUS)
+doctor: export DATA := $(DATA)
+
+test: $(VENV)/installed  ## Run the tests, on the machine itself
+	$(VENV)/bin/python -m pytest $(TESTS)
+
+test-gpu: $(ready)  ## Run the tests that need an NVIDIA GPU, where the stages run (log: artifacts/test-gpu.log)
+	@mkdir -p artifacts
+	$(python) -m pytest -p no:cacheprovider --basetemp artifacts/.test-gpu tests/gpu 2>&1 | tee artifacts/test-gpu.log
 
 clean:  ## Delete this recipe's artifacts (downloads and the virtual environment stay)
 	rm -rf $(out)
 
 help:  ## Show this
-	@echo "make TARGET [RECIPE=$(RECIPE)] [RUNTIME=local] [DATA=a dataset's file or folder] [TORCH_INDEX=address]"; echo
+	@echo "make TARGET [RECIPE=$(RECIPE)] [RUNTIME=docker|local] [GPUS=all|0,1|none] [DATA=path] [TORCH_INDEX=address]"; echo
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  %-18s%s\n", $$1, $$2 }' Makefile; echo
 	@echo "Recipes:"; for each in $(recipes); do printf '  %-18s %s\n' "$$each" "$$(sed -n '1s/^# *//p' "recipes/$$each.toml")"; done

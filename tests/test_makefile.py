@@ -52,7 +52,8 @@ def copy(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    kept = {name: value for name, value in os.environ.items() if name not in ("RECIPE", "RUNTIME", "DATA", "MAKEFLAGS")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("RECIPE", "DATA", "MAKEFLAGS")}
+    kept["RUNTIME"] = "local"  # where a stage runs is the matter of test_docker.py
     return subprocess.run(
         ["make", *arguments], cwd=folder, env=kept | variables, capture_output=True, text=True, check=False
     )
@@ -229,10 +230,11 @@ def test_the_preamble_is_strict():
 
 def asked(*variables: str) -> dict[str, list[list[str]]]:
     """Return the options that the Makefile gives each stage, a list a call."""
-    result = make(ROOT, "-n", "-B", "all", "score-base", "grpo", "ask", "ollama", *variables)
+    targets = ["all", "score-base", "grpo", "ask", "chat", "serve", "push", "ollama", "doctor"]
+    result = make(ROOT, "-n", "-B", *targets, "HUB=user/name", *variables)
     assert result.returncode == 0, result.stderr
     calls: dict[str, list[list[str]]] = {}
-    for line in result.stdout.splitlines():
+    for line in result.stdout.replace("\\\n", "").splitlines():
         if match := re.search(r" -m stages\.(\w+) (.*)", line):
             options = [word for word in shlex.split(match[2]) if word.startswith("--")]
             calls.setdefault(match[1], []).append(options)
@@ -241,7 +243,8 @@ def asked(*variables: str) -> dict[str, list[list[str]]]:
 
 def test_the_makefiles_options_are_exactly_the_stages():
     every: dict[str, set[str]] = {}
-    with_all = ["RECIPE=tiny-gsm8k", "DATA=tests/data/gsm8k", "SUBSET=1"]
+    with_all = ["RECIPE=tiny-gsm8k", "DATA=tests/data/gsm8k", "SUBSET=1", "PUBLIC=1", "YES=1", "WHAT=gguf"]
+    with_all += ["RUNTIME=docker", "GPUS=none"]
     for variables in (["RECIPE=tiny"], ["RECIPE=gemma3-1b-gsm8k"], with_all):
         for stage, calls in asked(*variables).items():
             for options in calls:

@@ -1,0 +1,361 @@
+"""Containers, without an engine: what docker/run asks a client for, what the Makefile chooses, what the locks hold."""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ["apt", "common", "install", "llama", "lock", "run"]
+IMAGE = "sha256:" + "1234abcd" * 8
+
+# Stands for docker: notes every argument, one a line. NO_ENGINE, NO_IMAGE, RUNTIMES and SECURITY say what it answers.
+FAKE_CLIENT = f"""\
+#!/bin/bash
+echo "== $1" >> "$CLIENT_LOG"; printf '%s\\n' "${{@:2}}" >> "$CLIENT_LOG"
+case $1 in
+    info)
+        [[ -z ${{NO_ENGINE:-}} ]] || exit 1
+        case $* in *Runtimes*) echo "${{RUNTIMES:-}}" ;; *Security*) echo "${{SECURITY:-[]}}" ;; esac ;;
+    image) [[ -z ${{NO_IMAGE:-}} ]] ;;
+    build)
+        while (($#)); do [[ $1 != --iidfile ]] || printf '{IMAGE}' > "$2"; shift; done ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Return a copy of the repository whose name has a blank in it, beside a fake docker and a fake podman."""
+    folder = tmp_path / "a checkout"
+    for name in ("recipes", "stages", "docker"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Makefile", folder)
+    (tmp_path / "bin").mkdir()
+    for name in ("docker", "podman"):
+        client = tmp_path / "bin" / name
+        client.write_text(FAKE_CLIENT)
+        client.chmod(0o755)
+    (folder / "image").write_text(IMAGE)
+    return folder
+
+
+def environment(folder: Path, **variables: str) -> dict[str, str]:
+    kept = {"HOME": os.environ["HOME"], "PATH": f"{folder.parent / 'bin'}:{os.environ['PATH']}"}
+    return kept | {"CLIENT_LOG": str(folder.parent / "log"), "IMAGE_FILE": "image"} | variables
+
+
+def run(folder: Path, *command: str, **variables: str) -> list[str]:
+    """Run docker/run and return what it gave to the client's `run`."""
+    done = subprocess.run(
+        ["docker/run", *command], cwd=folder, env=environment(folder, **variables), capture_output=True, text=True,
+        check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return (folder.parent / "log").read_text().partition("== run\n")[2].splitlines()
+
+
+def make(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=folder,
+        env=environment(folder, **variables),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def after(option: str, words: list[str]) -> list[str]:
+    """Return what follows each `option` in `words`."""
+    return [words[place + 1] for place, word in enumerate(words) if word == option]
+
+
+# ---- docker/run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "option", "devices"),
+    [
+        ("all", "all", ["all"]),
+        ("0", '"device=0"', ["device=0"]),
+        ("0,1", '"device=0,1"', ["device=0,1"]),
+        ("none", None, None),
+        ("", None, None),
+    ],
+)
+def test_gpus_are_quoted_as_docker_reads_them(checkout, asked, option, devices):
+    words = run(checkout, "true", GPUS=asked)
+    assert after("--gpus", words) == ([option] if option else [])
+    if option:
+        assert next(csv.reader([option])) == devices  # Docker's own way: the value is a line of CSV
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices"),
+    [("all", ["nvidia.com/gpu=all"]), ("0,1", ["nvidia.com/gpu=0", "nvidia.com/gpu=1"]), ("none", [])],
+)
+def test_podman_gets_its_own_spelling(checkout, asked, devices):
+    words = run(checkout, "true", DOCKER="podman", GPUS=asked)
+    assert after("--device", words) == devices
+    assert after("--userns", words) == ["keep-id"]
+    assert "--gpus" not in words
+
+
+def test_a_stage_may_do_as_little_as_it_can_do_with(checkout):
+    words = run(checkout, "python", "-m", "stages.sft", "a b", "$(c)")
+    assert words[-5:] == [IMAGE, "python", "-m", "stages.sft", "a b", "$(c)"][-5:] and IMAGE in words
+    for flag in ("--rm", "--init", "--read-only"):
+        assert flag in words
+    assert after("--user", words) == [f"{os.getuid()}:{os.getgid()}"]
+    assert after("--ipc", words) == ["host"]
+    assert after("--cap-drop", words) == ["ALL"]
+    assert after("--security-opt", words) == ["no-new-privileges"]
+    assert after("--tmpfs", words) == ["/tmp:exec,mode=1777"]
+    assert after("--mount", words) == [
+        f"type=bind,source={checkout},target={checkout},readonly",
+        f"type=bind,source={checkout}/artifacts,target={checkout}/artifacts",
+        f"type=bind,source={checkout}/data,target={checkout}/data",
+    ]
+    for absent in ("--privileged", "--network", "--net", "--cap-add", "--pid", "--publish", "--tty", "--interactive"):
+        assert absent not in words
+
+
+def test_rootless_docker_maps_its_root_to_the_caller(checkout):
+    assert after("--user", run(checkout, "true", SECURITY="[name=seccomp name=rootless]")) == ["0:0"]
+
+
+def test_caches_are_under_data_and_nothing_writes_to_a_home_of_its_own(checkout):
+    settings = dict(word.split("=", 1) for word in after("--env", run(checkout, "true")) if "=" in word)
+    for name in (
+        "HOME",
+        "HF_HOME",
+        "TRITON_CACHE_DIR",
+        "VLLM_CACHE_ROOT",
+        "UNSLOTH_COMPILE_LOCATION",
+        "XDG_CACHE_HOME",
+    ):
+        assert settings[name].startswith(f"{checkout}/data/cache"), name
+    assert settings["TEMPER_IMAGE_ID"] == IMAGE
+
+
+def test_a_folder_that_is_a_link_to_a_larger_disk_is_mounted_where_it_is(checkout):
+    larger = checkout.parent / "larger"
+    larger.mkdir()
+    (checkout / "artifacts").symlink_to(larger)
+    assert f"type=bind,source={larger},target={larger}" in after("--mount", run(checkout, "true"))
+
+
+def test_what_lies_outside_is_seen_read_only_and_only_when_named(checkout):
+    models, certificates = checkout.parent / "models", checkout.parent / "bundle.pem"
+    models.mkdir()
+    certificates.touch()
+    mounts = after("--mount", run(checkout, "true", MOUNT=f"{models} docker/run", CA_BUNDLE=str(certificates)))
+    assert mounts[3:] == [f"type=bind,source={path},target={path},readonly" for path in (models, certificates)]
+
+
+def test_tokens_pass_by_name_and_their_values_are_no_argument(checkout):
+    given = {"HF_TOKEN": "planted-1", "WANDB_API_KEY": "planted-2", "HTTPS_PROXY": "http://user:planted-3@proxy"}
+    names = after("--env", run(checkout, "true", **given))
+    assert set(given) <= set(names) and "COMET_API_KEY" not in names
+    assert "planted" not in (checkout.parent / "log").read_text()
+
+
+def test_a_port_is_published_to_this_machine_alone(checkout):
+    assert after("--publish", run(checkout, "true", PUBLISH="8123")) == ["127.0.0.1:8123:8123"]
+
+
+def test_only_who_asks_gets_the_keyboard(checkout):
+    words = run(checkout, "bash", INTERACTIVE="1")
+    assert "--interactive" in words and "--tty" not in words  # the test's input is no terminal
+
+
+def test_an_image_that_is_gone_is_said_to_be(checkout):
+    done = subprocess.run(
+        ["docker/run", "true"], cwd=checkout, env=environment(checkout, NO_IMAGE="1"), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"docker/run: docker has no image 1234abcd\w+, which image names\. Run: make image\n", done.stderr
+    )
+
+
+# ---- the Makefile -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answers", "said", "stage"),
+    [
+        ([], {}, "RUNTIME=docker: docker answers; image cpu, GPUS=none", "docker/run python"),
+        (
+            [],
+            {"RUNTIMES": '{"nvidia":{}}'},
+            "RUNTIME=docker: docker answers; image cuda, GPUS=all",
+            "docker/run python",
+        ),
+        (["GPUS=none"], {"RUNTIMES": '{"nvidia":{}}'}, "image cpu, GPUS=none", "docker/run python"),
+        (["GPUS=0,1"], {}, "image cuda, GPUS=0,1", "docker/run python"),
+        (["IMAGE=cuda"], {}, "image cuda, GPUS=none", "docker/run python"),
+        ([], {"NO_ENGINE": "1"}, "RUNTIME=local: no container engine answers (docker); .venv", ".venv/bin/python"),
+        (["DOCKER=podman"], {}, "RUNTIME=docker: podman answers", "docker/run python"),
+        (["RUNTIME=local"], {}, None, ".venv/bin/python"),
+        (["RUNTIME=docker"], {}, None, "docker/run python"),
+    ],
+)
+def test_where_a_stage_runs(checkout, arguments, answers, said, stage):
+    done = make(checkout, "-n", "infer", *arguments, **answers)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("RUNTIME=") == (said is not None)
+    assert (said or "") in done.stdout.splitlines()[0]
+    assert f"\n{stage} -m stages.sft " in done.stdout
+    assert {"docker/run", ".venv/bin/python"} - {stage.split()[0]} == {
+        way for way in ("docker/run", ".venv/bin/python") if f"\n{way}" not in done.stdout
+    }
+
+
+def test_targets_that_start_no_stage_ask_no_engine(checkout):
+    for target in ("help", "clean", "lock", "test", "setup"):
+        assert make(checkout, "-n", target).returncode == 0
+    assert not (checkout.parent / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["GPUS=first"], r"GPUS=first is not known\. Expected all, none, or device numbers: 0 or 0,1"),
+        (["GPUS=0,"], r"GPUS=0, is not known"),
+        (["IMAGE=gpu"], r"IMAGE=gpu is not known\. Expected cpu or cuda"),
+        (["push"], r"make push HUB=user/name"),
+        (
+            ["doctor", "PYTHON=no-python"],
+            r"no-python has no click\. Run: no-python -m pip install click, or: make setup",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_is_done(checkout, arguments, message):
+    done = make(checkout, "-n", "all", *arguments)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
+
+
+def test_the_build_gets_this_folder_its_secrets_as_files_and_its_id_is_kept(checkout):
+    for name in ("bundle.pem", "pip.conf"):
+        (checkout / name).write_text("planted")
+    done = make(
+        checkout, "image", "IMAGE=cpu", "BASE=debian@sha256:1", "CA_BUNDLE=bundle.pem", "PIP_CONFIG=pip.conf",
+        "TORCH_INDEX=http://127.0.0.1:1", "BUILD_FLAGS=--network host",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words = (checkout.parent / "log").read_text().partition("== build\n")[2].splitlines()
+    assert words[-1] == "docker"  # the context: no stage, model or data can get in
+    assert after("--build-arg", words) == ["BASE=debian@sha256:1", "TORCH_INDEX=http://127.0.0.1:1"]
+    assert after("--secret", words) == ["id=ca_bundle,src=bundle.pem", "id=pip_config,src=pip.conf"]
+    assert after("--network", words) == ["host"]
+    assert after("--target", words) == ["cpu"]
+    assert "planted" not in "".join(words)
+    assert (checkout / "data" / "cache" / "image-cpu").read_text() == IMAGE
+
+
+@pytest.mark.parametrize(
+    ("touched", "built"),
+    [("docker/cpu.lock", 1), ("docker/Dockerfile", 1), ("docker/gotemplate/main.go", 1), ("docker/cuda.lock", 0)],
+)
+def test_what_the_image_is_made_of_builds_it_again_and_runs_no_stage(checkout, touched, built):
+    targets = ["data/cache/image-cpu", "RUNTIME=docker", "IMAGE=cpu"]
+    assert make(checkout, *targets).returncode == 0
+    (checkout.parent / "log").unlink()
+    later = (checkout / "data" / "cache" / "image-cpu").stat().st_mtime + 5
+    os.utime(checkout / touched, (later, later))
+    assert make(checkout, *targets).returncode == 0
+    log = checkout.parent / "log"
+    assert (log.read_text().count("== build") if log.exists() else 0) == built
+
+
+# ---- what docker/ holds -------------------------------------------------------------------------------------------
+
+
+def entries(lock: str) -> dict[str, list[str]]:
+    """Return the versions that a lock names, by package."""
+    found: dict[str, list[str]] = {}
+    for name, version in re.findall(r"^([a-z0-9.-]+)==([^ ;\\]+)", (ROOT / "docker" / lock).read_text(), re.MULTILINE):
+        found.setdefault(name, []).append(version)
+    return found
+
+
+def asked(name: str) -> dict[str, str]:
+    """Return what an .in file asks for: the version by package, "" where it leaves it open."""
+    text = (ROOT / "docker" / name).read_text()
+    return dict(re.findall(r"^([a-z0-9-]+)(?:\[\w+\])?(?:==([^\s#]+))?", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("lock", ["cpu.lock", "cpu-cuda.lock", "cuda.lock"])
+def test_a_lock_names_each_package_by_version_and_hash_and_no_address(lock):
+    text = (ROOT / "docker" / lock).read_text()
+    blocks = re.split(r"^(?=[a-z])", text, flags=re.MULTILINE)[1:]
+    assert len(blocks) >= 15
+    for block in blocks:
+        assert re.fullmatch(
+            r"[a-z0-9.-]+==[^ ;\\]+( ; [^\\\n]+)? \\\n( +--hash=sha256:[0-9a-f]{64}( \\)?\n)+", block
+        ), block
+    assert not re.search(r"https?:|file:|index-url|find-links|@", text)
+
+
+@pytest.mark.parametrize("image", ["cpu", "cuda"])
+def test_what_is_asked_for_is_what_is_locked(image):
+    locked = entries(f"{image}.lock") | (entries("cpu-cuda.lock") if image == "cpu" else {})
+    pins = asked(f"{image}.in")
+    assert len(pins) > 25
+    for name, version in pins.items():
+        assert name in locked, name
+        assert not version or locked[name] == [version], name
+
+
+def test_both_images_ask_for_the_same_where_both_ask():
+    cpu, cuda = asked("cpu.in"), asked("cuda.in")
+    differing = {name for name in cpu.keys() & cuda.keys() if cpu[name] != cuda[name]}
+    assert differing == {"torch"}  # vLLM wants an older one
+    for name in ("llama-cpp-python", "transformers", "tokenizers", "sentencepiece", "safetensors", "trl", "peft"):
+        assert entries("cpu.lock")[name] == entries("cuda.lock")[name], name
+    # Compiled once for both: the sdist's hash has to be the same too.
+    blocks = [re.search(r"^llama-cpp-python==.*\n.*", (ROOT / "docker" / lock).read_text(), re.MULTILINE)[0]
+              for lock in ("cpu.lock", "cuda.lock")]  # fmt: skip
+    assert blocks[0] == blocks[1]
+
+
+def test_every_direct_dependency_is_explained():
+    text = (ROOT / "docs" / "dependencies.md").read_text()
+    for name in asked("cpu.in").keys() | asked("cuda.in").keys():
+        assert f"`{name}`" in text, name
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile():
+    done = subprocess.run(
+        [tool("hadolint"), "docker/Dockerfile"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_shellcheck_finds_nothing_in_the_scripts():
+    done = subprocess.run(
+        [tool("shellcheck"), "--external-sources", "--source-path=SCRIPTDIR", *SCRIPTS, "../.ci/run"],
+        cwd=ROOT / "docker", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "")
+    scripts = {path.name for path in (ROOT / "docker").iterdir() if path.is_file() and path.read_text()[:2] == "#!"}
+    assert scripts | {"common"} == set(SCRIPTS)
+
+
+def tool(name: str) -> str:
+    """Return the path of a program out of docker/cpu.lock; skip where that has no build of it for this machine."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if found is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            f"{name} is not installed: docker/cpu.lock has it on x86-64"
+        )
+    return found

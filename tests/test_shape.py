@@ -16,7 +16,8 @@ STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.ste
 LIBRARY = sorted(path.stem for path in (ROOT / "stages" / "lib").glob("*.py") if path.stem != "__init__")
 HEAVY = (
     "torch transformers datasets trl peft accelerate llama_cpp gguf numpy pandas pyarrow matplotlib sentencepiece "
-    "tokenizers safetensors huggingface_hub math_verify sympy jinja2 tqdm unsloth vllm"
+    "tokenizers safetensors huggingface_hub math_verify sympy jinja2 tqdm unsloth vllm "
+    "fastapi starlette uvicorn openai pydantic bitsandbytes"
 ).split()
 
 

@@ -6,6 +6,7 @@ without it. So memory grows by about 100 bytes a row and by the n-grams of the e
 texts.
 """
 
+import concurrent.futures
 import functools
 import hashlib
 import itertools
@@ -98,11 +99,13 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     with artifact.writing(out, "prepare-data", tables, inputs, sources=raw, room_bytes=room) as run:
         refuse_quantized(run_recipe, base_model)
         tokenizer = models.load_tokenizer(run_recipe, base_model)
-        check_tokenizer(run_recipe, tokenizer, base_model)
-        check_chat_template(run_recipe, tokenizer)
-        check_completion(run_recipe, tokenizer)
-        ruler = Ruler(tokenizer, run_recipe.format.prompt)
-        run.metrics.update(prepare(run_recipe, located, ruler, run.folder))
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:  # llama.cpp's converter takes seconds to start
+            checked = beside.submit(check_tokenizer, run_recipe, tokenizer, base_model)
+            check_completion(run_recipe, tokenizer)
+            check_chat_template(run_recipe, tokenizer)
+            metrics = prepare(run_recipe, located, Ruler(tokenizer, run_recipe.format.prompt), run.folder)
+            checked.result()
+        run.metrics.update(metrics)
         click.echo(summary(run.metrics))
 
 

@@ -210,7 +210,7 @@ def test_two_runs_give_the_same_bytes_whatever_was_drawn_before(finished, tmp_pa
 
 
 def test_another_seed_is_other_problems_and_another_network(finished, tmp_path):
-    recipe = micro.write_recipe(tmp_path, base_model={"seed": 1})
+    recipe = micro.write_recipe(tmp_path, base_model={"seed": 2})
     assert micro.run("base-model", finished, tmp_path / "base-model", recipe).exit_code == 0
     first, second = (artifact.read(folder / "base-model", "base-model")["files"] for folder in (finished, tmp_path))
     for name in ("model/model.safetensors", "model/tokenizer.model", "problems/eval.jsonl", "problems/train.jsonl"):

@@ -101,8 +101,8 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
         tokenizer = models.load_tokenizer(run_recipe, base_model)
         with concurrent.futures.ThreadPoolExecutor(1) as beside:  # llama.cpp's converter takes seconds to start
             checked = beside.submit(check_tokenizer, run_recipe, tokenizer, base_model)
-            check_completion(run_recipe, tokenizer)
             check_chat_template(run_recipe, tokenizer)
+            check_completion(run_recipe, tokenizer)
             metrics = prepare(run_recipe, located, Ruler(tokenizer, run_recipe.format.prompt), run.folder)
             checked.result()
         run.metrics.update(metrics)

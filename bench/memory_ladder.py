@@ -56,6 +56,8 @@ def main(work: Path, free_gib: float, out: Path) -> None:
     if run.returncode:
         raise click.ClickException(f"exit code {run.returncode} after {seconds:.0f} s; {said}; {run.stdout[-2000:]}")
     metrics = json.loads((work / "ladder" / "manifest.json").read_text())["metrics"]
+    if not metrics["memory_ladder"]:
+        raise click.ClickException(f"{free_gib:g} GiB were enough: nothing stepped down. Give a smaller --free-gib")
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "trl", "unsloth", "vllm"))

@@ -29,7 +29,8 @@ def main(
     inputs = {"prepare-data": prepare_data, "sft": sft}
     inputs |= {"score-base": score_base} if score_base else {}
     inputs |= {"base-model": base_model} if base_model else {}
-    tables = run_recipe.tables("model", "vllm", "format", "lora", "rewards", "grpo", "health")
+    # Not [health]: it stops a run and changes none, so one that it stopped goes on from its checkpoint under other bounds.
+    tables = run_recipe.tables("model", "vllm", "format", "lora", "rewards", "grpo")
     problems = subset(score_base) if score_base else prepare_data / "grpo.jsonl"
     sources = rewards.own_files(run_recipe.rewards.functions, run_recipe.path.parent)
     with artifact.writing(out, "grpo", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
@@ -195,13 +196,14 @@ def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None
         repetition_ngram_tokens=recipe.rewards.repetition_ngram_tokens,
         repetition_max_penalty=recipe.rewards.repetition_max_penalty,
     )
-    trainer = GRPOTrainer(
-        model=model,
-        args=GRPOConfig(**arguments(recipe, run.checkpoints, rung, ends)),
-        reward_funcs=functions,
-        train_dataset=rows.select_columns(["prompt", "answer"]),
-        processing_class=tokenizer,
-    )
+    with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens):
+        trainer = GRPOTrainer(
+            model=model,
+            args=GRPOConfig(**arguments(recipe, run.checkpoints, rung, ends)),
+            reward_funcs=functions,
+            train_dataset=rows.select_columns(["prompt", "answer"]),
+            processing_class=tokenizer,
+        )
     kept = keep_completions(trainer, run.checkpoints / "completions.jsonl", knobs.show_completions_steps)
     bar = ("loss", "reward", "completions/mean_length")
     with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens, trainer):

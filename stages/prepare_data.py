@@ -139,8 +139,8 @@ def check_completion(recipe: Recipe, tokenizer: Any) -> None:
         at = len(asked) if told.startswith(asked) else len(os.path.commonprefix([told, asked]))
         raise UserError(
             f"{recipe.path}: the chat template of {recipe.model.name} shows a completion otherwise than the model is to "
-            f"write it: after {told[:at][-30:]!r} it has {told[at : at + 40]!r}, expected {(asked + written)[at : at + 40]!r}. SFT would "
-            f"teach to write that first. Choose a model without it, or [format] name = 'think', which brings a template"
+            f"write it: after {told[:at][-30:]!r} it has {told[at : at + 40]!r}, expected "
+            f"{(asked + written)[at : at + 40]!r}. SFT would teach to write that first. Choose a model without it, or [format] name = 'think', which brings a template"
         )
 
 

@@ -19,7 +19,7 @@ ROOM_BYTES = 500_000_000
 def main(recipe: Path, prepare_data: Path, base_model: Path | None, out: Path) -> None:
     run_recipe = read_recipe(recipe)
     inputs = {"prepare-data": prepare_data, **({"base-model": base_model} if base_model else {})}
-    tables = run_recipe.tables("model", "format", "lora", "sft", "health")
+    tables = run_recipe.tables("model", "format", "lora", "sft")
     with artifact.writing(out, "sft", tables, inputs, room_bytes=ROOM_BYTES) as run:
         run.metrics.update(train(run_recipe, prepare_data / "sft.jsonl", base_model, run))
 

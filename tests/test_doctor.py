@@ -598,7 +598,7 @@ def test_the_gpus_and_disks_on_the_page_follow_from_the_estimate(name):
     recipe = tomllib.loads((ROOT / "recipes" / f"{name}.toml").read_text())
     run = doctor.read_recipe(ROOT / "recipes" / "tiny.toml")
     shape = memory.SHAPES[recipe["model"]["name"]]
-    # Only the tables that count: a recipe may have a revision to fill in, and is refused until then.
+    # Only the tables that count: a recipe may have a revision to fill in.
     run = dataclasses.replace(
         run,
         **{

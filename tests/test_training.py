@@ -162,6 +162,11 @@ def test_the_batch_is_what_the_recipe_says_however_it_is_cut(tmp_path, batch, mi
     assert (arguments["generation_batch_size"], arguments["num_generations"]) == (8, 4)
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_the_bounds_of_the_health_checks_are_no_part_of_what_was_trained(finished, stage):
+    assert "health" not in artifact.read(finished / stage, stage)["recipe"]
+
+
 def test_all_linear_is_pefts_word_and_a_list_stays_one(tmp_path):
     assert models.adapted_modules(read_recipe(micro.write_recipe(tmp_path))) == "all-linear"
     changes = {"lora": {"target_modules": ["q_proj", "v_proj"]}}

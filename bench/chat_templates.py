@@ -1,6 +1,8 @@
-"""Write bench/results/chat-templates.md: which of llama.cpp's chat templates can be said in Go, and why the others not.
+"""Which of llama.cpp's chat templates can be said in Go, and why the others not.
 
     python -m bench.chat_templates
+
+Writes bench/results/chat-templates.md.
 """
 
 import datetime

@@ -43,7 +43,7 @@ STEPS, BATCH, LEARNING_RATE = 1200, 128, 1e-3
 
 
 def make_base(folder: Path, problems: Path) -> dict[str, float]:
-    """Write a trained base model to `folder`, and to `problems` those kept out of its corpus; return what it came to."""
+    """Write a trained base model to `folder`, to `problems` those kept out of its corpus; return what it came to."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
@@ -194,7 +194,8 @@ def main(work: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     recipe = write_recipe(work)
     if not (work / "base.json").is_file():
-        code = "import json, sys; from pathlib import Path; from bench import gpu_learning as bench; w = Path(sys.argv[1]); "
+        code = "import json, sys; from pathlib import Path; from bench import gpu_learning as bench; "
+        code += "w = Path(sys.argv[1]); "
         code += "(w / 'base.json').write_text(json.dumps(bench.make_base(w / 'base', w / 'problems')))"
         subprocess.run([sys.executable, "-c", code, str(work)], cwd=ROOT, check=True)
     made = json.loads((work / "base.json").read_text())

@@ -2,7 +2,9 @@
 
     python -m bench.grpo_throughput --work FOLDER --run unsloth:qwen3-1.7b:256:32 --run trl:qwen3-1.7b:256:8
 
-A run is ENGINE:SHAPE:COMPLETIONS:MICRO_BATCH[:4bit][:NAME=VALUE of [grpo] or [vllm]...], each in a process of its own.
+A run is ENGINE:SHAPE:COMPLETIONS:MICRO_BATCH[:WORD...], each in a process of its own. A word is NAME=VALUE of [grpo]
+or [vllm], or one of: `4bit`; `scoring` (keep Unsloth's pass that scores before it trains); `text` (let vLLM make text
+of its tokens); `profile` (write where a step's time goes on the GPU beside the results).
 The models have the published shapes and random weights: these hardly ever end by themselves, so all completions are
 equally long. Counted are whole optimizer steps after the first. Appends to bench/results/grpo_throughput.jsonl.
 """
@@ -21,7 +23,7 @@ from typing import Any
 
 import click
 
-from stages import grpo
+from stages import doctor, grpo
 from stages.lib import artifact, ladder, models
 from stages.lib.recipe import Recipe, Vllm, read_recipe
 
@@ -52,8 +54,11 @@ def make_model(shape: str, work: Path) -> Path:
     family, _, sizes = SHAPES[shape]
     folder = work / shape
     if not (folder / "generation_config.json").is_file():
+        import torch
+
         sizes = {**sizes, "max_position_embeddings": 4096, "initializer_range": 0.02}
-        family_models.base(family_models.FAMILIES[family], folder, **sizes)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # on a GPU drawn in seconds
+            family_models.base(family_models.FAMILIES[family], folder, **sizes)
     return folder
 
 
@@ -82,7 +87,6 @@ def make_adapter(recipe: Recipe, folder: Path, out: Path) -> Path:
 def changed(recipe: Recipe, run: str, work: Path) -> Recipe:
     """Return the recipe with what a run's name asks for."""
     engine, shape, completions, micro_batch, *extra = run.split(":")
-    four_bit = "4bit" in extra
     values = dict(word.split("=") for word in extra if "=" in word)
 
     def typed(table: Any) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def changed(recipe: Recipe, run: str, work: Path) -> Recipe:
     group = 4 if int(completions) == 4 else 8
     new = replace(
         recipe.grpo,
-        steps=5,
+        steps=4,
         prompts_per_step=int(completions) // group,
         completions_per_prompt=group,
         micro_batch_size=int(micro_batch),
@@ -105,7 +109,7 @@ def changed(recipe: Recipe, run: str, work: Path) -> Recipe:
     vllm = recipe.vllm or Vllm(0.5, 256)
     return replace(
         recipe,
-        model=replace(recipe.model, name=str(work / shape), revision="", engine=engine, load_in_4bit=four_bit),
+        model=replace(recipe.model, name=str(work / shape), revision="", engine=engine, load_in_4bit="4bit" in extra),
         vllm=replace(vllm, **{"sequences": max(8, int(completions)), **typed(vllm)}),
         data=replace(recipe.data, max_prompt_tokens=PROMPT_TOKENS + 64),
         grpo=replace(new, **typed(new)),
@@ -126,13 +130,63 @@ def watch(owner: Any, name: str, spent: dict[str, float], key: str) -> None:
     setattr(owner, name, timed)
 
 
+class Profile:
+    """Kernels of one step, its generation and its training apart, as torch's profiler sees them on the GPU."""
+
+    def __init__(self) -> None:
+        self.profiler: Any = None
+        self.parts: dict[str, tuple[float, dict[str, tuple[int, float]]]] = {}
+
+    def start(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        self.profiler = profile(activities=[ProfilerActivity.CUDA])
+        self.profiler.start()
+
+    def stop(self, part: str, seconds: float) -> None:
+        """End a part that took so long by the clock; keep how often each kernel ran and its seconds in all."""
+        self.profiler.stop()
+        kernels: dict[str, tuple[int, float]] = {}
+        for event in self.profiler.profiler.kineto_results.events():
+            if str(event.device_type()).endswith("CUDA"):
+                count, total = kernels.get(event.name(), (0, 0.0))
+                kernels[event.name()] = count + 1, total + event.duration_ns() / 1e9
+        self.parts[part] = seconds, kernels
+        self.profiler = None
+
+    def part(self, owner: Any, name: str, spent: dict[str, float]) -> None:
+        """Let a call of `owner.name` be a part of its own, while the profile runs."""
+        inner = getattr(owner, name)
+
+        def profiled(*args: Any, **kwargs: Any) -> Any:
+            result = inner(*args, **kwargs)
+            if self.profiler:
+                self.stop("generation", spent["generation"])
+                self.start()
+            return result
+
+        setattr(owner, name, profiled)
+
+    def write(self, run: str, path: Path) -> None:
+        """Write a table of the kernels that took longest."""
+        lines = ["# Where one GRPO step spends the GPU's time", "", f"`python -m bench.grpo_throughput --run {run}`"]
+        for part, (seconds, kernels) in self.parts.items():
+            busy = sum(total for _, total in kernels.values())
+            lines += ["", f"## {part}: {seconds:.2f} s by the clock, kernels {busy:.2f} s", ""]
+            lines += ["| kernel | times | seconds | share of the kernels |", "|---|--:|--:|--:|"]
+            most = sorted(kernels.items(), key=lambda item: -item[1][1])[:25]
+            for name, (count, total) in most:
+                shown = name.replace("|", "\\|")[:110]
+                lines.append(f"| `{shown}` | {count:,} | {total:.3f} | {total / busy:.1%} |")
+        path.write_text("\n".join(lines) + "\n")
+
+
 def measure(run: str, work: Path) -> dict[str, Any]:
     """Return what one run came to: seconds of each part of a step (medians), tokens a second, peak GPU memory."""
-    engine, shape, *_ = run.split(":")
+    engine, shape, _, _, *words = run.split(":")
     recipe = changed(read_recipe(ROOT / "recipes" / f"{SHAPES[shape][1]}.toml"), run, work)
     problems = work / "problems.jsonl"
-    words = " ".join(["one two three four"] * 24)
-    prompt = [{"role": "user", "content": f"{words} {{}}"}]
+    prompt = [{"role": "user", "content": "one two three four " * 24 + "{}"}]
     with problems.open("w") as file:
         for number in range(2000):
             turns = [{**turn, "content": turn["content"].format(number)} for turn in prompt]
@@ -148,26 +202,42 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     started = time.monotonic()
     if engine == "unsloth":
         models.start(recipe)
+    import torch
     from transformers import TrainerCallback, trainer
     from trl import GRPOTrainer
     from trl.generation.vllm_generation import VLLMGeneration
 
     spent: dict[str, float] = {}
     steps: list[dict[str, float]] = []
+    profile = Profile() if "profile" in words else None
 
     class Timer(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             self.started = time.monotonic()
             spent.setdefault("load", self.started - started)
+            if profile and state.global_step == recipe.grpo.steps:  # one more than are counted
+                profile.start()
 
         def on_step_end(self, args, state, control, **kwargs):
             whole = time.monotonic() - self.started
+            if state.global_step > recipe.grpo.steps:
+                profile.stop("training", whole - spent["generation"])
+                return
             parts = {name: spent.pop(name, 0.0) for name in ("generation", "scoring", "weight transfer")}
             steps.append({"step": whole, **parts, "training": whole - sum(parts.values())})
             print(f"{run}: step {state.global_step} {steps[-1]}", flush=True)
 
     trainer.DEFAULT_CALLBACKS.append(Timer)
     watch(VLLMGeneration, "generate", spent, "generation")
+    if profile:
+        profile.part(VLLMGeneration, "generate", spent)
+    if "text" in words:
+        inner = grpo.arguments
+        grpo.arguments = lambda *args: (
+            (made := inner(*args)) | {"generation_kwargs": {**made["generation_kwargs"], "detokenize": True}}
+        )
+    if "scoring" in words:
+        models.spare_scoring = lambda recipe, trainer: None
     watch(VLLMGeneration, "sync_weights", spent, "weight transfer")
     watch(GRPOTrainer, "_calculate_rewards", spent, "scoring")
     folder = work / "run"
@@ -175,12 +245,17 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     made = artifact.Run(folder)
     made.checkpoints.mkdir(parents=True)
     if engine == "unsloth":
-        grpo.train(recipe, problems, work / f"{shape}-adapter", None, made)
+        longer = replace(recipe, grpo=replace(recipe.grpo, steps=recipe.grpo.steps + bool(profile)))
+        grpo.train(longer, problems, work / f"{shape}-adapter", None, made)
     else:
         plain_trl(recipe, problems, made)
     stop.set()
     tokens = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt * COMPLETION_TOKENS
     counted = steps[1:]
+    if profile:
+        profile.write(run, RESULTS.with_name("grpo_profile.md"))
+    total = torch.cuda.get_device_properties(0).total_memory
+    stages = doctor.estimates(recipe, doctor.shape_of(recipe, work / shape)[0], total)
     medians = {name: round(statistics.median(step[name] for step in counted), 2) for name in counted[0]}
     return {
         "run": run,
@@ -189,6 +264,7 @@ def measure(run: str, work: Path) -> dict[str, Any]:
         "first step": round(steps[0]["step"], 1),
         **medians,
         "peak_gib": round(peak[0] / 1024, 1),
+        **({"estimated_gib": round(stages["grpo"].peak_bytes / 2**30, 1)} if engine == "unsloth" else {}),
     }
 
 

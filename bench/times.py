@@ -52,8 +52,9 @@ def main(recipe: str, out: Path) -> None:
     lines = [
         "# What a newcomer waits for",
         "",
-        f"`python -m bench.times --recipe {recipe}`, {datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, {packages}; load average at the start {load:.2f}. The set-up was there.",
+        f"`python -m bench.times --recipe {recipe}`, {datetime.date.today()}, {platform.machine()}, {os.cpu_count()} "
+        f"cores, Python {platform.python_version()}, {packages}; load average at the start {load:.2f}. The set-up was "
+        f"there.",
         "",
         "| what | seconds |",
         "|---|--:|",

@@ -58,7 +58,8 @@ def main(seeds: str) -> None:
     lines = [
         "# The tiny recipe with three seeds",
         "",
-        f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} processors ({platform.machine()}), Python {platform.python_version()}, "
+        f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} processors ({platform.machine()}), "
+        f"Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
         + f". Command: `python -m bench.tiny_seeds --seeds {seeds}`. Every seed of the recipe is the one named.",
         "",
@@ -79,16 +80,31 @@ def main(seeds: str) -> None:
             f"| {100 * (grpo['accuracy'] - sft['accuracy']):.1f} | {step['lost']} / {step['gained']} "
             f"| {step['p']:.1g} | {grpo['well_formed']:.1%} |"
         )
-    lines += ["", "What was learnt, as share of the answers that show their working (a line with `=` in the reasoning):", ""]
-    lines += ["| seed | SFT | GRPO | accuracy of GRPO where shown | where not |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        "",
+        "What was learnt, as share of the answers that show their working (a line with `=` in the reasoning):",
+        "",
+        "| seed | SFT | GRPO | accuracy of GRPO where shown | where not |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for seed, folder in folders.items():
         rows = [json.loads(line) for line in (folder / "infer" / "answers.jsonl").read_text().splitlines()]
-        shown = {name: [row for row in rows if row["model"] == name and "=" in row["completion"]] for name in ("sft", "grpo")}
+        shown = {
+            name: [row for row in rows if row["model"] == name and "=" in row["completion"]] for name in ("sft", "grpo")
+        }
         total = sum(row["model"] == "grpo" for row in rows)
         rest = [row for row in rows if row["model"] == "grpo" and "=" not in row["completion"]]
-        right = [f"{sum(row['right'] for row in own) / len(own):.1%}" if own else "none" for own in (shown["grpo"], rest)]
-        lines.append(f"| {seed} | {len(shown['sft']) / total:.1%} | {len(shown['grpo']) / total:.1%} | {right[0]} | {right[1]} |")
-    lines += ["", "Fresh problems: questions of the examination that stand, by exact text, in any training set or corpus:", ""]
+        right = [
+            f"{sum(row['right'] for row in own) / len(own):.1%}" if own else "none" for own in (shown["grpo"], rest)
+        ]
+        lines.append(
+            f"| {seed} | {len(shown['sft']) / total:.1%} | {len(shown['grpo']) / total:.1%} | {right[0]} | {right[1]} |"
+        )
+    lines += [
+        "",
+        "Fresh problems: questions of the examination that stand, by exact text, in any training set or corpus:",
+        "",
+    ]
     for seed, folder in folders.items():
         knobs = read_recipe(folder / "recipe.toml").base_model
         corpus = {question for question, _ in conversations(knobs)}
@@ -97,7 +113,9 @@ def main(seeds: str) -> None:
                 corpus |= {json.loads(line)["prompt"][-1]["content"] for line in file}
         with (folder / "infer" / "answers.jsonl").open() as file:
             asked = {json.loads(line)["question"] for line in file}
-        lines.append(f"- seed {seed}: {len(asked & corpus)} of {len(asked):,} (corpus and training sets: {len(corpus):,})")
+        lines.append(
+            f"- seed {seed}: {len(asked & corpus)} of {len(asked):,} (corpus and training sets: {len(corpus):,})"
+        )
     lines += ["", "| seed | " + " | ".join(STAGES) + " |", "|---|" + "--:|" * len(STAGES)]
     for seed, folder in folders.items():
         times = [f"{manifest(folder, stage)['wall']['seconds']:.0f} s" for stage in STAGES]

@@ -54,7 +54,7 @@ def main(recipe: Path, out: Path) -> None:
 
 
 def write_problems(knobs: BaseModel, folder: Path) -> None:
-    """Write the problems kept out of the corpus: `eval.jsonl`, and `train.jsonl`, where many solutions skip the working."""
+    """Write the problems outside the corpus: `eval.jsonl`, and `train.jsonl`, where many solutions skip the working."""
     folder.mkdir()
     chance = random.Random(knobs.seed)
     for name, made in held_out(knobs).items():
@@ -135,8 +135,8 @@ def make_tokenizer(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path
 def tokenize(knobs: BaseModel, corpus: list[tuple[str, str]], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """Return the documents of the corpus as (token ids, labels); what nobody could foretell has the label -100.
 
-    A document is a conversation, of which the reply is learnt, or a drill of nine single steps, of which the results are:
-    arithmetic is the hard part, and a drill holds more of it than a conversation.
+    A document is a conversation, of which the reply is learnt, or a drill of nine single steps, of which the results
+    are: arithmetic is the hard part, and a drill holds more of it than a conversation.
     """
     chance = random.Random(knobs.seed + 2)
     documents = []

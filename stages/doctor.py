@@ -287,7 +287,8 @@ def gpu_memory(recipe: Recipe, shape: memory.Shape, total: int, free: int) -> It
             yield Finding("ok", "GPU memory", f"{found} of {gigabytes(free)} free")
         elif stage == "merge and gguf":
             yield Finding(
-                "warn", "GPU memory", f"{found} and {gigabytes(free)} are free: they compare on the CPU, which takes hours",
+                "warn", "GPU memory",
+                f"{found} and {gigabytes(free)} are free: they compare on the CPU, which takes hours",
                 "take a larger GPU, or run make merge gguf on another machine",
             )  # fmt: skip
         elif estimate.peak_bytes <= total:

@@ -83,7 +83,8 @@ def arguments(recipe: Recipe, output: Path, rung: ladder.Rung, ends: Sequence[in
         "top_k": knobs.top_k,
         "min_p": knobs.min_p,
         "repetition_penalty": knobs.repetition_penalty,
-        "generation_kwargs": {"stop_token_ids": list(ends)} if vllm else None,
+        # Text is made of the token ids once, by the trainer: vLLM would make it of every token as it comes, twice.
+        "generation_kwargs": {"stop_token_ids": list(ends), "detokenize": False} if vllm else None,
         "chat_template_kwargs": None,
         "use_vllm": vllm,
         "vllm_mode": "colocate",
@@ -204,6 +205,7 @@ def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None
             train_dataset=rows.select_columns(["prompt", "answer"]),
             processing_class=tokenizer,
         )
+    models.spare_scoring(recipe, trainer)
     kept = keep_completions(trainer, run.checkpoints / "completions.jsonl", knobs.show_completions_steps)
     bar = ("loss", "reward", "completions/mean_length")
     with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens, trainer):

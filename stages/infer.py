@@ -1,4 +1,4 @@
-"""Examine base, fine-tuned and GRPO model on held-out problems: accuracy with intervals, and whether each step helped."""
+"""Examine base, SFT and GRPO model on held-out problems: accuracy with intervals, and whether each step helped."""
 
 import json
 from pathlib import Path
@@ -86,8 +86,8 @@ def examine(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of the examination, a dict a model, and `steps`: for each model and the one before it McNemar.
 
     `accuracy`, `well_formed` and `cut_off` are shares of 1, `accuracy_interval` is Wilson's 95% interval, `tokens` the
-    mean of the completion. In a step, `gained` problems only the later model solves, `lost` only the earlier one; `p` is
-    the two-sided exact probability of a split at least as uneven if neither were better.
+    mean of the completion. In a step, `gained` problems only the later model solves, `lost` only the earlier one; `p`
+    is the two-sided exact probability of a split at least as uneven if neither were better.
     """
     figures: dict[str, Any] = {}
     right: dict[str, list[bool]] = {}

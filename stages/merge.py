@@ -41,8 +41,10 @@ def main(recipe: Path, grpo: Path, prepare_data: Path, base_model: Path | None, 
         fold(base, grpo, knobs.dtype, run.folder / "model")
         run.checkpoints.mkdir(exist_ok=True)
         run.metrics.update(verify(base, grpo, run.folder / "model", rows, knobs, run.checkpoints))
+        if run_recipe.model.load_in_4bit and not nf4_lacks():
+            run.metrics["trained_in_4bit"] = four_bit_cost(base, grpo, rows, knobs, run.checkpoints)
         if four_bits:
-            write_nf4(run.folder / "model", run.folder / "model-4bit")
+            write_nf4(run.folder / "model", run.folder / "model-4bit", knobs.dtype)
             run.metrics["merged_4bit"] = verify_nf4(run.folder / "model-4bit", rows, knobs, run.checkpoints)
     show(run.metrics)
 
@@ -61,8 +63,8 @@ def room_bytes(base: Path | None, knobs: Merge, *, four_bits: bool = False) -> i
     return model * (2 if four_bits else 1) + logits
 
 
-def require_nf4(recipe: Path) -> None:
-    """Raise `UserError` where bitsandbytes can't quantize to 4 bits."""
+def nf4_lacks() -> list[str]:
+    """Return what bitsandbytes lacks here to quantize to 4 bits."""
     import torch
 
     missing = []
@@ -70,30 +72,56 @@ def require_nf4(recipe: Path) -> None:
         missing.append("torch sees no NVIDIA GPU")
     if importlib.util.find_spec("bitsandbytes") is None:
         missing.append("bitsandbytes is not installed")
-    if missing:
+    return missing
+
+
+def require_nf4(recipe: Path) -> None:
+    """Raise `UserError` where bitsandbytes can't quantize to 4 bits."""
+    if missing := nf4_lacks():
         raise UserError(
             f"{recipe}: save names 'merged_4bit', and {' and '.join(missing)}; expected a machine that has both, as "
             f"bitsandbytes makes NF4 weights on the GPU. Take it out of save, or run there: make merge"
         )
 
 
-def write_nf4(merged: Path, out: Path) -> None:
-    """Write to `out` the model in the folder `merged` in bitsandbytes' NF4 with double quantization (arXiv 2305.14314).
-
-    That is for loading in transformers or vLLM with less memory; it is never the source of anything else.
-    """
+def load_nf4(folder: Path, dtype: str) -> Any:
+    """Return the 16-bit model in `folder` on the GPU, in bitsandbytes' NF4 with double quantization (arXiv 2305.14314)."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = getattr(torch, weights.config(merged)["dtype"])
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        merged, quantization_config=settings, dtype=dtype, device_map={"": 0}, trust_remote_code=False,
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, dtype=getattr(torch, dtype), device_map={"": 0}, trust_remote_code=False,
         use_safetensors=True,
-    )  # fmt: skip
-    model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    ).eval()  # fmt: skip
+
+
+def four_bit_cost(base: Path, grpo: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> dict[str, float | int]:
+    """Return how far the adapter on its base in 4 bits, as it was trained, is from the adapter on the 16-bit base.
+
+    After `verify`, which left the latter's logits under `scratch`. The 16 bits are usually better; this is what changes.
+    """
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(grpo / "tokenizer", trust_remote_code=False)
+    texts = [text_of(tokenizer, row, knobs.positions_per_prompt) for row in rows]
+    model = PeftModel.from_pretrained(load_nf4(base, knobs.dtype), grpo / "adapter").eval()
+    difference = parity.compare(scratch / REFERENCE, texts, parity.model_logits(model, texts))
+    return {name: difference[name] for name in ("mean_kl", "max_kl", "same_top")}
+
+
+def write_nf4(merged: Path, out: Path, dtype: str) -> None:
+    """Write to `out` the model in the folder `merged` as `load_nf4` gives it.
+
+    That is for loading in transformers or vLLM with less memory; it is never the source of anything else.
+    """
+    load_nf4(merged, dtype).save_pretrained(out, max_shard_size=SHARD_SIZE)
     for path in merged.iterdir():  # the tokenizer's files, as they are
         if path.suffix != ".safetensors" and not (out / path.name).exists() and "index" not in path.name:
             shutil.copyfile(path, out / path.name)
@@ -291,6 +319,9 @@ def show(metrics: dict[str, Any]) -> None:
         f"merge: {metrics['positions']:,} positions of {metrics['prompts']} prompts; mean KL from the adapter on its "
         f"base {metrics['merged_mean_kl']:.1e}, of the base {metrics['base_mean_kl']:.1e} nats"
     )
+    if "trained_in_4bit" in metrics:
+        difference = metrics["trained_in_4bit"]["mean_kl"]
+        click.echo(f"merge: mean KL of the model as it was in training, in 4 bits, {difference:.1e} nats")
     if "merged_4bit" in metrics:
         click.echo(f"merge: mean KL of the 4-bit model {metrics['merged_4bit']['mean_kl']:.1e} nats")
 

@@ -3,7 +3,8 @@
 The rows are read once. Each is checked, written to a draft of its sets and fingerprinted; what has to go for the sake
 of other rows (duplicates, closeness to eval problems) is decided on the fingerprints, and the drafts are then copied
 without it. So memory grows by about 100 bytes a row and by the n-grams of the eval problems, not by the length of the
-texts.
+texts. Where several processes share the work, each reads its lines from the file and has drafts of its own: the texts
+don't go from process to process.
 """
 
 import concurrent.futures
@@ -18,10 +19,11 @@ import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
 from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,10 @@ BIT = {name: 1 << place for place, name in enumerate(SETS)}
 SLACK_TOKENS = 16  # where it meets the markup, a question may be cut into other tokens than the one that was measured
 # A source whose files have so many bytes is large: several processes share the work, and not all prompts are tokenized.
 LARGE_BYTES = 1 << 25
-MAX_PROCESSES = 4  # more would only wait for the one that writes
-# Of a large source, the first batches (of 1 MB, or 2,000 rows) are tokenized for the length percentiles, and of the rest
-# what may be too long: a token is at least one byte, so what has few bytes has few tokens.
+MAX_PROCESSES = 4  # of about 100 MB each
+# Of a large source, the first batches (of 1 MB, or 2,000 rows) are tokenized for the length percentiles, and of the
+# rest what may be too long: a token is at least one byte, so what has few bytes has few tokens.
 MEASURED_BATCHES = 2
-COPIED_BYTES = 1 << 20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "vocab.json")
 SURROGATE = re.compile("[\ud800-\udfff]")
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
@@ -97,14 +98,15 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     }
     inputs = {"base-model": base_model} if base_model else {}
     with artifact.writing(out, "prepare-data", tables, inputs, sources=raw, room_bytes=room) as run:
-        refuse_quantized(run_recipe, base_model)
-        tokenizer = models.load_tokenizer(run_recipe, base_model)
-        with concurrent.futures.ThreadPoolExecutor(1) as beside:  # llama.cpp's converter takes seconds to start
-            checked = beside.submit(check_tokenizer, run_recipe, tokenizer, base_model)
-            check_chat_template(run_recipe, tokenizer)
-            check_completion(run_recipe, tokenizer)
-            metrics = prepare(run_recipe, located, Ruler(tokenizer, run_recipe.format.prompt), run.folder)
-            checked.result()
+        with helpers(located) as pool:  # they start while this process loads the tokenizer
+            refuse_quantized(run_recipe, base_model)
+            tokenizer = models.load_tokenizer(run_recipe, base_model)
+            with concurrent.futures.ThreadPoolExecutor(1) as beside:  # llama.cpp's converter takes seconds to start
+                checked = beside.submit(check_tokenizer, run_recipe, tokenizer, base_model)
+                check_chat_template(run_recipe, tokenizer)
+                check_completion(run_recipe, tokenizer)
+                metrics = prepare(run_recipe, located, Ruler(tokenizer, run_recipe.format.prompt), run.folder, pool)
+                checked.result()
         run.metrics.update(metrics)
         click.echo(summary(run.metrics))
 
@@ -138,9 +140,10 @@ def check_completion(recipe: Recipe, tokenizer: Any) -> None:
     if not told.startswith(asked + written):
         at = len(asked) if told.startswith(asked) else len(os.path.commonprefix([told, asked]))
         raise UserError(
-            f"{recipe.path}: the chat template of {recipe.model.name} shows a completion otherwise than the model is to "
-            f"write it: after {told[:at][-30:]!r} it has {told[at : at + 40]!r}, expected "
-            f"{(asked + written)[at : at + 40]!r}. SFT would teach to write that first. Choose a model without it, or [format] name = 'think', which brings a template"
+            f"{recipe.path}: the chat template of {recipe.model.name} shows a completion otherwise than the model is "
+            f"to write it: after {told[:at][-30:]!r} it has {told[at : at + 40]!r}, expected "
+            f"{(asked + written)[at : at + 40]!r}. SFT would teach to write that first. Choose a model without it, or "
+            f"[format] name = 'think', which brings a template"
         )
 
 
@@ -246,56 +249,68 @@ class Rules:
 
 @dataclass
 class Checked:
-    """The good rows of a batch, column by column, their lines for each set, and what was left out."""
+    """The good rows of a batch, column by column, where their lines for each set are, and what was left out."""
 
     origin: str
     rows: int  # read, good or not
     unused: int  # good, but outside the source's shares
-    lines: dict[str, bytes]
+    drafts: dict[str, tuple[Path, int]]  # of the lines of each set, and of the n-grams: the file, and where they begin
     table: dict[str, Any]  # arrays: ids, counts, bands, sets, number, and the MEASURES; tokens are filled in later
-    grams: Any
     to_measure: list[tuple[str, int, tuple[str, ...]]]  # column, row, the conversation
     removed: list[tuple[str | None, str | None, str, int]]  # set, id, reason, number; None where it had none yet
 
 
-def check_all(source: Source, files: list[Path], rules: Rules, content: Any) -> Iterator[Checked]:
-    """Yield every batch of a source, checked, in order; with much to do, from several processes.
+def is_large(files: list[Path]) -> bool:
+    """Say whether a source's files, none for one from the hub, are worth several processes."""
+    return sum(file.stat().st_size for file in files) >= LARGE_BYTES
+
+
+def helpers(located: list[list[Path]]) -> AbstractContextManager[Pool | None]:
+    """Return the processes that share the work on large sources; None if there is none, or one processor alone."""
+    processes = min(os.cpu_count() or 1, MAX_PROCESSES)
+    worth = processes > 1 and any(is_large(files) for files in located)
+    return get_context("spawn").Pool(processes) if worth else nullcontext()
+
+
+def check_all(
+    source: Source, files: list[Path], rules: Rules, content: Any, folder: Path, pool: Pool | None
+) -> Iterator[Checked]:
+    """Yield every batch of a source, checked, in order; where it is large, `pool` shares the work.
 
     `content` is a hash that is fed what comes from the hub; a file has a digest of its own.
     """
-    large = sum(file.stat().st_size for file in files) >= LARGE_BYTES
-    processes = min(os.cpu_count() or 1, MAX_PROCESSES) if large else 1
-    slots = threading.Semaphore(2 * processes)  # batches on their way: bounds the memory
+    large = is_large(files)
+    slots = threading.Semaphore(4 * MAX_PROCESSES)  # batches on their way: bounds the memory
     ended = threading.Event()
 
-    def jobs() -> Iterator[tuple[Source, sources.Batch | sources.Lines, Rules, bool]]:
+    def jobs() -> Iterator[tuple[Source, sources.Batch | sources.Lines, Rules, bool, Path]]:
         for number, batch in enumerate(sources.batches(source, files)):
             slots.acquire()
             if ended.is_set():
                 return
             if not files:
                 content.update(repr(batch.columns).encode())
-            yield source, batch, rules, not large or number < MEASURED_BATCHES
+            yield source, batch, rules, not large or number < MEASURED_BATCHES, folder
 
-    def end() -> None:  # the pool waits for the thread that waits for a slot
-        ended.set()
-        slots.release()
-
-    with ExitStack() as stack:
-        apply = map if processes == 1 else stack.enter_context(get_context("spawn").Pool(processes)).imap
-        stack.callback(end)
+    apply = pool.imap if pool and large else map
+    try:
         for checked in apply(check_job, jobs()):
             yield checked
             slots.release()
+    finally:  # the pool can't end before the thread that waits for a slot
+        ended.set()
+        slots.release()
 
 
-def check_job(job: tuple[Source, sources.Batch | sources.Lines, Rules, bool]) -> Checked:
+def check_job(job: tuple[Source, sources.Batch | sources.Lines, Rules, bool, Path]) -> Checked:
     """Call `check` with one argument, as `map` does."""
     return check(*job)
 
 
-def check(source: Source, piece: sources.Batch | sources.Lines, rules: Rules, measure_all: bool) -> Checked:
-    """Read the rows of a batch and draft those that are good.
+def check(
+    source: Source, piece: sources.Batch | sources.Lines, rules: Rules, measure_all: bool, folder: Path
+) -> Checked:
+    """Read the rows of a batch and add those that are good to this process's drafts in `folder`.
 
     Raises `UserError`, naming file and row, for a row that is not good, unless the source has them dropped.
     """
@@ -325,7 +340,7 @@ def check(source: Source, piece: sources.Batch | sources.Lines, rules: Rules, me
         except Unusable as error:
             leave_out(place, error)
     if not problems:
-        return Checked(batch.origin, len(batch.numbers), 0, {}, {}, None, [], removed)
+        return Checked(batch.origin, len(batch.numbers), 0, {}, {}, [], removed)
     questions = [question for question, _, _ in problems]
     prints = dedup.fingerprint(questions, rules.ngram_words)
     ids = [f"{number:016x}" for number in prints.ids.tolist()]
@@ -363,21 +378,24 @@ def check(source: Source, piece: sources.Batch | sources.Lines, rules: Rules, me
             to_measure.append(("prompt_tokens", row, (question,)))
     table |= {"ids": prints.ids, "counts": prints.counts, "bands": prints.bands, "sets": sets}
     table["number"] = np.array([batch.numbers[place] for place in places], np.uint32)
-    encoded = {name: b"".join(texts) for name, texts in lines.items()}
-    return Checked(batch.origin, len(batch.numbers), unused, encoded, table, prints.grams, to_measure, removed)
+    drafts = {}
+    for name, content in (*lines.items(), ("grams", [prints.grams])):
+        path = folder / f"{name}.{os.getpid()}.draft"
+        with path.open("ab") as file:
+            drafts[name] = (path, file.tell())
+            file.writelines(content)
+    return Checked(batch.origin, len(batch.numbers), unused, drafts, table, to_measure, removed)
 
 
 class Draft:
-    """The sets before anything goes for the sake of other rows: a file each, and a table of all their rows."""
+    """The sets before anything goes for the sake of other rows: files of their lines, and a table of all rows."""
 
     def __init__(self, folder: Path, ruler: Ruler, recipe: Recipe) -> None:
         self.folder, self.ruler, self.recipe = folder, ruler, recipe
-        self.files = {name: (folder / f"{name}.draft").open("w+b") for name in SETS}
-        self.grams = (folder / "grams.draft").open("w+b")
         self.removed = (folder / "removed.jsonl").open("w", encoding="utf-8")
         self.origins: list[str] = []  # the files, as they are called in the artifact
         self.parts: dict[str, list[Any]] = {}  # the table's columns, an array a batch
-        self.rows = 0
+        self.batches: list[tuple[int, dict[str, tuple[Path, int]]]] = []  # rows in the table, and where the drafts are
         self.dropped = {name: Counter[str]() for name in SETS}
         (prompt,), (example,) = ruler.tokens([("0",)]), ruler.tokens([("0", "0")])
         self.rules = Rules(
@@ -388,11 +406,11 @@ class Draft:
             recipe.sft.max_tokens - example - SLACK_TOKENS,
         )
 
-    def add_source(self, source: Source, files: list[Path]) -> dict[str, Any]:
+    def add_source(self, source: Source, files: list[Path], pool: Pool | None) -> dict[str, Any]:
         """Read a source to its end. Return what the manifest says about it. Raises `UserError` for a row to refuse."""
         dropped, content, origin = Counter[str](), hashlib.sha256(), ""
         rows = unused = 0
-        with closing(check_all(source, files, self.rules, content)) as batches:
+        with closing(check_all(source, files, self.rules, content, self.folder, pool)) as batches:
             for checked in batches:
                 if checked.origin != origin:
                     origin = checked.origin
@@ -406,7 +424,7 @@ class Draft:
         return read if files else {**read, "revision": source.revision, "sha256": content.hexdigest()}
 
     def add(self, checked: Checked) -> None:
-        """Write the lines of a batch to the drafts, measure what has to be, and append to the table."""
+        """Measure what has to be in a batch, and append it to the table."""
         import numpy as np
 
         for name, row_id, reason, number in checked.removed:
@@ -416,17 +434,24 @@ class Draft:
             self.removed.write(encode(line) + "\n")
         if not checked.table:
             return
-        for name, lines in checked.lines.items():
-            self.files[name].write(lines)
         measured = self.ruler.tokens([texts for _, _, texts in checked.to_measure])
         for (column, row, _), tokens in zip(checked.to_measure, measured, strict=True):
             checked.table[column][row] = tokens
-        checked.grams.tofile(self.grams)
         rows = len(checked.table["ids"])
         origin = np.full(rows, len(self.origins) - 1, np.uint16)
         for name, values in {**checked.table, "origin": origin}.items():
             self.parts.setdefault(name, []).append(values)
-        self.rows += rows
+        self.batches.append((rows, checked.drafts))
+
+    @contextmanager
+    def pieces(self, name: str) -> Iterator[list[tuple[BinaryIO, int, int]]]:
+        """Open the drafts `name` and give, for each batch in order, (file, where it begins, its rows). Delete them then."""
+        paths = {drafts[name][0] for _, drafts in self.batches}
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(path.open("rb")) for path in paths}
+            yield [(files[drafts[name][0]], drafts[name][1], rows) for rows, drafts in self.batches]
+        for path in paths:
+            path.unlink()
 
     def finish(self) -> dict[str, Any]:
         """Write the sets without what has to go, list that, return the manifest's part on the sets.
@@ -437,7 +462,7 @@ class Draft:
 
         from stages.lib import dedup
 
-        if not self.rows:
+        if not self.batches:
             raise UserError("no source has a row that can be used; nothing to train on")
         data = self.recipe.data
         table = {name: np.concatenate(self.parts.pop(name)) for name in list(self.parts)}

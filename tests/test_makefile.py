@@ -262,7 +262,7 @@ def test_the_makefiles_options_are_exactly_the_stages():
 
 def test_a_question_reaches_the_stage_as_it_is_written(copy):
     ran(copy, "all")
-    question = "Tom's \"12\" * 3 ; $(touch x) `touch x` \\ %s?"
+    question = 'Tom\'s "12" * 3 ; $(touch x) `touch x` \\ %s?'
     make(copy, "ask", f"Q={question.replace('$', '$$')}")
     assert (copy / "log").read_text().splitlines()[-1].endswith(f"--question {question}")
     assert not (copy / "x").exists()

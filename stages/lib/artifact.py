@@ -252,8 +252,8 @@ def refuse_foreign(out: Path, stage: str) -> None:
     foreign = sorted(found)
     if foreign:
         raise UserError(
-            f"{out}: holds {foreign[0]!r}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}, which {stage} did not "
-            f"write and will not delete. Move it away or name another --out"
+            f"{out}: holds {foreign[0]!r}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}, which {stage} did "
+            f"not write and will not delete. Move it away or name another --out"
         )
 
 

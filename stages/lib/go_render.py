@@ -309,7 +309,7 @@ CONTENTS: tuple[tuple[str, ...], ...] = (
     ("braces { } {{ }} {% %} {# #} }} {{ {",),
     ("{{ .System }}{{ range .Messages }}{{ .Content }}{{ end }}",),
     ("{% for message in messages %}{{ message['content'] }}{% endfor %}{{ bos_token }}",),
-    ('quotes " \' """ \'\'\' ` and backslashes \\ \\n \\\\',),
+    ("quotes \" ' \"\"\" ''' ` and backslashes \\ \\n \\\\",),
     ("<b>&amp;</b> <answer>4</answer> <|im_end|> <end_of_turn> </s>",),
     ("one\ntwo\r\nthree",),
     ("$1 + $2 = %d %s",),

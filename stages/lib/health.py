@@ -31,7 +31,8 @@ def find(log: Sequence[dict[str, float]], knobs: Health) -> dict[str, str]:
     if all_of("reward_std", lambda value: value < 1e-6):
         found["constant_reward"] = (
             f"within a group every completion was paid the same {for_so_long}: there is nothing to learn from. Run: "
-            f"make score-base; then choose easier or harder problems (SUBSET=1), other rewards, or more completions a prompt"
+            f"make score-base; then choose easier or harder problems (SUBSET=1), other rewards, or more "
+            f"completions a prompt"
         )
     if all_of("completions/clipped_ratio", lambda value: value >= 1.0):
         found["cut_off"] = (

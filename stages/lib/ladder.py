@@ -33,8 +33,8 @@ class Rung:
 def lower(rung: Rung, min_completion_tokens: int | None = None) -> Rung | None:
     """Return the next rung down, None when there is none.
 
-    First vLLM's share shrinks by a quarter, down to `MIN_MEMORY_SHARE`: it costs speed only. Then the micro-batch halves,
-    and accumulation doubles. The completion length, which changes what is learnt, halves last and never below
+    First vLLM's share shrinks by a quarter, down to `MIN_MEMORY_SHARE`: it costs speed only. Then the micro-batch
+    halves, and accumulation doubles. The completion length, which changes what is learnt, halves last and never below
     `min_completion_tokens`; None: it does not.
     """
     values = asdict(rung)
@@ -71,14 +71,15 @@ def stepping_down(
 def step_down(checkpoints: Path, rung: Rung, min_completion_tokens: int | None, step: int, error: Exception) -> None:
     """Note the rung under `rung` beside the checkpoints and start this process anew on it; it does not return.
 
-    `step` is the optimizer step at which `error`, the lack of memory, came. Raises `UserError` when there is no rung left.
+    `step` is the optimizer step at which `error`, the lack of memory, came. Raises `UserError` when no rung is left.
     """
     below = lower(rung, min_completion_tokens)
     reason = str(error).splitlines()[0]
     if below is None:
         raise UserError(
-            f"out of GPU memory at step {step} with nothing left to give up: {rung}. Use a GPU with more memory, [model] "
-            f"load_in_4bit = true, a shorter max_completion_tokens or max_tokens, or a lower [lora] rank. {reason}"
+            f"out of GPU memory at step {step} with nothing left to give up: {rung}. Use a GPU with more memory, "
+            f"[model] load_in_4bit = true, a shorter max_completion_tokens or max_tokens, or a lower [lora] rank. "
+            f"{reason}"
         ) from error
     steps = read(checkpoints, rung)[1]
     steps.append({"at_step": step, "from": asdict(rung), "to": asdict(below), "reason": reason})

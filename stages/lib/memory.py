@@ -184,24 +184,30 @@ def kv_bytes(shape: Shape, tokens: int) -> int:
 
 def training(
     shape: Shape, *, dtype: str, load_in_4bit: bool, rank: int, target_modules: Sequence[str], optimizer: str,
-    tokens: int, logit_rows: int, checkpointing: bool, offloading: bool,
+    tokens: int, logit_rows: int, checkpointing: bool, fused: bool,
 ) -> dict[str, int]:  # fmt: skip
     """Return the parts, in bytes, of one forward and backward pass over `tokens` tokens, padding included.
 
     `logit_rows` is how many tokens have their logits in memory at once. `checkpointing` keeps a layer's input alone and
-    computes the rest of it again; with `offloading` those inputs wait in system memory.
+    computes the rest of it again. `fused` is Unsloth's kernels, which keep less; its checkpoints wait in system memory.
     """
     element = DTYPE_BYTES[dtype]
     adapter = adapter_parameters(shape, rank, target_modules)
-    inputs = sum(shape.linear[name][0] for name in adapted(target_modules))  # each adapted layer keeps its own copy
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    # In units of an element: both norms' inputs (in float32, so twice) and outputs; queries, keys, values, attention's
-    # output; the MLP's gate, its activation, the other factor and the product.
-    kept = 6 * shape.hidden_size + 2 * queries + 2 * keys + 4 * shape.intermediate_size + inputs
-    kept += 2 * (queries + keys) if shape.qk_norm else 0
+    # What a layer keeps for its backward pass, in units of an element.
+    if fused:
+        # Both norms' inputs and outputs; queries, keys and values, turned queries and keys, attention's output; the
+        # MLP's gate and the other factor. The adapter's backward pass computes all else again.
+        kept = 4 * shape.hidden_size + 3 * queries + 3 * keys + 2 * shape.intermediate_size
+    else:
+        # Both norms' inputs (in float32, so twice) and outputs; queries, keys, values, attention's output; the MLP's
+        # gate, its activation, the other factor and the product; and a copy of its input for each adapted layer.
+        kept = 6 * shape.hidden_size + 2 * queries + 2 * keys + 4 * shape.intermediate_size
+        kept += sum(shape.linear[name][0] for name in adapted(target_modules))
+        kept += 2 * (queries + keys) if shape.qk_norm else 0
     layers = 1 if checkpointing else shape.layers
     gradients = 3 * shape.intermediate_size + 2 * shape.hidden_size  # of the layer that backward is in
-    saved = (OFFLOADED_LAYERS if offloading else shape.layers) if checkpointing else 0
+    saved = (OFFLOADED_LAYERS if fused else shape.layers) if checkpointing else 0
     parts = {
         "weights": weight_bytes(shape, dtype, load_in_4bit),
         "adapter": adapter * ADAPTER_BYTES,
@@ -230,7 +236,7 @@ def sft(
         training(
             shape, dtype=dtype, load_in_4bit=load_in_4bit, rank=rank, target_modules=target_modules,
             optimizer=optimizer, tokens=tokens, logit_rows=min(tokens, chunk) if unsloth else tokens,
-            checkpointing=checkpointing, offloading=unsloth,
+            checkpointing=checkpointing, fused=unsloth,
         )
     )  # fmt: skip
 
@@ -252,7 +258,7 @@ def grpo(
     rows = -(-length // UNSLOTH_GRPO_CHUNKS) if unsloth else micro_batch_size * (completion_tokens + 1)
     parts = training(
         shape, dtype=dtype, load_in_4bit=load_in_4bit, rank=rank, target_modules=target_modules, optimizer=optimizer,
-        tokens=micro_batch_size * length, logit_rows=rows, checkpointing=checkpointing, offloading=unsloth,
+        tokens=micro_batch_size * length, logit_rows=rows, checkpointing=checkpointing, fused=unsloth,
     )  # fmt: skip
     if not unsloth:
         cache = completions_per_step * kv_bytes(shape, length)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,27 @@ def load_adapter(model: Any, adapter: Path) -> None:
             f"{adapter}: is not an adapter for this recipe's [lora]: it lacks {len(missing)} of the weights and has "
             f"{len(result.unexpected_keys)} others, such as {[*missing, *result.unexpected_keys][0]}. Run: make sft"
         )
+
+
+def spare_scoring(recipe: Recipe, trainer: Any) -> None:
+    """Spare Unsloth's GRPO `trainer` the pass that scores completions before it trains on them, where nothing needs it.
+
+    The importance-sampling correction holds vLLM's log-probabilities against the trainer's own. While one optimizer step
+    takes all that was generated for it, those are what the training pass computes anyway: a quarter of its arithmetic
+    saved. A second round over the same completions (`num_iterations`) and a pull to the base model (`beta`) need the pass.
+    """
+    if recipe.model.engine != "unsloth" or recipe.grpo.num_iterations > 1 or recipe.grpo.beta:
+        return
+    module = sys.modules[type(trainer).__module__]
+    loss = module.UnslothEfficientGRPO
+
+    class OnPolicy(loss):
+        @staticmethod
+        def forward(ctx, new, old, *rest):
+            return loss.forward(ctx, new, new if old is None else old, *rest)
+
+    module.UnslothEfficientGRPO = OnPolicy
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (None, None, None)
 
 
 def close(llm_engine: Any | None) -> None:

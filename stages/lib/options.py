@@ -16,7 +16,8 @@ def recipe(command: Callable) -> Callable:
 
 def out(command: Callable) -> Callable:
     """Add `--out FOLDER`, the artifact that the stage writes."""
-    return click.option("--out", type=FOLDER, required=True, help="The folder to write; it appears when whole.")(command)
+    text = "The folder to write; it appears when whole."
+    return click.option("--out", type=FOLDER, required=True, help=text)(command)
 
 
 def reads(stage: str, *, required: bool = True) -> Callable[[Callable], Callable]:

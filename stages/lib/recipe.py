@@ -282,9 +282,9 @@ class Recipe:
     """A whole recipe. `path` is the file it was read from."""
 
     path: Path
-    save: list[Literal["merged_16bit", "merged_4bit", "lora", "gguf"]]  # what is handed over (`make push`). The merged
-    #   model in 16 bits and the GGUF files are made in any case, these out of that; merged_4bit asks merge for a copy in
-    #   NF4 (NVIDIA GPU only), lora asks gguf for the adapter as a GGUF file
+    save: list[Literal["merged_16bit", "merged_4bit", "lora", "gguf"]]  # what is handed over (`make push`)
+    #   The merged model in 16 bits and the GGUF files are made in any case, these out of that; merged_4bit asks merge
+    #   for a copy in NF4 (NVIDIA GPU only), lora asks gguf for the adapter as a GGUF file
     model: Model
     data: Data
     format: Format
@@ -359,7 +359,9 @@ def convert(value: Any, hint: Any, path: Path, where: str, spelled: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"{path}: {spelled} = {value!r}; expected a table [{where}]")
-        return {key: convert(item, arguments[1], path, f"{where}.{key}", f"[{where}] {key}") for key, item in value.items()}
+        return {
+            key: convert(item, arguments[1], path, f"{where}.{key}", f"[{where}] {key}") for key, item in value.items()
+        }
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{path}: {spelled} = {value!r}; expected a table [{where}]")
@@ -411,18 +413,22 @@ def check(recipe: Recipe) -> None:
     check_data(recipe)
     divides(path, "[sft] batch_size", recipe.sft.batch_size, "micro_batch_size", recipe.sft.micro_batch_size)
     batch = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt
-    divides(path, "[grpo] prompts_per_step x completions_per_prompt", batch, "micro_batch_size", recipe.grpo.micro_batch_size)
+    what = "[grpo] prompts_per_step x completions_per_prompt"
+    divides(path, what, batch, "micro_batch_size", recipe.grpo.micro_batch_size)
     for where, table in (("[sft]", recipe.sft), ("[grpo]", recipe.grpo)):
         if not 1 <= table.log_steps <= table.steps or table.save_steps < 1:
             raise UserError(f"{path}: {where} log_steps must be 1 to steps = {table.steps}, save_steps 1 or more")
     if recipe.grpo.completions_per_prompt < 2:
-        raise UserError(f"{path}: [grpo] completions_per_prompt must be 2 or more: a reward counts against its group's mean")
+        raise UserError(
+            f"{path}: [grpo] completions_per_prompt must be 2 or more: a reward counts against its group's mean"
+        )
     check_score_base(path, recipe.score_base)
     divides(path, "[grpo] save_steps", recipe.grpo.save_steps, "num_iterations", recipe.grpo.num_iterations)
     check_gguf(path, recipe.gguf)
     if recipe.ollama.quantization.lower() not in [name.lower() for name in recipe.gguf.types]:
         raise UserError(
-            f"{path}: [ollama] quantization = {recipe.ollama.quantization!r} is not among [gguf] types {recipe.gguf.types}"
+            f"{path}: [ollama] quantization = {recipe.ollama.quantization!r} is not among [gguf] types "
+            f"{recipe.gguf.types}"
         )
 
 
@@ -465,7 +471,9 @@ def check_data(recipe: Recipe) -> None:
         if source.shares and (
             len(source.shares) != len(source.use) or min(source.shares) <= 0 or sum(source.shares) > 1 + 1e-9
         ):
-            raise UserError(f"{where} shares = {source.shares}; expected one a set in {source.use}, over 0, at most 1 in all")
+            raise UserError(
+                f"{where} shares = {source.shares}; expected one a set in {source.use}, over 0, at most 1 in all"
+            )
         if "eval" in source.use and len(source.use) > 1 and not source.shares:
             raise UserError(f"{where} would train on its own eval problems; give shares, one a set in {source.use}")
     for name in ("sft", "grpo", "eval"):
@@ -507,6 +515,8 @@ def check_gguf(path: Path, gguf: Gguf) -> None:
         for name in names:
             if name.lower() not in GGUF_TYPES:
                 close = nearest(name.lower(), GGUF_TYPES)
-                raise UserError(f"{path}: [gguf] {where}: {name!r} is no type of llama.cpp{close}; {', '.join(GGUF_TYPES)}")
+                raise UserError(
+                    f"{path}: [gguf] {where}: {name!r} is no type of llama.cpp{close}; {', '.join(GGUF_TYPES)}"
+                )
     if not gguf.types or len({name.lower() for name in gguf.types}) < len(gguf.types):
         raise UserError(f"{path}: [gguf] types = {gguf.types}; expected one or more, each once")

@@ -43,11 +43,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of a JSONL file, to be parsed by `parsed`, which may be in another process."""
+    """Lines of a JSONL file, to be read again and parsed by `parsed`, which may be in another process."""
 
     path: Path
     first: int  # line number of the first
-    raw: bytes
+    start: int  # where they begin in the file, in bytes
+    size: int  # bytes
     wanted: list[str]
     is_start: bool  # whether the file's first row is in here
 
@@ -58,7 +59,9 @@ class Lines:
 
     def parsed(self) -> Batch:
         """Return the rows, blank lines left out. Raises `UserError` for a line that is not one JSON object."""
-        lines = self.raw.split(b"\n")
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            lines = file.read(self.size).split(b"\n")
         numbers = [number for number, text in enumerate(lines, self.first) if text and not text.isspace()]
         kept = lines if len(numbers) == len(lines) else [lines[number - self.first] for number in numbers]
         try:  # one call for all of them is half the work
@@ -215,16 +218,18 @@ def decoded(raw: bytes, path: Path, line: int) -> str:
 
 def read_json_lines(path: Path, wanted: list[str]) -> Iterator[Lines]:
     """Yield the lines of a file with one JSON object a line, about `BATCH_BYTES` at a time."""
-    line, is_start = 1, True
+    line, start, is_start = 1, 0, True
     with path.open("rb") as file:
         while raw := file.read(BATCH_BYTES):
             raw += file.readline()
-            if line == 1:
-                raw = raw.removeprefix(BYTE_ORDER_MARK)
+            if start == 0 and raw.startswith(BYTE_ORDER_MARK):
+                start = len(BYTE_ORDER_MARK)
+                raw = raw[start:]
             if raw and not raw.isspace():
-                yield Lines(path, line, raw, wanted, is_start)
+                yield Lines(path, line, start, len(raw), wanted, is_start)
                 is_start = False
             line += raw.count(b"\n")
+            start += len(raw)
 
 
 def parsed_line(path: Path, line: int, raw: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""What SFT and GRPO share: checkpoints that can be trusted, an orderly end on TERM, and what a person sees meanwhile."""
+"""What SFT and GRPO share: checkpoints to trust, an orderly end on TERM, and what a person sees meanwhile."""
 
 import os
 import shutil
@@ -129,7 +129,7 @@ def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tup
 
 
 def save_adapter(trainer: "Trainer", tokenizer: Any, run: Run) -> None:
-    """Save the adapter under `adapter/`, the tokenizer with its chat template under `tokenizer/`, the curves under `logs/`."""
+    """Save the adapter in `adapter/`, the tokenizer with its chat template in `tokenizer/`, the curves in `logs/`."""
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(run.folder / "adapter")
     (run.folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     tokenizer.save_pretrained(run.folder / "tokenizer")

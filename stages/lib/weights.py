@@ -21,7 +21,7 @@ def folder(name: str, revision: str | None) -> Path:
 
 
 def whole_folder(name: str, revision: str | None) -> Path:
-    """Return the folder that holds the whole model `name`, fetched if need be: safetensors, tokenizer, configuration."""
+    """Return the folder with the whole model `name`, fetched if need be: safetensors, tokenizer, configuration."""
     if revision is None:
         return Path(name)
     from huggingface_hub import snapshot_download

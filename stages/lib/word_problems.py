@@ -34,7 +34,7 @@ def problem(random_state: random.Random) -> Problem:
 
 
 def problems(seed: int, count: int, without: set[str] | None = None) -> Iterator[Problem]:
-    """Yield `count` problems, no question twice and none of the questions in `without`. The same seed, the same ones."""
+    """Yield `count` problems, no question twice and none of those in `without`. The same seed, the same ones."""
     random_state = random.Random(seed)
     seen = set(without or ())
     while count:

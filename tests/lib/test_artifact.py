@@ -1,4 +1,4 @@
-"""A folder without the suffix is always whole: killed anywhere, run twice at once, on a full disk, beside others' files."""
+"""A folder without the suffix is whole: killed anywhere, run twice at once, on a full disk, beside others' files."""
 
 import json
 import os

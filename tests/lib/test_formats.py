@@ -9,8 +9,10 @@ from stages.lib.errors import UserError
 from stages.lib.formats import FORMATS, THINK, XML, Answer, get
 
 TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "<think>", "</think>", "<SOLUTION>", "</SOLUTION>"]
-PIECES = [*TAGS, "<", ">", "</", "answer", "<answer", "think>", "<<think", "42", " ", "\n", "\t", "\u00a0", "\x1c",
-"a", "é", "\U0001f600"]
+PIECES = [
+    *TAGS, "<", ">", "</", "answer", "<answer", "think>", "<<think", "42", " ", "\n", "\t", "\u00a0", "\x1c", "a", "é",
+    "\U0001f600",
+]  # fmt: skip
 texts = st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join))
 
 

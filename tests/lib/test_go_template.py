@@ -172,9 +172,8 @@ def test_a_conversation_whose_beginning_ollama_dropped_is_still_rendered_as_the_
 def test_trimming_drops_every_character_that_python_calls_white_space_and_no_other(place):
     render, found = derived("gemma-3")
     beside = [*go_template.WHITESPACE, "\u200b", "\ufeff", "\u2060", "\u180e", "\0", "é", "\u00a1", "\u2fff"]
-    contents = [
-        {"left": c + "x", "right": "x" + c, "both": "\n" + c + " x y \t" + c + c}[place] for c in beside
-    ] + ["", " ", " \n" * 40, "\u3000", "\u00a0\u3000"]
+    contents = [{"left": c + "x", "right": "x" + c, "both": "\n" + c + " x y \t" + c + c}[place] for c in beside]
+    contents += ["", " ", " \n" * 40, "\u3000", "\u00a0\u3000"]
     conversations = [[{"role": "user", "content": content}] for content in contents]
     _, wanted = rendered(render, found, conversations)
     assert go_render.render_by_go(gotemplate.program(), found.template, conversations) == wanted

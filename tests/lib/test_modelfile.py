@@ -41,7 +41,7 @@ def test_a_modelfile_is_read_as_ollama_reads_it(tmp_path, text, commands):
         ("TEMPLATE x\n", "has no FROM line"),
         ("FROM a\nTEMPLAT x\n", "line 2: 'TEMPLAT' is not a command"),
         ('FROM a\nSYSTEM """open\n\n', "line 2: the value of system does not end"),
-        ('FROM a\nSYSTEM """cut"""\nrest"""\n', "line 3: 'rest\"\"\"' is not a command"),
+        ('FROM a\nSYSTEM """cut"""\nrest"""\n', 'line 3: \'rest"""\' is not a command'),
     ],
 )
 def test_a_broken_modelfile_is_refused_by_line(tmp_path, text, message):

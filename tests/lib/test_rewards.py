@@ -17,11 +17,15 @@ SUITE_NAMES = {
     "think": ["match_format_exactly", "match_format_approximately", "check_answer", "check_numbers"],
 }
 PIECES = {
-    "xml": ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "42", "41", " or ", "a", "<", "NaN",
-    "1e999", "\u0664"],
-    "think": ["<think>", "</think>", "<SOLUTION>", "</SOLUTION>", "\n", " ", "42", "41", " or ", "a", "<", "NaN",
-    "1e999", "\u0664"],
-}
+    "xml": [
+        "<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "42", "41", " or ", "a", "<", "NaN", "1e999",
+        "\u0664",
+    ],
+    "think": [
+        "<think>", "</think>", "<SOLUTION>", "</SOLUTION>", "\n", " ", "42", "41", " or ", "a", "<", "NaN", "1e999",
+        "\u0664",
+    ],
+}  # fmt: skip
 # What a well-formed completion with a wrong integer, not near the right one, is paid.
 HONEST_BUT_WRONG = {"xml": 2.0, "think": 0.5}
 
@@ -205,15 +209,15 @@ def test_repetition_penalty_takes_the_share_of_repeated_ngrams(ids, expected, tm
         ("length_penalty", {}, "max_completion_tokens is missing: length_penalty needs it"),
         ("length_penalty", {"max_completion_tokens": 9}, "length_cache_tokens is missing"),
         ("length_penalty", {"max_completion_tokens": 9, "length_cache_tokens": 0},
-        "length_cache_tokens = 0; expected 1"),
+         "length_cache_tokens = 0; expected 1"),
         ("length_penalty", {"max_completion_tokens": 9, "length_cache_tokens": 10}, "10 is more than .* = 9"),
         ("repetition_penalty", {"repetition_max_penalty": 1.0}, "repetition_ngram_tokens is missing"),
         ("repetition_penalty", {"repetition_ngram_tokens": 3, "repetition_max_penalty": -1.0},
-        "-1.0; expected 0 or more"),
+         "-1.0; expected 0 or more"),
         ("repetition_penalty", {"repetition_ngram_tokens": 3, "repetition_max_penalty": float("nan")},
-        "nan; expected 0"),
+         "nan; expected 0"),
     ],
-)
+)  # fmt: skip
 def test_parameters_that_are_missing_or_senseless_are_refused(name, parameters, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load([name], XML, tmp_path, **parameters)
@@ -259,8 +263,9 @@ def test_math_correct_reads_the_answer_by_the_format(math_correct, tmp_path):
     assert of_think(["a</think><SOLUTION>\\frac{1}{2}</SOLUTION>"], answer=["1/2"]) == [1.0]
 
 
-@pytest.mark.parametrize("answer",
-["10^{10^{10}}", "9999999!", "(" * 400, "{" * 400, "2^{2^{2^{2^{2^{2}}}}}", r"\frac{" * 80])
+@pytest.mark.parametrize(
+    "answer", ["10^{10^{10}}", "9999999!", "(" * 400, "{" * 400, "2^{2^{2^{2^{2^{2}}}}}", r"\frac{" * 80]
+)
 def test_math_correct_gives_up_within_a_second_and_goes_on(answer, math_correct):
     assert MATH_TIMEOUT_SECONDS < 1
     hard, easy = XML.write(Answer("a", answer)), XML.write(Answer("a", r"\sqrt{4}/4"))
@@ -310,8 +315,10 @@ def test_a_plain_function_of_the_users_own_is_a_reward_under_its_own_name(source
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("def politeness(completions):\n    return [1 / 0]",
-        r"my_rewards.py, line 2: ZeroDivisionError: division by zero"),
+        (
+            "def politeness(completions):\n    return [1 / 0]",
+            r"my_rewards.py, line 2: ZeroDivisionError: division by zero",
+        ),
         ("def politeness(completions):\n    return [1.0]", "returned 1 rewards for 2 completions"),
         ("def politeness(completions):\n    return [1.0, float('nan')]", r"returned nan \(float\) for completion 1"),
         ("def politeness(completions):\n    return [float('inf'), 1.0]", r"returned inf \(float\) for completion 0"),
@@ -320,8 +327,10 @@ def test_a_plain_function_of_the_users_own_is_a_reward_under_its_own_name(source
         ("def politeness(completions):\n    return [1j, 1.0]", r"\(complex\)"),
         ("def politeness(completions):\n    return 1.0", "returned float; expected a list of 2 numbers"),
         ("def politeness(completions):\n    pass", "returned NoneType; expected a list of 2 numbers"),
-        ("def politeness(completions, mood):\n    return [1.0, 1.0]",
-        "asks for mood, which is no column; .*completions, answer"),
+        (
+            "def politeness(completions, mood):\n    return [1.0, 1.0]",
+            "asks for mood, which is no column; .*completions, answer",
+        ),
     ],
 )
 def test_what_the_users_function_does_wrong_is_an_error_that_names_it(source, message, tmp_path):
@@ -333,8 +342,10 @@ def test_what_the_users_function_does_wrong_is_an_error_that_names_it(source, me
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("def politness(completions): ...",
-        r"has no function 'politeness' \(did you mean 'politness'\?\); it has: politness"),
+        (
+            "def politness(completions): ...",
+            r"has no function 'politeness' \(did you mean 'politness'\?\); it has: politness",
+        ),
         ("politeness = 3", "has no function 'politeness'; it has: none"),
         ("class politeness: ...", "has no function 'politeness'"),
         ("def politeness(): ...", r"expected politeness\(completions, \*\*kwargs\).*found politeness\(\)"),

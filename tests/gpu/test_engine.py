@@ -1,0 +1,228 @@
+"""Engine "unsloth" on an NVIDIA GPU: `make test-gpu`. Every stage runs as `make` runs it, in a process of its own.
+
+The model is a Qwen3 network of random weights with the real Qwen2 vocabulary. It learns nothing in six steps, so what
+is tested is what has to be true of any run: bench/gpu_learning.py is the run that learns.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from stages import base_model
+from stages.lib.recipe import read_recipe
+from tests import micro
+
+if shutil.which("nvidia-smi") is None:
+    pytest.skip("needs an NVIDIA GPU: make test-gpu", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+INPUTS = micro.INPUTS | {"prepare-data": [], "merge": ["prepare-data", "grpo"]}
+SIZES = {
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 1024,
+}  # fmt: skip
+# In place of the values of bench/gpu_learning.toml. Six steps, a checkpoint after every second.
+VALUES = {
+    "save": ["merged_16bit", "merged_4bit"],
+    "vllm.memory_share": 0.2,
+    "vllm.sequences": 64,
+    "sft.steps": 6,
+    "sft.warmup_steps": 1,
+    "sft.log_steps": 1,
+    "rewards.functions": ["own.py:variety", "strict_format"],
+    "rewards.weights": [1.0, 1.0],
+    "grpo.steps": 6,
+    "grpo.prompts_per_step": 8,
+    "grpo.save_steps": 2,
+    "grpo.warmup_steps": 1,
+    "grpo.max_completion_tokens": 256,
+    "infer.problems": 40,
+    "infer.batch_size": 40,
+}
+
+
+@dataclass
+class Work:
+    """A folder with a base model, problems, recipes and artifacts."""
+
+    folder: Path
+
+    def recipe(self, name: str, **changes: object) -> Path:
+        """Write a recipe with other values, by "table__key"."""
+        values = VALUES | {key.replace("__", "."): value for key, value in changes.items()}
+        lines, table = [], ""
+        text = (ROOT / "bench" / "gpu_learning.toml").read_text()
+        for line in text.format(base=self.folder / "base", problems=self.folder / "problems").splitlines():
+            if match := re.fullmatch(r"\[+([\w.]+)\]+", line):
+                table = match[1] + "."
+            key = table + line.partition("=")[0].strip()
+            lines.append(f"{line.partition('=')[0]}= {json.dumps(values.pop(key))}" if key in values else line)
+            if line in ("[model]", "[vllm]"):  # what the file does not state
+                lines += [
+                    f"{name.partition('.')[2]} = {json.dumps(values.pop(name))}"
+                    for name in ("model.load_in_4bit", "vllm.standby")
+                    if name in values and name.startswith(table)
+                ]
+        assert not values, values
+        path = self.folder / f"{name}.toml"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def run(
+        self, stage: str, recipe: Path, out: str, inputs: dict[str, str] | None = None, before: str = ""
+    ) -> tuple[dict, str]:
+        """Run a stage, after the Python code `before` in its process; return its metrics and what it printed."""
+        program = f"{before}\nimport runpy\nrunpy.run_module('stages.{stage.replace('-', '_')}', run_name='__main__')"
+        given = [word for name in INPUTS[stage] if name != "base-model"
+                 for word in (f"--{name}", str(self.folder / (inputs or {}).get(name, name)))]  # fmt: skip
+        command = [sys.executable, "-c", program, "--recipe", str(recipe), *given, "--out", str(self.folder / out)]
+        held = gpu_mib()
+        result = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert result.returncode == 0, result.stdout[-6000:]
+        assert gpu_mib() <= held + 64  # it left no process behind that holds memory
+        metrics = json.loads((self.folder / out / "manifest.json").read_text())["metrics"]
+        print(f"{stage} -> {out}: {json.dumps(metrics)}")
+        return metrics, result.stdout
+
+
+def gpu_mib() -> int:
+    """Return how much of the GPU's memory is in use, by whomever."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    """Return a folder with the base, the problems, prepared data and the SFT adapter."""
+    from tests import family_models
+
+    made = Work(tmp_path_factory.mktemp("gpu"))
+    (made.folder / "own.py").write_text(micro.OWN)
+    family = replace(family_models.FAMILIES["qwen3"], template=family_models.FAMILIES["qwen2.5"].template)
+    family_models.base(family, made.folder / "base", **SIZES)
+    knobs = read_recipe(ROOT / "recipes" / "tiny.toml").base_model
+    base_model.write_problems(replace(knobs, eval_problems=60, train_problems=400), made.folder / "problems")
+    recipe = made.recipe("recipe")
+    for stage in ("prepare-data", "sft"):
+        made.run(stage, recipe, stage)
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(work: Work) -> dict:
+    """Return what GRPO came to."""
+    return work.run("grpo", work.folder / "recipe.toml", "grpo")[0]
+
+
+def curve(folder: Path, name: str) -> list[float]:
+    """Return a metric by step, out of TensorBoard's files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (path,) = folder.glob("logs/**/events*")
+    events = EventAccumulator(str(path)).Reload()
+    return [event.value for event in events.Scalars(name)]
+
+
+def test_vllm_samples_from_the_very_model_that_is_trained(trained):
+    assert trained["memory_ladder"] == []
+    for when in ("first", "last"):
+        assert trained[when]["sampling_difference"] < 0.03
+        assert abs(trained[when]["importance_ratio"] - 1) < 0.03
+        assert trained[when]["completion_tokens"] > 8
+
+
+def test_infer_examines_three_models_in_one_engine(work, trained):
+    metrics, _ = work.run("infer", work.folder / "recipe.toml", "infer")
+    assert [metrics[name]["problems"] for name in ("base", "sft", "grpo")] == [40, 40, 40]
+    answers = [json.loads(line) for line in (work.folder / "infer" / "answers.jsonl").read_text().splitlines()]
+    texts = {name: [row["completion"] for row in answers if row["model"] == name] for name in ("base", "sft", "grpo")}
+    assert all(len(set(each)) > 1 for each in texts.values())
+    assert texts["base"] != texts["sft"] != texts["grpo"]
+
+
+def test_merge_hands_over_16_bits_and_nf4(work, trained):
+    metrics, _ = work.run("merge", work.folder / "recipe.toml", "merge")
+    assert metrics["merged_mean_kl"] < 1e-4 < metrics["base_mean_kl"]
+    assert metrics["merged_mean_kl"] < metrics["merged_4bit"]["mean_kl"] < 0.3
+    assert metrics["merged_4bit"]["bytes"] < 0.7 * metrics["bytes"]
+    four_bits = work.folder / "merge" / "model-4bit"
+    assert json.loads((four_bits / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert (four_bits / "tokenizer.json").is_file() and not list(four_bits.glob("*.bin"))
+
+
+def test_sparing_the_scoring_pass_changes_no_gradient(work, trained):
+    keep = "from stages.lib import models; models.spare_scoring = lambda recipe, trainer: None"
+    metrics, _ = work.run("grpo", work.recipe("scoring", grpo__steps=1), "grpo-scoring", before=keep)
+    assert metrics["first"]["importance_ratio"] == pytest.approx(trained["first"]["importance_ratio"], abs=2e-3)
+    for name in ("train/grad_norm", "train/loss"):
+        scored, spared = curve(work.folder / "grpo-scoring", name)[0], curve(work.folder / "grpo", name)[0]
+        assert scored == pytest.approx(spared, rel=0.03, abs=1e-4)
+
+
+# From the third step on torch may take no more than 3/4 of what the first two steps took beyond what lay there before.
+# The limit is kept in a file: the process that is started anew, one rung down, gets the same.
+CAP = """
+import os, pathlib, torch
+from stages.lib import models
+limit = pathlib.Path(os.environ["CAP_FILE"])
+start = models.start
+
+def start_capped(recipe):
+    start(recipe)
+    from transformers import TrainerCallback, trainer
+
+    class Cap(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                torch.cuda.reset_peak_memory_stats()
+                self.before = torch.cuda.memory_allocated()
+            if state.global_step == 2:
+                if not limit.exists():
+                    peak = torch.cuda.max_memory_allocated()
+                    limit.write_text(str(self.before + 0.75 * (peak - self.before)))
+                torch.cuda.empty_cache()
+                share = float(limit.read_text()) / torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(share)
+
+    trainer.DEFAULT_CALLBACKS.append(Cap)
+
+models.start = start_capped
+"""
+
+
+def test_out_of_memory_in_a_step_goes_on_one_rung_down_from_the_last_checkpoint(work, trained, monkeypatch):
+    monkeypatch.setenv("CAP_FILE", str(work.folder / "cap"))
+    metrics, said = work.run("grpo", work.recipe("ladder"), "grpo-ladder", before=CAP)
+    print(re.findall(r"out of GPU memory at .*", said), (work.folder / "cap").read_text())
+    (step, *more) = metrics["memory_ladder"]
+    assert step["at_step"] == 2
+    assert (step["from"]["micro_batch_size"], step["to"]["micro_batch_size"]) == (64, 32)
+    assert "out of memory" in step["reason"]
+    assert len(more) <= 1
+    # As many completions in each step as before, in smaller parts; steps 1 and 2 were not repeated.
+    rows = (work.folder / "grpo-ladder" / "completions.jsonl").read_text().splitlines()
+    steps = [json.loads(row)["step"] for row in rows]
+    assert [steps.count(number) for number in range(1, 7)] == [64] * 6
+
+
+def test_training_in_4_bits_merges_into_the_16_bit_base_and_says_what_that_costs(work):
+    recipe = work.recipe("four", model__load_in_4bit=True, save=["merged_16bit"], grpo__steps=2, sft__steps=2)
+    work.run("sft", recipe, "four-sft")
+    metrics, _ = work.run("grpo", recipe, "four-grpo", {"sft": "four-sft"})
+    assert metrics["last"]["sampling_difference"] < 0.1
+    merged, said = work.run("merge", recipe, "four-merge", {"grpo": "four-grpo"})
+    assert merged["merged_mean_kl"] < 1e-4 < merged["trained_in_4bit"]["mean_kl"] < 0.3
+    assert "the model as it was in training, in 4 bits" in said
+
+
+def test_standby_gives_vllm_memory_back_while_training(work):
+    recipe = work.recipe("standby", vllm__standby=True, grpo__steps=2)
+    metrics, _ = work.run("grpo", recipe, "standby-grpo")
+    assert metrics["memory_ladder"] == []
+    assert metrics["last"]["sampling_difference"] < 0.03

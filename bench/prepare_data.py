@@ -14,8 +14,10 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +31,7 @@ from stages.lib.recipe import read_recipe
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny.toml"
 RESULTS = ROOT / "bench" / "results" / "prepare_data.md"
+LOOK_SECONDS = 0.25  # between two looks at the memory; each walks all page tables, on processors that are being timed
 DATASETS = """
 import sys, datasets
 datasets.disable_progress_bars()
@@ -50,17 +53,24 @@ def measure(command: list[str]) -> Measured:
     """Run a command to its end and measure it, with all the processes it starts."""
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    peak = 0
-    while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if pid:
-            break
-        peak = max(peak, resident_bytes(process.pid))
-        time.sleep(0.05)
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as beside:
+        peak = beside.submit(peak_bytes, process.pid, ended)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+        ended.set()
     if status:
         raise SystemExit(f"{' '.join(command[:4])} ... failed")
     process.returncode = 0
-    return Measured(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak)
+    return Measured(wall, usage.ru_utime + usage.ru_stime, peak.result())
+
+
+def peak_bytes(pid: int, ended: threading.Event) -> int:
+    """Return the most memory that a process and all below it held at once, until `ended` is set."""
+    peak = 0
+    while not ended.wait(LOOK_SECONDS):
+        peak = max(peak, resident_bytes(pid))
+    return peak
 
 
 def resident_bytes(pid: int) -> int:
@@ -218,9 +228,9 @@ def main(rows: int, tokenized_rows: int, gsm8k: Path | None) -> None:
         f"The {rows:,} rows ({input_bytes / 1e6:.0f} MB) are read and written by all. `datasets` writes them as they "
         f"are. prepare-data checks them, makes conversations of them ({output_bytes / 1e6:.0f} MB), and removes "
         "duplicates, near duplicates and what is too close to the eval set. It keeps prompts to 512 tokens and SFT "
-        "examples to 1,024: it tokenizes the first 2 MB and whatever has enough bytes to be too long. In the last line the "
-        "limit is 200 tokens, so that hardly any prompt is surely short enough. Memory is the largest sum of proportional "
-        "set sizes over all processes of the command, looked at every 50 ms.",
+        "examples to 1,024: it tokenizes the first 2 MB and whatever has enough bytes to be too long. In the last line "
+        "the limit is 200 tokens, so that hardly any prompt is surely short enough. Memory is the largest sum of "
+        f"proportional set sizes over all processes of the command, looked at every {LOOK_SECONDS * 1000:.0f} ms.",
         "",
         "What became of the rows: "
         + "; ".join(f"{name} {made['rows']:,} (dropped: {made['dropped']})" for name, made in metrics["sets"].items())

@@ -7,25 +7,24 @@ texts. Where several processes share the work, each reads its lines from the fil
 don't go from process to process.
 """
 
-import concurrent.futures
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import os
 import re
 import sys
-import threading
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
 from multiprocessing import get_context
-from multiprocessing.pool import Pool
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
@@ -51,7 +50,8 @@ BIT = {name: 1 << place for place, name in enumerate(SETS)}
 SLACK_TOKENS = 16  # where it meets the markup, a question may be cut into other tokens than the one that was measured
 # A source whose files have so many bytes is large: several processes share the work, and not all prompts are tokenized.
 LARGE_BYTES = 1 << 25
-MAX_PROCESSES = 4  # of about 100 MB each
+MAX_PROCESSES = 4  # each takes memory, and the end of the work is one's alone
+MAX_WAITING = 2 * MAX_PROCESSES  # batches on their way to and from them: bounds the memory
 # Of a large source, the first batches (of 1 MB, or 2,000 rows) are tokenized for the length percentiles, and of the
 # rest what may be too long: a token is at least one byte, so what has few bytes has few tokens.
 MEASURED_BATCHES = 2
@@ -59,6 +59,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 SURROGATE = re.compile("[\ud800-\udfff]")
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 encode = json.JSONEncoder(ensure_ascii=False).encode
+quote = json.encoder.encode_basestring  # what `encode` does with a string, without what it does before
 canonical = functools.lru_cache(1 << 16)(answers.canonical)
 
 
@@ -101,7 +102,7 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
         with helpers(located) as pool:  # they start while this process loads the tokenizer
             refuse_quantized(run_recipe, base_model)
             tokenizer = models.load_tokenizer(run_recipe, base_model)
-            with concurrent.futures.ThreadPoolExecutor(1) as beside:  # llama.cpp's converter takes seconds to start
+            with ThreadPoolExecutor(1) as beside:  # llama.cpp's converter takes seconds to start
                 checked = beside.submit(check_tokenizer, run_recipe, tokenizer, base_model)
                 check_chat_template(run_recipe, tokenizer)
                 check_completion(run_recipe, tokenizer)
@@ -181,7 +182,8 @@ class Ruler:
         ]
         if not texts:
             return []
-        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
 
 
 def most_tokens(text: str) -> int:
@@ -192,7 +194,7 @@ def most_tokens(text: str) -> int:
 
 
 def problem_of(question: Any, answer: Any, solution: Any, style: str) -> tuple[str, str, str]:
-    """Return question, canonical answer and worked solution ("" if there is none) of a row's columns.
+    """Return question, canonical answer and worked solution ("" if there is none; its marks still in it) of a row.
 
     Raises `Unusable` when there is no question, or no answer that can be read.
     """
@@ -204,7 +206,7 @@ def problem_of(question: Any, answer: Any, solution: Any, style: str) -> tuple[s
     if not text:
         raise Unusable("no answer", f"no answer: {answer!r}")
     if style == "gsm8k":
-        worked = CALCULATOR_MARK.sub("", text.rpartition("####")[0])
+        worked = text.rpartition("####")[0]
         try:
             text = answers.gsm8k_final(text)
         except ValueError as error:
@@ -228,6 +230,8 @@ def completion_of(worked: str, answer: str, style: str, answer_format: Format) -
         if worked and "</think>" not in worked:
             raise Unusable("unusable solution", "the thought has no end (</think>): it was cut off")
         worked = worked.replace("<think>", "").replace("</think>", "").strip()
+    elif style == "gsm8k":
+        worked = CALCULATOR_MARK.sub("", worked).strip()
     if not worked:
         raise Unusable("no solution", "no worked solution, which sft needs")
     try:
@@ -265,46 +269,38 @@ def is_large(files: list[Path]) -> bool:
     return sum(file.stat().st_size for file in files) >= LARGE_BYTES
 
 
-def helpers(located: list[list[Path]]) -> AbstractContextManager[Pool | None]:
+def helpers(located: list[list[Path]]) -> AbstractContextManager[ProcessPoolExecutor | None]:
     """Return the processes that share the work on large sources; None if there is none, or one processor alone."""
     processes = min(os.cpu_count() or 1, MAX_PROCESSES)
-    worth = processes > 1 and any(is_large(files) for files in located)
-    return get_context("spawn").Pool(processes) if worth else nullcontext()
+    if processes == 1 or not any(is_large(files) for files in located):
+        return nullcontext()
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), importlib.import_module, ("stages.lib.dedup",))
+    for _ in range(processes):
+        pool.submit(os.getpid)  # each starts when there is work for it
+    return pool
 
 
 def check_all(
-    source: Source, files: list[Path], rules: Rules, content: Any, folder: Path, pool: Pool | None
+    source: Source, files: list[Path], rules: Rules, content: Any, folder: Path, pool: ProcessPoolExecutor | None
 ) -> Iterator[Checked]:
     """Yield every batch of a source, checked, in order; where it is large, `pool` shares the work.
 
     `content` is a hash that is fed what comes from the hub; a file has a digest of its own.
     """
     large = is_large(files)
-    slots = threading.Semaphore(4 * MAX_PROCESSES)  # batches on their way: bounds the memory
-    ended = threading.Event()
-
-    def jobs() -> Iterator[tuple[Source, sources.Batch | sources.Lines, Rules, bool, Path]]:
-        for number, batch in enumerate(sources.batches(source, files)):
-            slots.acquire()
-            if ended.is_set():
-                return
-            if not files:
-                content.update(repr(batch.columns).encode())
-            yield source, batch, rules, not large or number < MEASURED_BATCHES, folder
-
-    apply = pool.imap if pool and large else map
-    try:
-        for checked in apply(check_job, jobs()):
-            yield checked
-            slots.release()
-    finally:  # the pool can't end before the thread that waits for a slot
-        ended.set()
-        slots.release()
-
-
-def check_job(job: tuple[Source, sources.Batch | sources.Lines, Rules, bool, Path]) -> Checked:
-    """Call `check` with one argument, as `map` does."""
-    return check(*job)
+    waiting: deque[Future[Checked]] = deque()
+    for number, batch in enumerate(sources.batches(source, files)):
+        if not files:
+            content.update(repr(batch.columns).encode())
+        job = (source, batch, rules, not large or number < MEASURED_BATCHES, folder)
+        if pool and large:
+            waiting.append(pool.submit(check, *job))
+            if len(waiting) == MAX_WAITING:
+                yield waiting.popleft().result()
+        else:
+            yield check(*job)
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def check(
@@ -353,7 +349,7 @@ def check(
     to_measure: list[tuple[str, int, tuple[str, ...]]] = []
     for row, bits in enumerate(sets.tolist()):
         question, answer, worked = problems[row]
-        line = f'{{"id": "{ids[row]}", {head}{encode(question)}}}], "answer": "{answer}"'
+        line = f'{{"id": "{ids[row]}", {head}{quote(question)}}}], "answer": "{answer}"'
         length = most_tokens(question)
         if bits & BIT["sft"]:
             try:
@@ -363,7 +359,7 @@ def check(
                 sets[row] = bits = bits & ~BIT["sft"]
             else:
                 written = (
-                    f'{line}, "completion": [{{"role": "assistant", "content": {encode(completion)}}}]}}\n'.encode()
+                    f'{line}, "completion": [{{"role": "assistant", "content": {quote(completion)}}}]}}\n'.encode()
                 )
                 lines["sft"].append(written)
                 table["sft_bytes"][row] = len(written)
@@ -379,11 +375,11 @@ def check(
     table |= {"ids": prints.ids, "counts": prints.counts, "bands": prints.bands, "sets": sets}
     table["number"] = np.array([batch.numbers[place] for place in places], np.uint32)
     drafts = {}
-    for name, content in (*lines.items(), ("grams", [prints.grams])):
+    for name, content in (*((name, b"".join(texts)) for name, texts in lines.items()), ("grams", prints.grams)):
         path = folder / f"{name}.{os.getpid()}.draft"
         with path.open("ab") as file:
             drafts[name] = (path, file.tell())
-            file.writelines(content)
+            file.write(content)
     return Checked(batch.origin, len(batch.numbers), unused, drafts, table, to_measure, removed)
 
 
@@ -406,19 +402,18 @@ class Draft:
             recipe.sft.max_tokens - example - SLACK_TOKENS,
         )
 
-    def add_source(self, source: Source, files: list[Path], pool: Pool | None) -> dict[str, Any]:
+    def add_source(self, source: Source, files: list[Path], pool: ProcessPoolExecutor | None) -> dict[str, Any]:
         """Read a source to its end. Return what the manifest says about it. Raises `UserError` for a row to refuse."""
         dropped, content, origin = Counter[str](), hashlib.sha256(), ""
         rows = unused = 0
-        with closing(check_all(source, files, self.rules, content, self.folder, pool)) as batches:
-            for checked in batches:
-                if checked.origin != origin:
-                    origin = checked.origin
-                    self.origins.append(label(source, Path(origin)) if files else origin)
-                rows += checked.rows
-                unused += checked.unused
-                dropped.update(reason for name, _, reason, _ in checked.removed if name is None)
-                self.add(checked)
+        for checked in check_all(source, files, self.rules, content, self.folder, pool):
+            if checked.origin != origin:
+                origin = checked.origin
+                self.origins.append(label(source, Path(origin)) if files else origin)
+            rows += checked.rows
+            unused += checked.unused
+            dropped.update(reason for name, _, reason, _ in checked.removed if name is None)
+            self.add(checked)
         read = {"name": source.name, "split": source.split, "use": source.use, "rows": rows, "dropped": dict(dropped)}
         read |= {"outside_shares": unused} if source.shares else {}
         return read if files else {**read, "revision": source.revision, "sha256": content.hexdigest()}
@@ -445,7 +440,7 @@ class Draft:
 
     @contextmanager
     def pieces(self, name: str) -> Iterator[list[tuple[BinaryIO, int, int]]]:
-        """Open the drafts `name` and give, for each batch in order, (file, where it begins, its rows). Delete them then."""
+        """Give, for each batch in order, (draft `name`, where the batch begins, its rows). Delete the drafts then."""
         paths = {drafts[name][0] for _, drafts in self.batches}
         with ExitStack() as stack:
             files = {path: stack.enter_context(path.open("rb")) for path in paths}
@@ -466,8 +461,6 @@ class Draft:
             raise UserError("no source has a row that can be used; nothing to train on")
         data = self.recipe.data
         table = {name: np.concatenate(self.parts.pop(name)) for name in list(self.parts)}
-        self.grams.flush()
-        grams = dedup.Grams(self.grams, table["counts"])
         drafted = table["sets"].copy()
 
         def rows_in(*names: str) -> Any:
@@ -477,47 +470,52 @@ class Draft:
             table["sets"][rows] &= 255 - BIT[name]
             self.list_removed(table, name, reason, rows, others, likeness)
 
-        for name in SETS:
-            rows = rows_in(name)
-            remove(name, "long prompt", rows[table["prompt_tokens"][rows] > data.max_prompt_tokens])
-            if name == "sft":
+        with self.removed, self.pieces("grams") as pieces:
+            grams = dedup.Grams(pieces, table["counts"])
+            for name in SETS:
                 rows = rows_in(name)
-                remove(name, "long example", rows[table["example_tokens"][rows] > self.recipe.sft.max_tokens])
-            rows = rows_in(name)
-            first = dedup.exact_duplicates(table["ids"][rows])
-            again = np.flatnonzero(first < np.arange(len(rows)))
-            remove(name, "exact duplicate", rows[again], rows[first[again]], np.ones(len(again)))
-            if data.near_duplicate_jaccard < 1:
-                found = dedup.near_duplicates(rows_in(name), table["bands"], grams, data.near_duplicate_jaccard)
-                remove(name, "near duplicate", *found)
-        evaluated, trained = rows_in("eval"), rows_in("sft", "grpo")
-        if len(evaluated) and len(trained):
-            row, like, overlap = dedup.contaminated(evaluated, trained, grams, data.contamination_overlap)
-            for name in ("sft", "grpo"):
-                hit = (table["sets"][row] & BIT[name]) > 0
-                remove(name, "too close to eval", row[hit], like[hit], overlap[hit])
-        self.removed.close()
-        self.grams.close()
-        (self.folder / "grams.draft").unlink()
-        return {name: self.finish_set(name, table, np.flatnonzero(drafted & BIT[name])) for name in SETS}
+                remove(name, "long prompt", rows[table["prompt_tokens"][rows] > data.max_prompt_tokens])
+                if name == "sft":
+                    rows = rows_in(name)
+                    remove(name, "long example", rows[table["example_tokens"][rows] > self.recipe.sft.max_tokens])
+                rows = rows_in(name)
+                first = dedup.exact_duplicates(table["ids"][rows])
+                again = np.flatnonzero(first < np.arange(len(rows)))
+                remove(name, "exact duplicate", rows[again], rows[first[again]], np.ones(len(again)))
+                if data.near_duplicate_jaccard < 1:
+                    found = dedup.near_duplicates(rows_in(name), table["bands"], grams, data.near_duplicate_jaccard)
+                    remove(name, "near duplicate", *found)
+            evaluated, trained = rows_in("eval"), rows_in("sft", "grpo")
+            if len(evaluated) and len(trained):
+                row, like, overlap = dedup.contaminated(evaluated, trained, grams, data.contamination_overlap)
+                for name in ("sft", "grpo"):
+                    hit = (table["sets"][row] & BIT[name]) > 0
+                    remove(name, "too close to eval", row[hit], like[hit], overlap[hit])
+        return {name: self.finish_set(name, table, drafted) for name in SETS}
 
     def finish_set(self, name: str, table: dict[str, Any], drafted: Any) -> dict[str, Any]:
-        """Copy what is left of a set out of its draft, which has the rows `drafted`; return what the manifest says."""
+        """Copy what is left of a set out of its drafts; return what the manifest says.
+
+        `drafted` are the sets that each row was drafted for, as `table["sets"]` has those that it is left in.
+        """
         import numpy as np
 
-        stays = (table["sets"][drafted] & BIT[name]) > 0
-        rows = drafted[stays]
+        rows = np.flatnonzero(table["sets"] & BIT[name])
         if not len(rows):
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped[name].items()) or "no row came in"
             raise UserError(f"the {name} set is empty: {reasons}. See [data] in {self.recipe.path}")
-        ends = np.append(0, np.cumsum(table["sft_bytes" if name == "sft" else "line_bytes"][drafted], dtype=np.int64))
-        edges = ends[np.flatnonzero(np.diff(np.concatenate([[False], stays, [False]]).astype(np.int8)))].tolist()
-        with self.files[name] as draft, (self.folder / f"{name}.jsonl").open("wb") as file:
-            for start, stop in zip(edges[::2], edges[1::2], strict=True):  # from the first of a run of rows to its end
-                draft.seek(start)
-                for position in range(start, stop, COPIED_BYTES):
-                    file.write(draft.read(min(COPIED_BYTES, stop - position)))
-        (self.folder / f"{name}.draft").unlink()
+        size = table["sft_bytes" if name == "sft" else "line_bytes"]
+        first = 0
+        with self.pieces(name) as pieces, (self.folder / f"{name}.jsonl").open("wb") as file:
+            for draft, begin, count in pieces:
+                there = first + np.flatnonzero(drafted[first : first + count] & BIT[name])
+                stays = (table["sets"][there] & BIT[name]) > 0
+                ends = begin + np.append(0, np.cumsum(size[there], dtype=np.int64))
+                edges = ends[np.flatnonzero(np.diff(np.concatenate([[False], stays, [False]]).astype(np.int8)))]
+                for start, stop in edges.reshape(-1, 2).tolist():  # from the first of a run of rows to its end
+                    draft.seek(start)
+                    file.write(draft.read(stop - start))
+                first += count
         lengths = {"prompt_tokens": percentiles(table["prompt_tokens"][rows])}
         if name == "sft":
             lengths["example_tokens"] = percentiles(table["example_tokens"][rows])
@@ -564,13 +562,16 @@ def percentiles(tokens: Any) -> dict[str, int]:
     return {"measured": len(tokens), **dict(zip(("p50", "p90", "p99", "max"), map(int, values), strict=True))}
 
 
-def prepare(recipe: Recipe, located: list[list[Path]], ruler: Ruler, folder: Path) -> dict[str, Any]:
+def prepare(
+    recipe: Recipe, located: list[list[Path]], ruler: Ruler, folder: Path, pool: ProcessPoolExecutor | None
+) -> dict[str, Any]:
     """Write sft.jsonl, grpo.jsonl, eval.jsonl and removed.jsonl under `folder`; return the metrics.
 
-    `located` are the files of each source, none for one from the hub. Raises `UserError` as the parts do.
+    `located` are the files of each source, none for one from the hub; `pool` are their `helpers`. Raises `UserError` as
+    the parts do.
     """
     draft = Draft(folder, ruler, recipe)
-    read = [draft.add_source(source, files) for source, files in zip(recipe.data.sources, located, strict=True)]
+    read = [draft.add_source(source, files, pool) for source, files in zip(recipe.data.sources, located, strict=True)]
     return {"sources": read, "sets": draft.finish()}
 
 

@@ -7,8 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from stages.lib import models
+from stages.lib.errors import UserError
+from stages.lib.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["apt", "common", "install", "llama", "lock", "run"]
@@ -132,16 +137,21 @@ def test_rootless_docker_maps_its_root_to_the_caller(checkout):
 
 def test_caches_are_under_data_and_nothing_writes_to_a_home_of_its_own(checkout):
     settings = dict(word.split("=", 1) for word in after("--env", run(checkout, "true")) if "=" in word)
-    for name in (
-        "HOME",
-        "HF_HOME",
-        "TRITON_CACHE_DIR",
-        "VLLM_CACHE_ROOT",
-        "UNSLOTH_COMPILE_LOCATION",
-        "XDG_CACHE_HOME",
-    ):
+    for name in ("HOME", "HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME"):
         assert settings[name].startswith(f"{checkout}/data/cache"), name
     assert settings["TEMPER_IMAGE_ID"] == IMAGE
+
+
+def test_what_a_stage_compiles_it_keeps_where_the_container_may_write(checkout, monkeypatch):
+    words = run(checkout, "true")
+    monkeypatch.setattr(os, "environ", {word.partition("=")[0]: "" for word in after("--env", words)})
+    monkeypatch.chdir(after("--workdir", words)[0])
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False)))
+    with pytest.raises(UserError, match="torch sees none"):
+        models.require_gpu(read_recipe(Path("recipes/gemma3-1b-gsm8k.toml")))
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "UNSLOTH_COMPILE_LOCATION"):
+        assert Path(os.environ[name]).parent == checkout / "data" / "cache", name
+    assert f"type=bind,source={checkout}/data,target={checkout}/data" in after("--mount", words)
 
 
 def test_a_folder_that_is_a_link_to_a_larger_disk_is_mounted_where_it_is(checkout):

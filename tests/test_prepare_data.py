@@ -32,7 +32,7 @@ TEMPLATE = (
 
 @pytest.fixture(autouse=True)
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The tokenizers of these tests are no real ones, so llama.cpp is not asked; the list says for which it would be."""
+    """The tokenizers of these tests are no real ones, so llama.cpp is not asked; the list says for which it is."""
     asked: list[str] = []
     monkeypatch.setattr(prepare_data, "check_tokenizer", lambda recipe, *rest: asked.append(recipe.model.name))
     return asked
@@ -83,7 +83,9 @@ def prepare(folder: Path, sources: list[dict[str, Any]], located: list[list[Path
     recipe = read_recipe(write_recipe(folder, sources, **knobs))
     out = folder / "out"
     out.mkdir()
-    return prepare_data.prepare(recipe, located or [[Path(source["name"])] for source in sources], Letters(), out)
+    located = located or [[Path(source["name"])] for source in sources]
+    with prepare_data.helpers(located) as pool:
+        return prepare_data.prepare(recipe, located, Letters(), out, pool)
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -190,7 +192,8 @@ def test_every_answer_of_gsm8k_is_read(folder: Path) -> None:
             row = json.loads(line)
             _, answer, worked = prepare_data.problem_of(row["question"], row["answer"], None, "gsm8k")
             assert Fraction(answer) == Fraction(row["answer"].rpartition("####")[2].strip().replace(",", ""))
-            assert "<<" not in worked and "####" not in worked
+            written = prepare_data.completion_of(worked, answer, "gsm8k", prepare_data.formats.get("xml"))
+            assert "<<" not in written and "####" not in written
 
 
 def test_dapo_is_read_by_its_published_columns(tmp_path: Path) -> None:
@@ -216,8 +219,9 @@ def test_dapo_is_read_by_its_published_columns(tmp_path: Path) -> None:
 
 def test_openmath_gives_sft_its_thoughts_and_drops_what_is_not_a_number(tmp_path: Path) -> None:
     source = {
-        "name": "unsloth/OpenMathReasoning-mini", "revision": REVISION, "split": "cot", "style": "think", "use": ["sft"],
-        "question": "problem", "answer": "expected_answer", "solution": "generated_solution", "unreadable": "drop",
+        "name": "unsloth/OpenMathReasoning-mini", "revision": REVISION, "split": "cot", "style": "think",
+        "use": ["sft"], "question": "problem", "answer": "expected_answer", "solution": "generated_solution",
+        "unreadable": "drop",
     }  # fmt: skip
     others = {
         "name": write_rows(tmp_path / "more.jsonl", numbered(0, 40)),
@@ -435,6 +439,8 @@ def test_how_many_processes_share_the_work_does_not_matter(
     metrics = three_sets(tmp_path, [*numbered(0, 300), *numbered(100, 200)])
     assert [row["answer"] for row in rows_of(tmp_path, "grpo")] == [str(i) for i in range(300)]
     assert metrics["sets"]["sft"]["dropped"] == {"exact duplicate": 100}
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())  # no drafts
+    assert left == ["eval.jsonl", "grpo.jsonl", "removed.jsonl", "sft.jsonl"]
 
 
 def test_a_bad_row_ends_the_work_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -718,7 +724,10 @@ def test_a_chat_template_that_no_modelfile_can_hold_is_refused_before_training(
 def test_a_chat_template_that_puts_a_thought_before_each_completion_is_refused(tmp_path: Path, model: Path) -> None:
     """As Qwen3's own does: the prompt ends before the thought, so the model would have to write it first."""
     shutil.copytree(model, tmp_path / "model")
-    thought = TEMPLATE.replace("message['content']", "('<think>\\n\\n</think>\\n\\n' if message['role'] == 'assistant' else '') + message['content']")
+    thought = TEMPLATE.replace(
+        "message['content']",
+        "('<think>\\n\\n</think>\\n\\n' if message['role'] == 'assistant' else '') + message['content']",
+    )
     assert thought != TEMPLATE
     (tmp_path / "model" / "chat_template.jinja").write_text(thought)
     result = stage(tmp_path, tmp_path / "model", gsm8k_sources(), "--data", DATA / "gsm8k")

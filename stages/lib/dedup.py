@@ -6,8 +6,8 @@ another is measured on the sets of their n-grams, runs of n words, each a 32-bit
 with numpy: the same bytes on every machine, about a tenth of the time of a loop.
 
 Near duplicates are looked for with MinHash (Broder 1997) in bands (Leskovec, Rajaraman, Ullman, Mining of Massive
-Datasets, 3.4): two questions meet when all `BAND_ROWS` minima of one of `BANDS` bands agree. A pair with Jaccard index s
-meets with probability 1 - (1 - s^3)^8: 0.997 at 0.8, 0.965 at 0.7, 0.66 at 0.5. Whether it is one is then counted,
+Datasets, 3.4): two questions meet when all `BAND_ROWS` minima of one of `BANDS` bands agree. A pair with Jaccard index
+s meets with probability 1 - (1 - s^3)^8: 0.997 at 0.8, 0.965 at 0.7, 0.66 at 0.5. Whether it is one is then counted,
 not estimated. Of many that meet in one band each is held against the first, so the work grows with the rows, not with
 their pairs.
 """
@@ -15,6 +15,7 @@ their pairs.
 import os
 import unicodedata
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import BinaryIO
@@ -30,10 +31,10 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 _ODD_INVERSE = np.uint64(pow(int(_ODD), -1, 1 << 64))
 _WORD = np.uint64(0xD1342543DE82EF95)
 _SPACE, _LETTER, _SIGN = 0, 1, 2
-_KIND = np.full(256, _SIGN, np.uint8)
-_KIND[[0, *range(9, 14), *range(28, 33)]] = _SPACE
-_KIND[[*range(ord("0"), ord("9") + 1), *range(ord("a"), ord("z") + 1), *range(128, 256)]] = _LETTER
-_VALUE = np.where(_KIND == _SPACE, 0, np.arange(256)).astype(np.uint64)
+_SPACES = {0, *range(9, 14), *range(28, 33)}
+_LETTERS = {*range(ord("0"), ord("9") + 1), *range(ord("a"), ord("z") + 1), *range(128, 256)}
+_KIND = bytes(_SPACE if byte in _SPACES else _LETTER if byte in _LETTERS else _SIGN for byte in range(256))
+_VALUE = bytes(0 if byte in _SPACES else byte for byte in range(256))
 _MULTIPLIERS = np.random.Generator(np.random.PCG64(0)).integers(0, 1 << 31, BANDS * BAND_ROWS, np.uint32) * 2 + 1
 
 
@@ -63,10 +64,10 @@ def fingerprint(questions: list[str], ngram_words: int) -> Fingerprints:
     position = np.arange(len(words)) - np.repeat(first, counts)
     ids = _mixed(np.add.reduceat(words * _powers(_WORD, counts.max())[position], first) ^ counts.astype(np.uint64))
 
+    # The hash of a run of words is sum(word * ODD^k), the last has k = 0: a difference of one running sum.
     windows = max(len(words) - ngram_words + 1, 0)
-    rolled = np.zeros(windows, np.uint64)
-    for offset in range(ngram_words):
-        rolled = rolled * _ODD + words[offset : offset + windows]
+    sums = _sums(words * _powers(_ODD_INVERSE, len(words)))
+    rolled = (sums[ngram_words:] - sums[:windows]) * _powers(_ODD, len(words))[ngram_words - 1 :]
     inside = position[:windows] + ngram_words <= np.repeat(counts, counts)[:windows]
     each = np.maximum(counts - ngram_words + 1, 1)
     grams = np.zeros(each.sum(), np.uint32)
@@ -86,17 +87,16 @@ def hashed_words(questions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarr
     joined = "\0".join(parts) + "\0"
     if joined.count("\0") > len(parts):
         joined = "\0".join(part.replace("\0", " ") for part in parts) + "\0"
-    raw = np.frombuffer(joined.encode("utf-8"), np.uint8)
-    kind = _KIND[raw]
+    raw = joined.encode("utf-8")
+    kind = np.frombuffer(raw.translate(_KIND), np.uint8)
     letters = kind == _LETTER
     begins = letters.copy()
     begins[1:] &= ~letters[:-1]
     starts = np.flatnonzero(begins | (kind == _SIGN))
     # The hash of a run of bytes is sum(byte * ODD^k), got from differences of one running sum; modulo 2^64 throughout.
-    sums = np.zeros(len(raw) + 1, np.uint64)
-    np.cumsum(_VALUE[raw] * _powers(_ODD, len(raw)), out=sums[1:])
+    sums = _sums(np.frombuffer(raw.translate(_VALUE), np.uint8) * _powers(_ODD, len(raw)))
     words = _mixed(np.diff(sums[np.append(starts, len(raw))]) * _powers(_ODD_INVERSE, len(raw))[starts])
-    first = np.searchsorted(starts, np.append(0, np.flatnonzero(raw == 0) + 1))
+    first = np.searchsorted(starts, np.append(0, np.flatnonzero(np.frombuffer(raw, np.uint8) == 0) + 1))
     return words, first[:-1], np.diff(first)
 
 
@@ -105,37 +105,64 @@ def exact_duplicates(ids: np.ndarray) -> np.ndarray:
     first = np.arange(len(ids))
     ordered = np.sort(ids)
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    if len(repeated):  # seldom many: only these are worth an order that keeps track of the places
-        place = np.minimum(np.searchsorted(repeated, ids), len(repeated) - 1)
-        several = np.flatnonzero(repeated[place] == ids)
-        _, start, inverse = np.unique(ids[several], return_index=True, return_inverse=True)
-        first[several] = several[start[inverse]]
+    # Seldom many: only these are worth an order that keeps track of the places.
+    several, _ = Known(repeated).find(ids)
+    _, start, inverse = np.unique(ids[several], return_index=True, return_inverse=True)
+    first[several] = several[start[inverse]]
     return first
 
 
-class Grams:
-    """The n-grams of all rows, kept in a file: `counts[row]` numbers (uint32) a row, one row after the other."""
+class Known:
+    """Numbers, ascending, each once, among which many others are looked for."""
 
-    def __init__(self, file: BinaryIO, counts: np.ndarray) -> None:
-        self.file, self.counts = file, counts
-        self.starts = np.cumsum(counts) - counts
+    def __init__(self, numbers: np.ndarray) -> None:
+        self.numbers = numbers
+        self.mask = numbers.dtype.type((1 << max(16, (len(numbers) * 16).bit_length())) - 1)
+        self.seen = np.zeros(int(self.mask) + 1, bool)  # a small table that rules most out before any search
+        self.seen[numbers & self.mask] = True
+
+    def find(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which of `values` are among the numbers, as indexes, and the place there of each."""
+        index = np.flatnonzero(self.seen[values & self.mask])
+        place = np.minimum(np.searchsorted(self.numbers, values[index]), len(self.numbers) - 1)
+        kept = self.numbers[place] == values[index]
+        return index[kept], place[kept]
+
+
+class Grams:
+    """The n-grams of all rows, kept in files: `counts[row]` numbers (uint32) a row.
+
+    `pieces` says where the rows are, in order: (file, the byte at which a piece begins, its rows, one after the other).
+    """
+
+    def __init__(self, pieces: list[tuple[BinaryIO, int, int]], counts: np.ndarray) -> None:
+        self.pieces, self.counts = pieces, counts
+        self.ends = np.cumsum(counts)
+        files, begins, rows = zip(*pieces, strict=True)
+        before = self.ends - counts
+        shift = begins - before[np.cumsum(rows) - rows] * 4
+        self.starts = before * 4 + np.repeat(shift, rows)  # bytes
+        self.files = np.repeat([file.fileno() for file in files], rows)
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Return the n-grams of `rows`, one row after the other."""
-        descriptor = self.file.fileno()
-        spans = zip((self.counts[rows] * 4).tolist(), (self.starts[rows] * 4).tolist(), strict=True)
-        return np.frombuffer(b"".join([os.pread(descriptor, size, start) for size, start in spans]), np.uint32)
+        spans = zip(
+            self.files[rows].tolist(), (self.counts[rows] * 4).tolist(), self.starts[rows].tolist(), strict=True
+        )
+        return np.frombuffer(b"".join([os.pread(file, size, start) for file, size, start in spans]), np.uint32)
 
     def chunks(self) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield (first row, row after the last, their n-grams) until every row was there, in order."""
-        ends = self.starts + self.counts
-        first = 0
-        while first < len(ends):
-            last = max(int(np.searchsorted(ends, self.starts[first] + MAX_GRAMS, "right")), first + 1)
-            size = int(ends[last - 1] - self.starts[first])
-            raw = os.pread(self.file.fileno(), size * 4, int(self.starts[first]) * 4)
-            yield first, last, np.frombuffer(raw, np.uint32)
-            first = last
+        first = stop = 0
+        for file, _, rows in self.pieces:
+            stop += rows
+            while first < stop:
+                limit = self.ends[first] - self.counts[first] + MAX_GRAMS
+                last = min(max(int(np.searchsorted(self.ends, limit, "right")), first + 1), stop)
+                size = int(self.counts[first:last].sum()) * 4
+                raw = os.pread(file.fileno(), size, int(self.starts[first]))
+                yield first, last, np.frombuffer(raw, np.uint32)
+                first = last
 
 
 def near_duplicates(
@@ -145,12 +172,14 @@ def near_duplicates(
 
     `rows` are ascending; `bands` holds the bands of all rows. Each row is named once.
     """
-    found = []
-    for band in range(bands.shape[1]):
+
+    def met_in(band: int) -> np.ndarray:
         first = exact_duplicates(bands[rows, band])
         met = np.flatnonzero(first < np.arange(len(rows)))
-        found.append(met.astype(np.uint64) << np.uint64(32) | first[met].astype(np.uint64))
-    pairs = np.unique(np.concatenate(found))
+        return met.astype(np.uint64) << np.uint64(32) | first[met].astype(np.uint64)
+
+    with ThreadPoolExecutor(2) as threads:  # numpy sorts without holding Python's lock
+        pairs = np.unique(np.concatenate(list(threads.map(met_in, range(bands.shape[1])))))
     later, earlier = rows[(pairs >> np.uint64(32)).astype(np.int64)], rows[pairs.astype(np.uint32)]
     alike = np.zeros(len(later))
     for start in range(0, len(later), MAX_PAIRS):
@@ -194,19 +223,15 @@ def contaminated(
     sizes = sizes_of(keys, len(evaluated))
     order = np.argsort(keys.astype(np.uint32), kind="stable")
     owners = (keys >> np.uint64(32)).astype(np.int64)[order]
-    known, first, owned = np.unique(keys.astype(np.uint32)[order], return_index=True, return_counts=True)
-    mask = np.uint32((1 << max(16, (len(known) * 16).bit_length())) - 1)
-    seen = np.zeros(int(mask) + 1, bool)  # a small table that rules most n-grams out before any search
-    seen[known & mask] = True
+    numbers, first, owned = np.unique(keys.astype(np.uint32)[order], return_index=True, return_counts=True)
+    known = Known(numbers)
     is_trained = np.zeros(len(grams.counts), bool)
     is_trained[trained] = True
     found = []
     for start, end, values in grams.chunks():
-        row = np.repeat(np.arange(start, end), grams.counts[start:end])
-        kept = seen[values & mask] & is_trained[row]
-        values, row = values[kept], row[kept]
-        place = np.minimum(np.searchsorted(known, values), len(known) - 1)
-        kept = known[place] == values
+        index, place = known.find(values)
+        row = start + np.searchsorted(np.cumsum(grams.counts[start:end]), index, "right")
+        kept = is_trained[row]
         met = np.unique(row[kept] << 32 | place[kept])  # an n-gram counts once, however often the question has it
         row, place = met >> 32, met & 0xFFFFFFFF
         # The same n-gram may be in many eval problems: take so many rows at once that all their matches fit.
@@ -254,6 +279,13 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return values ^ values >> np.uint64(31)
+
+
+def _sums(values: np.ndarray) -> np.ndarray:
+    """Return the running sum of `values`, from 0, one longer than they are."""
+    sums = np.zeros(len(values) + 1, np.uint64)
+    np.cumsum(values, out=sums[1:])
+    return sums
 
 
 def _powers(base: np.uint64, count: int) -> np.ndarray:

@@ -77,8 +77,8 @@ def files_of(source: Source, base_model: Path | None, data: Path | None) -> list
     """Return the files of a source in the order they are read; none for a dataset that the hub is to be asked for.
 
     `base_model` is the artifact that a source "base-model" is read from. `data` is a local copy, a file or a folder,
-    that stands in for what the recipe names on the hub. Raises `UserError` when there is no such file, and for a dataset
-    to be fetched at no stated revision.
+    that stands in for what the recipe names on the hub. Raises `UserError` when there is no such file, and for a
+    dataset to be fetched at no stated revision.
     """
     if source.name == "base-model":
         if base_model is None:
@@ -88,9 +88,9 @@ def files_of(source: Source, base_model: Path | None, data: Path | None) -> list
         if data is None:
             if not source.revision:
                 raise UserError(
-                    f"[[data.sources]] name = {source.name!r} is fetched from the hub, and the recipe states no revision: "
-                    f"expected a commit (40 hex digits), which the history of the dataset's files there shows. Or name "
-                    f"a local copy: make ... DATA=FOLDER"
+                    f"[[data.sources]] name = {source.name!r} is fetched from the hub, and the recipe states no "
+                    f"revision: expected a commit (40 hex digits), which the history of the dataset's files there "
+                    f"shows. Or name a local copy: make ... DATA=FOLDER"
                 )
             return []
         owner, name = source.name.split("/")

@@ -78,10 +78,17 @@ def test_hashes_are_spread_evenly() -> None:
 
 def table(questions: list[str], tmp_path: Path, words: int = 3) -> tuple[dedup.Fingerprints, dedup.Grams]:
     prints = dedup.fingerprint(questions, words)
-    file = (tmp_path / "grams").open("w+b")
-    prints.grams.tofile(file)
-    file.flush()
-    return prints, dedup.Grams(file, prints.counts)
+    files = [(tmp_path / name).open("w+b") for name in ("one", "other")]
+    pieces = []
+    first = 0
+    for number, rows in enumerate(np.array_split(prints.counts, min(3, len(questions)))):  # as three batches
+        file = files[number % 2]
+        pieces.append((file, file.tell(), len(rows)))
+        file.write(prints.grams[first : first + rows.sum()].tobytes())
+        first += rows.sum()
+    for file in files:
+        file.flush()
+    return prints, dedup.Grams(pieces, prints.counts)
 
 
 def grams_of(question: str, words: int) -> set[tuple[str, ...]]:

@@ -62,8 +62,12 @@ def test_rows_are_numbered_as_an_editor_numbers_them(tmp_path: Path, suffix: str
     assert [number for number, *_ in read(write(tmp_path / f"mine{suffix}", ROWS))] == numbers
 
 
+@pytest.mark.parametrize("size", [8, 1 << 20])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
-def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path: Path, suffix: str) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, size: int
+) -> None:
+    monkeypatch.setattr(sources, "BATCH_BYTES", size)
     path = write(tmp_path / f"mine{suffix}", ROWS)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert [values for _, *values in read(path)] == [[row["q"], row["a"]] for row in ROWS]

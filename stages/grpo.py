@@ -163,7 +163,7 @@ def unsloth_arguments(completions_per_step: int, rung: ladder.Rung) -> dict[str,
     no activations and so takes four micro-batches at once, and of a micro-batch for the pass with gradients.
     `unsloth_logit_chunk_multiplier` is the number of chunks of logits a completion.
     """
-    parts = max(1, completions_per_step // (4 * rung.micro_batch_size))
+    parts = -(-completions_per_step // (4 * rung.micro_batch_size))
     return {"unsloth_grpo_mini_batch": parts, "unsloth_logit_chunk_multiplier": 1}
 
 

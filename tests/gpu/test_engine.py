@@ -129,6 +129,12 @@ def curve(folder: Path, name: str) -> list[float]:
     return [event.value for event in events.Scalars(name)]
 
 
+def completions(folder: Path, step: int) -> list[str]:
+    """Return what was sampled in a step of GRPO."""
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    return [row["completion"] for row in rows if row["step"] == step]
+
+
 def test_vllm_samples_from_the_very_model_that_is_trained(trained):
     assert trained["memory_ladder"] == []
     for when in ("first", "last"):
@@ -159,6 +165,7 @@ def test_merge_hands_over_16_bits_and_nf4(work, trained):
 def test_sparing_the_scoring_pass_changes_no_gradient(work, trained):
     keep = "from stages.lib import models; models.spare_scoring = lambda recipe, trainer: None"
     metrics, _ = work.run("grpo", work.recipe("scoring", grpo__steps=1), "grpo-scoring", before=keep)
+    assert completions(work.folder / "grpo-scoring", 1) == completions(work.folder / "grpo", 1)  # by the seed
     assert metrics["first"]["importance_ratio"] == pytest.approx(trained["first"]["importance_ratio"], abs=2e-3)
     for name in ("train/grad_norm", "train/loss"):
         scored, spared = curve(work.folder / "grpo-scoring", name)[0], curve(work.folder / "grpo", name)[0]
@@ -198,17 +205,16 @@ models.start = start_capped
 
 def test_out_of_memory_in_a_step_goes_on_one_rung_down_from_the_last_checkpoint(work, trained, monkeypatch):
     monkeypatch.setenv("CAP_FILE", str(work.folder / "cap"))
-    metrics, said = work.run("grpo", work.recipe("ladder"), "grpo-ladder", before=CAP)
+    metrics, said = work.run("grpo", work.recipe("ladder", grpo__seed=1), "grpo-ladder", before=CAP)
     print(re.findall(r"out of GPU memory at .*", said), (work.folder / "cap").read_text())
+    assert completions(work.folder / "grpo-ladder", 1) != completions(work.folder / "grpo", 1)  # by another seed
     (step, *more) = metrics["memory_ladder"]
     assert step["at_step"] == 2
     assert (step["from"]["micro_batch_size"], step["to"]["micro_batch_size"]) == (64, 32)
     assert "out of memory" in step["reason"]
     assert len(more) <= 1
     # As many completions in each step as before, in smaller parts; steps 1 and 2 were not repeated.
-    rows = (work.folder / "grpo-ladder" / "completions.jsonl").read_text().splitlines()
-    steps = [json.loads(row)["step"] for row in rows]
-    assert [steps.count(number) for number in range(1, 7)] == [64] * 6
+    assert [len(completions(work.folder / "grpo-ladder", number)) for number in range(1, 7)] == [64] * 6
 
 
 def test_training_in_4_bits_merges_into_the_16_bit_base_and_says_what_that_costs(work):

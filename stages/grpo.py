@@ -1,4 +1,4 @@
-"""Improve the fine-tuned model with GRPO: sample completions, pay them by verifiable rewards, learn from the difference."""
+"""Improve the fine-tuned model with GRPO: sample completions, pay them by verifiable rewards, learn what paid."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def main(
     inputs = {"prepare-data": prepare_data, "sft": sft}
     inputs |= {"score-base": score_base} if score_base else {}
     inputs |= {"base-model": base_model} if base_model else {}
-    # Not [health]: it stops a run and changes none, so one that it stopped goes on from its checkpoint under other bounds.
+    # Not [health]: it stops a run and changes none, so one that it stopped goes on under other bounds.
     tables = run_recipe.tables("model", "vllm", "format", "lora", "rewards", "grpo")
     problems = subset(score_base) if score_base else prepare_data / "grpo.jsonl"
     sources = rewards.own_files(run_recipe.rewards.functions, run_recipe.path.parent)
@@ -159,8 +159,8 @@ def arguments(recipe: Recipe, output: Path, rung: ladder.Rung, ends: Sequence[in
 def unsloth_arguments(completions_per_step: int, rung: ladder.Rung) -> dict[str, int]:
     """Return the fields of GRPOConfig that only Unsloth's has, and that it would otherwise derive from free memory.
 
-    `unsloth_grpo_mini_batch` is the number of parts, not their size: of all completions for the scoring pass, which keeps
-    no activations and so takes four micro-batches at once, and of a micro-batch for the pass with gradients.
+    `unsloth_grpo_mini_batch` is the number of parts, not their size: of all completions for the scoring pass, which
+    keeps no activations and so takes four micro-batches at once, and of a micro-batch for the pass with gradients.
     `unsloth_logit_chunk_multiplier` is the number of chunks of logits a completion.
     """
     parts = -(-completions_per_step // (4 * rung.micro_batch_size))
@@ -171,9 +171,9 @@ def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None
     """Go on training the SFT `adapter` on `problems`, save it under `run.folder`, return what it came to.
 
     Metrics, each the mean over the first and over the last tenth of the steps, in log entries: `reward`, `reward_std`
-    within a group, `completion_tokens`, `cut_off` (share that did not end), every reward function by its name, and where
-    vLLM generates `sampling_difference` (mean absolute difference of its log-probability of a token from the trainer's,
-    nats) and `importance_ratio`. `memory_ladder` lists what was given up for lack of GPU memory.
+    within a group, `completion_tokens`, `cut_off` (share that did not end), every reward function by its name, and
+    where vLLM generates `sampling_difference` (mean absolute difference of its log-probability of a token from the
+    trainer's, nats) and `importance_ratio`. `memory_ladder` lists what was given up for lack of GPU memory.
     """
     models.start(recipe)
     from datasets import load_dataset

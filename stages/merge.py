@@ -85,7 +85,7 @@ def require_nf4(recipe: Path) -> None:
 
 
 def load_nf4(folder: Path, dtype: str) -> Any:
-    """Return the 16-bit model in `folder` on the GPU, in bitsandbytes' NF4 with double quantization (arXiv 2305.14314)."""
+    """Return the 16-bit model in `folder`, on the GPU, in bitsandbytes' NF4, doubly quantized (arXiv 2305.14314)."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -104,7 +104,7 @@ def load_nf4(folder: Path, dtype: str) -> Any:
 def four_bit_cost(base: Path, grpo: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> dict[str, float | int]:
     """Return how far the adapter on its base in 4 bits, as it was trained, is from the adapter on the 16-bit base.
 
-    After `verify`, which left the latter's logits under `scratch`. The 16 bits are usually better; this is what changes.
+    After `verify`, which left the latter's logits under `scratch`.
     """
     from peft import PeftModel
     from transformers import AutoTokenizer

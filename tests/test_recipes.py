@@ -432,6 +432,28 @@ def test_an_own_reward_is_not_run_when_the_recipe_is_read(tmp_path: Path) -> Non
     assert read_recipe(tmp_path / "mine.toml").rewards.functions[-1] == "own.py:mine"
 
 
+UNSLOTH = TINY.replace('engine = "trl"', 'engine = "unsloth"') + "\n[vllm]\nmemory_share = 0.5\nsequences = 64\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (UNSLOTH.partition("[vllm]")[0], "needs a .vllm. table with memory_share between 0 and 1 .* found None"),
+        (UNSLOTH.replace("= 0.5\nseq", "= 1.5\nseq"), r"memory_share between 0 and 1 .* found Vllm\(memory_share=1.5,"),
+        (UNSLOTH.replace("sequences = 64", "sequences = 0"), "sequences of 1 or more; found .* sequences=0,"),
+        (UNSLOTH.replace('"dapo"', '"dr_grpo"'), "'group' with loss_type = 'dr_grpo': engine 'unsloth'"),
+        (TINY.replace('engine = "trl"', 'engine = "trl"\nload_in_4bit = true'), "4bit = true needs engine = 'unsloth'"),
+    ],
+)  # fmt: skip
+def test_what_an_engine_can_not_do_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    assert re.search(message, refusal(tmp_path, text))
+
+
+def test_an_engine_that_was_given_all_it_needs_is_not_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(UNSLOTH)
+    assert read_recipe(tmp_path / "mine.toml").model.engine == "unsloth"
+
+
 def test_one_completion_a_prompt_is_no_group(tmp_path: Path) -> None:
     text = TINY.replace("prompts_per_step = 8", "prompts_per_step = 64").replace("per_prompt = 8", "per_prompt = 1")
     assert refusal(tmp_path, text) == (

@@ -1,4 +1,4 @@
-"""Where a recipe's model comes from, how it and its tokenizer are loaded, and what the engine is: the only `if` on it."""
+"""Where a recipe's model comes from, how it and its tokenizer are loaded, and what its engine changes."""
 
 import importlib.util
 import os
@@ -24,7 +24,7 @@ UNSLOTH = {
     # vLLM generates with the adapter folded into the weights, which are unfolded again, bit for bit: its own LoRA
     # kernels take longer. Only for 16-bit weights; Unsloth says so and goes on with those kernels for others.
     "UNSLOTH_VLLM_MERGED_ROLLOUT": "1",
-    # One long row of all sequences needs a block mask, and without flash-attn or xformers that is a square of its length.
+    # One long row of all sequences needs a block mask: without flash-attn or xformers a square of its length.
     "UNSLOTH_GRPO_SEQ_PACKING": "0",
     "UNSLOTH_DISABLE_STATISTICS": "1",
 }
@@ -141,7 +141,7 @@ def load_model(recipe: Recipe, base_model: Path | None) -> Any:
 def load_trainable(
     recipe: Recipe, base_model: Path | None, adapter: Path | None, max_tokens: int, memory_share: float | None = None
 ) -> Any:
-    """Return the base model with a LoRA adapter to train: a new one, or the one saved in `adapter`. `start` comes first.
+    """Return the base model with a LoRA adapter to train: a new one, or that saved in `adapter`. `start` comes first.
 
     Engine "unsloth" makes it for sequences of up to `max_tokens` and, where `memory_share` of the GPU is named, with a
     vLLM engine on the same weights, as its attribute `vllm_engine`.
@@ -232,11 +232,12 @@ def load_adapter(model: Any, adapter: Path) -> None:
 
 
 def spare_scoring(recipe: Recipe, trainer: Any) -> None:
-    """Spare Unsloth's GRPO `trainer` the pass that scores completions before it trains on them, where nothing needs it.
+    """Spare Unsloth's GRPO `trainer` the pass that scores completions before training on them, where nothing needs it.
 
-    The importance-sampling correction holds vLLM's log-probabilities against the trainer's own. While one optimizer step
-    takes all that was generated for it, those are what the training pass computes anyway: a quarter of its arithmetic
-    saved. A second round over the same completions (`num_iterations`) and a pull to the base model (`beta`) need the pass.
+    The importance-sampling correction holds vLLM's log-probabilities against the trainer's own. While one optimizer
+    step takes all that was generated for it, those are what the training pass computes anyway: a quarter of its
+    arithmetic saved. A second round over the same completions (`num_iterations`) and a pull to the base model (`beta`)
+    need the pass.
     """
     if recipe.model.engine != "unsloth" or recipe.grpo.num_iterations > 1 or recipe.grpo.beta:
         return

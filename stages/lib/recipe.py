@@ -399,6 +399,11 @@ def check(recipe: Recipe) -> None:
                 f"{path}: [model] engine = 'unsloth' needs a [vllm] table with memory_share between 0 and 1 and "
                 f"sequences of 1 or more; found {recipe.vllm}"
             )
+        if recipe.grpo.loss_type == "dr_grpo" and recipe.grpo.scale_rewards == "group":
+            raise UserError(
+                f"{path}: [grpo] scale_rewards = 'group' with loss_type = 'dr_grpo': engine 'unsloth' takes it for "
+                f"'none'. Write 'none' or 'batch'"
+            )
     elif recipe.model.load_in_4bit:
         raise UserError(f"{path}: [model] load_in_4bit = true needs engine = 'unsloth'; found {recipe.model.engine!r}")
     if not recipe.save or len(set(recipe.save)) < len(recipe.save):

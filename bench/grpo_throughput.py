@@ -308,6 +308,26 @@ def plain_trl(recipe: Recipe, problems: Path, run: artifact.Run) -> None:
     ).train()
 
 
+def note(result: dict[str, Any], out: Path) -> None:
+    """Append a run's figures to `out`, with the machine, the date and the versions."""
+    packages = {name: version(name) for name in ("torch", "transformers", "trl", "vllm", "unsloth", "unsloth_zoo")}
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    line = json.dumps({**result, "gpu": gpu, "date": str(datetime.date.today()), "packages": packages})
+    with out.open("a") as file:
+        file.write(line + "\n")
+    click.echo(line)
+
+
+def run_apart(module: str, run: str, work: Path, out: Path, timeout_seconds: int) -> None:
+    """Measure a run in a process of its own: what it leaves on the GPU is gone with it."""
+    command = [sys.executable, "-m", module, "--work", str(work), "--run", run, "--here", "--out", str(out)]
+    try:
+        subprocess.run(command, cwd=ROOT, timeout=timeout_seconds, check=False)
+    except subprocess.TimeoutExpired:
+        click.echo(f"{run}: not finished in {timeout_seconds} s")
+
+
 @click.command(help=__doc__.partition("\n")[0])
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where models go.")
 @click.option("--run", "runs", multiple=True, required=True)
@@ -316,15 +336,7 @@ def plain_trl(recipe: Recipe, problems: Path, run: artifact.Run) -> None:
 @click.option("--here", is_flag=True, hidden=True, help="Measure in this process.")
 def main(work: Path, runs: tuple[str, ...], timeout_seconds: int, out: Path, here: bool) -> None:
     if here:
-        result = measure(runs[0], work)
-        packages = {name: version(name) for name in ("torch", "transformers", "trl", "vllm", "unsloth", "unsloth_zoo")}
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        line = json.dumps({**result, "gpu": gpu, "date": str(datetime.date.today()), "packages": packages})
-        with out.open("a") as file:
-            file.write(line + "\n")
-        click.echo(line)
-        return
+        return note(measure(runs[0], work), out)
     work.mkdir(parents=True, exist_ok=True)
     for run in runs:
         shape = run.split(":")[1]
@@ -332,11 +344,7 @@ def main(work: Path, runs: tuple[str, ...], timeout_seconds: int, out: Path, her
         recipe = read_recipe(ROOT / "recipes" / f"{SHAPES[shape][1]}.toml")
         if not (work / f"{shape}-adapter").is_dir():
             make_adapter(recipe, folder, work / f"{shape}-adapter")
-        command = [sys.executable, "-m", "bench.grpo_throughput", "--work", str(work), "--run", run, "--here"]
-        try:
-            subprocess.run([*command, "--out", str(out)], cwd=ROOT, timeout=timeout_seconds, check=False)
-        except subprocess.TimeoutExpired:
-            click.echo(f"{run}: not finished in {timeout_seconds} s")
+        run_apart("bench.grpo_throughput", run, work, out, timeout_seconds)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,18 @@ and without. Each run is a process of its own. Counted are whole optimizer steps
 Appends to bench/results/sft_throughput.jsonl.
 """
 
-import datetime
 import json
 import random
 import statistics
 import subprocess
-import sys
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bench.grpo_throughput import ROOT, make_model
+from bench.grpo_throughput import ROOT, make_model, note, run_apart
 from stages import sft
 from stages.lib import artifact, ladder, models
 from stages.lib.recipe import Recipe, read_recipe
@@ -127,23 +124,11 @@ def measure(run: str, work: Path) -> dict[str, Any]:
 @click.option("--here", is_flag=True, hidden=True, help="Measure in this process.")
 def main(work: Path, runs: tuple[str, ...], timeout_seconds: int, out: Path, here: bool) -> None:
     if here:
-        result = measure(runs[0], work)
-        packages = {name: version(name) for name in ("torch", "transformers", "trl", "unsloth", "unsloth_zoo")}
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        line = json.dumps({**result, "gpu": gpu, "date": str(datetime.date.today()), "packages": packages})
-        with out.open("a") as file:
-            file.write(line + "\n")
-        click.echo(line)
-        return
+        return note(measure(runs[0], work), out)
     work.mkdir(parents=True, exist_ok=True)
     make_model(SHAPE, work)
     for run in runs:
-        command = [sys.executable, "-m", "bench.sft_throughput", "--work", str(work), "--run", run, "--here"]
-        try:
-            subprocess.run([*command, "--out", str(out)], cwd=ROOT, timeout=timeout_seconds, check=False)
-        except subprocess.TimeoutExpired:
-            click.echo(f"{run}: not finished in {timeout_seconds} s")
+        run_apart("bench.sft_throughput", run, work, out, timeout_seconds)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def test_merge_hands_over_16_bits_and_nf4(work, trained):
     metrics, _ = work.run("merge", work.folder / "recipe.toml", "merge")
     assert metrics["merged_mean_kl"] < 1e-4 < metrics["base_mean_kl"]
     assert metrics["merged_mean_kl"] < metrics["merged_4bit"]["mean_kl"] < 0.3
-    assert metrics["merged_4bit"]["bytes"] < 0.7 * metrics["bytes"]
+    assert metrics["merged_4bit"]["bytes"] < 0.8 * metrics["bytes"]
     four_bits = work.folder / "merge" / "model-4bit"
     assert json.loads((four_bits / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     assert (four_bits / "tokenizer.json").is_file() and not list(four_bits.glob("*.bin"))

@@ -3,14 +3,16 @@
     python -m bench.grpo_throughput --work FOLDER --run unsloth:qwen3-1.7b:256:32 --run trl:qwen3-1.7b:256:8
 
 A run is ENGINE:SHAPE:COMPLETIONS:MICRO_BATCH[:WORD...], each in a process of its own. A word is NAME=VALUE of [grpo]
-or [vllm], or one of: `4bit`; `scoring` (keep Unsloth's pass that scores before it trains); `text` (let vLLM make text
-of its tokens); `profile` (write where a step's time goes on the GPU beside the results).
+or [vllm], or one of: `4bit`; `scoring` (keep Unsloth's pass that scores before it trains); `objects` (let vLLM make
+text of its tokens and an object of each log-probability, and Python's garbage collector walk all); `profile` (write
+where a step's time goes on the GPU beside the results).
 The models have the published shapes and random weights: these hardly ever end by themselves, so all completions are
 equally long. Counted are whole optimizer steps after the first. Appends to bench/results/grpo_throughput.jsonl.
 """
 
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -194,7 +196,8 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     peak, stop = [0], threading.Event()
 
     def look() -> None:
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        query = ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         while not stop.wait(0.5):
             peak[0] = max(peak[0], int(subprocess.run(query, capture_output=True, text=True).stdout.split()[0]))
 
@@ -231,13 +234,14 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     watch(VLLMGeneration, "generate", spent, "generation")
     if profile:
         profile.part(VLLMGeneration, "generate", spent)
-    if "text" in words:
-        inner = grpo.arguments
+    if "objects" in words:
+        inner, costly = grpo.arguments, {"detokenize": True, "flat_logprobs": False}
         grpo.arguments = lambda *args: (
-            (made := inner(*args)) | {"generation_kwargs": {**made["generation_kwargs"], "detokenize": True}}
+            (made := inner(*args)) | {"generation_kwargs": {**made["generation_kwargs"], **costly}}
         )
+        grpo.settle_heap = TrainerCallback
     if "scoring" in words:
-        models.spare_scoring = lambda recipe, trainer: None
+        models.scores_first = lambda recipe: True
     watch(VLLMGeneration, "sync_weights", spent, "weight transfer")
     watch(GRPOTrainer, "_calculate_rewards", spent, "scoring")
     folder = work / "run"

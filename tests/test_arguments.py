@@ -4,6 +4,7 @@ tests/gpu/test_signatures.py holds the same of Unsloth and vLLM, which only the 
 """
 
 import inspect
+from dataclasses import replace
 
 import pytest
 
@@ -56,9 +57,15 @@ def test_trl_refuses_a_field_that_it_does_not_have(stage, tmp_path):
     ("completions_per_step", "micro_batch_size", "parts"),
     [(64, 64, 1), (64, 16, 1), (64, 8, 2), (256, 32, 2), (256, 1, 64), (64, 1, 16), (8, 8, 1), (8, 4, 1)],
 )
-def test_the_scoring_pass_takes_four_micro_batches_at_once(completions_per_step, micro_batch_size, parts):
-    stated = grpo.unsloth_arguments(completions_per_step, ladder.Rung(micro_batch_size))
+@pytest.mark.parametrize("scored", [{"num_iterations": 2}, {"beta": 0.04}], ids=str)
+def test_a_scoring_pass_takes_four_micro_batches_at_once(completions_per_step, micro_batch_size, parts, scored):
+    recipe = RECIPES["qwen3-1.7b-dapo"]
+    table = replace(recipe.grpo, prompts_per_step=completions_per_step // 8, completions_per_prompt=8)
+    rung = ladder.Rung(micro_batch_size)
+    stated = grpo.unsloth_arguments(replace(recipe, grpo=replace(table, **scored)), rung)
     assert stated == {"unsloth_grpo_mini_batch": parts, "unsloth_logit_chunk_multiplier": 1}
+    spared = grpo.unsloth_arguments(replace(recipe, grpo=table), rung)  # the pass with gradients takes a micro-batch
+    assert spared == {"unsloth_grpo_mini_batch": 1, "unsloth_logit_chunk_multiplier": 1}
 
 
 # ---- what transformers takes ---------------------------------------------------------------------------------------

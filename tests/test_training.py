@@ -1,6 +1,7 @@
 """SFT and GRPO: every argument explicit, and a killed run, carried on, ends with the bytes of an undisturbed one."""
 
 import dataclasses
+import gc
 import json
 import signal
 import subprocess
@@ -314,6 +315,20 @@ def test_every_completion_is_kept_with_what_it_was_paid(finished):
         assert abs(sum(row["advantage"] for row in group)) < 1e-2
         best = max(group, key=lambda row: row["variety"])
         assert best["advantage"] == max(row["advantage"] for row in group)
+
+
+def test_what_lives_after_the_first_step_is_out_of_the_collectors_rounds_until_training_ends():
+    callback = grpo.settle_heap()
+    callback.on_step_end(None, None, None)
+    settled = gc.get_freeze_count()
+    try:
+        assert settled > 10_000  # torch alone is more
+        later = [[number] for number in range(1000)]
+        callback.on_step_end(None, None, None)
+        assert gc.get_freeze_count() == settled and any(found is later for found in gc.get_objects())
+    finally:
+        callback.on_train_end(None, None, None)
+    assert gc.get_freeze_count() == 0
 
 
 def test_an_sft_example_that_is_too_long_is_left_out_and_counted_and_none_left_is_an_error(finished, tmp_path):

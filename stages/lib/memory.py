@@ -251,7 +251,8 @@ def grpo(
 
     Engine "unsloth" generates with vLLM on the trainer's own weights, and vLLM fills its share of the GPU's `gpu_bytes`
     with KV cache, however little its sequences need. Engine "trl" generates with transformers, all completions of
-    a step side by side, and frees the KV cache before it trains.
+    a step side by side, and frees the KV cache before it trains. Not counted is what Unsloth's scoring pass holds
+    where a recipe needs one (`models.scores_first`).
     """
     length = prompt_tokens + completion_tokens
     unsloth = engine == "unsloth"

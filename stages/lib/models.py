@@ -231,15 +231,22 @@ def load_adapter(model: Any, adapter: Path) -> None:
         )
 
 
+def scores_first(recipe: Recipe) -> bool:
+    """Return whether GRPO needs a pass that scores completions before it trains on them.
+
+    A second round over the same completions (`num_iterations`) and a pull to the base model (`beta`) do.
+    """
+    return recipe.grpo.num_iterations > 1 or recipe.grpo.beta > 0
+
+
 def spare_scoring(recipe: Recipe, trainer: Any) -> None:
-    """Spare Unsloth's GRPO `trainer` the pass that scores completions before training on them, where nothing needs it.
+    """Spare Unsloth's GRPO `trainer` the pass that scores completions before training on them, unless it is needed.
 
     The importance-sampling correction holds vLLM's log-probabilities against the trainer's own. While one optimizer
     step takes all that was generated for it, those are what the training pass computes anyway: a quarter of its
-    arithmetic saved. A second round over the same completions (`num_iterations`) and a pull to the base model (`beta`)
-    need the pass.
+    arithmetic saved.
     """
-    if recipe.model.engine != "unsloth" or recipe.grpo.num_iterations > 1 or recipe.grpo.beta:
+    if recipe.model.engine != "unsloth" or scores_first(recipe):
         return
     module = sys.modules[type(trainer).__module__]
     loss = module.UnslothEfficientGRPO

@@ -163,7 +163,7 @@ def test_merge_hands_over_16_bits_and_nf4(work, trained):
 
 
 def test_sparing_the_scoring_pass_changes_no_gradient(work, trained):
-    keep = "from stages.lib import models; models.spare_scoring = lambda recipe, trainer: None"
+    keep = "from stages.lib import models; models.scores_first = lambda recipe: True"
     metrics, _ = work.run("grpo", work.recipe("scoring", grpo__steps=1), "grpo-scoring", before=keep)
     assert completions(work.folder / "grpo-scoring", 1) == completions(work.folder / "grpo", 1)  # by the seed
     assert metrics["first"]["importance_ratio"] == pytest.approx(trained["first"]["importance_ratio"], abs=2e-3)

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stages import push
-from stages.lib import artifact
+from stages.lib import artifact, model_card
 from stages.lib.recipe import read_recipe
 from tests import hub_server, uploads
 
@@ -357,6 +357,16 @@ def test_what_overrides_the_recipe_and_an_unknown_word_is_refused(hub, run):
     assert set(hub.repositories) == {"ann/tiny-4bit", "ann/tiny-LoRA"}
     assert set(hub.repositories["ann/tiny-4bit"].tree) == {"README.md", "config.json", "model.safetensors"}
     assert "'merged_16' is not known (did you mean 'merged_16bit'?)" in is_refused(pushed(run, "--what", "merged_16"))
+
+
+def test_the_card_says_what_training_in_4_bits_cost_where_that_was_measured(run):
+    recipe = read_recipe(run / "tiny.toml")
+    manifests = {"merge": artifact.read(run / "merge", "merge")}
+    assert "4 bits" not in "\n".join(model_card.fidelity("merged_16bit", recipe, manifests))
+    manifests["merge"]["metrics"]["trained_in_4bit"] = {"mean_kl": 0.0123, "max_kl": 1.5, "same_top": 0.9512}
+    said = "\n".join(model_card.fidelity("merged_16bit", recipe, manifests))
+    assert "trained on its base in 4 bits (NF4), and merged into the base in 16." in said
+    assert "1.2e-02 nats (at most 1.5e+00) away, with the same top token at 95.12%." in said
 
 
 def test_the_adapter_names_no_path_of_this_disk(hub, run):

@@ -192,6 +192,15 @@ def fidelity(kind: str, recipe: Recipe, manifests: Manifests) -> list[str]:
     """Return how far the files of this repository are from the trained model; [] where nobody measured that."""
     if kind == "merged_16bit":
         own = manifests["merge"]["metrics"]
+        trained = []
+        if "trained_in_4bit" in own:
+            cost = own["trained_in_4bit"]
+            trained = [
+                "",
+                f"It was trained on its base in 4 bits (NF4), and merged into the base in 16. As it was in training it "
+                f"is a mean KL divergence of {cost['mean_kl']:.1e} nats (at most {cost['max_kl']:.1e}) away, with the "
+                f"same top token at {cost['same_top']:.2%}.",
+            ]
         return [
             "## Merged as trained",
             "",
@@ -199,6 +208,7 @@ def fidelity(kind: str, recipe: Recipe, manifests: Manifests) -> list[str]:
             f"these {recipe.merge.dtype} weights has a mean KL divergence of {own['merged_mean_kl']:.1e} nats (at most "
             f"{own['merged_max_kl']:.1e}) from the adapter on its base, and the same top token at "
             f"{own['merged_same_top']:.2%}. The base itself is {own['base_mean_kl']:.2g} nats away.",
+            *trained,
         ]
     if kind == "merged_4bit":
         own = manifests["merge"]["metrics"]["merged_4bit"]

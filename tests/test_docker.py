@@ -154,10 +154,14 @@ def test_what_a_stage_compiles_it_keeps_where_the_container_may_write(checkout, 
     assert f"type=bind,source={checkout}/data,target={checkout}/data" in after("--mount", words)
 
 
-def test_a_folder_that_is_a_link_to_a_larger_disk_is_mounted_where_it_is(checkout):
+@pytest.mark.parametrize("name", ["artifacts", "data", "data/cache"])
+def test_a_folder_that_is_a_link_to_a_larger_disk_is_mounted_where_it_is(checkout, name):
     larger = checkout.parent / "larger"
     larger.mkdir()
-    (checkout / "artifacts").symlink_to(larger)
+    path = checkout / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(larger)
     assert f"type=bind,source={larger},target={larger}" in after("--mount", run(checkout, "true"))
 
 

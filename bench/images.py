@@ -58,7 +58,7 @@ def build(image: str, again: bool) -> None:
         inspected = json.loads(docker("image", "inspect", identity))[0]
         checked = re.search(r"check: \d.*", log)
         said = checked[0] if checked else "(its layers came from the engine's cache)"
-        how = "without a cache" if flags else "unchanged layers from the cache"
+        how = "without a cache" if flags else "with what the engine holds"
         rows.append(f"| {how} | {seconds:,.0f} | {inspected['Size'] / 1e9:.2f} | {said} |")
         if again:
             listings.append(listing(identity))

@@ -18,7 +18,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -113,7 +114,9 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
         answers = asked.result()
     yield model_finding(recipe, model, answers)
     yield from data_findings
-    yield from (hub_finding("data", name, answers[name]) for name in datasets)
+    unpinned = {source.name for source in recipe.data.sources if not source.revision}
+    for name in datasets:
+        yield (unpinned_finding if name in unpinned else partial(hub_finding, "data"))(name, answers[name])
     yield token(recipe, model, answers)
     yield clock(answers)
     yield tokenizer_finding(tokenizer, recipe, started + TOKENIZER_SECONDS)
@@ -498,11 +501,15 @@ def image_room(recipe: Recipe, engine: tuple[int | None, str]) -> Iterator[Findi
 
 @dataclass(frozen=True)
 class Answer:
-    """What the hub answered: an HTTP status, or None and why there was none; its clock's offset from ours, seconds."""
+    """What the hub answered: an HTTP status, or None and why there was none; its clock's offset from ours, seconds.
+
+    `commit` is that of the repository at the revision that was asked for, where the hub says so.
+    """
 
     status: int | None
     reason: str = ""
     ahead_seconds: float | None = None
+    commit: str | None = None
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -543,9 +550,10 @@ def ask(url: str) -> Answer:
         trust = ssl.create_default_context(cafile=os.environ.get("CA_BUNDLE") or None)
         opener = urllib.request.build_opener(NoRedirect, urllib.request.HTTPSHandler(context=trust))
         with opener.open(request, timeout=HUB_SECONDS) as reply:
-            return Answer(reply.status, "", ahead(reply.headers.get("Date")))
+            return Answer(reply.status, "", ahead(reply.headers.get("Date")), reply.headers.get("X-Repo-Commit"))
     except urllib.error.HTTPError as error:
-        return Answer(error.code, str(error.reason), ahead(error.headers.get("Date")))
+        commit = error.headers.get("X-Repo-Commit")  # a redirect comes here as well
+        return Answer(error.code, str(error.reason), ahead(error.headers.get("Date")), commit)
     except (OSError, ValueError) as error:  # URLError, time-outs and TLS are OSErrors; ValueError: no such address
         return Answer(None, str(getattr(error, "reason", error)))
 
@@ -577,6 +585,19 @@ def hub_finding(what: Literal["model", "data"], name: str, answer: Answer) -> Fi
     return Finding("warn", what, f"{name}: the hub answers {answer.status} {answer.reason}", "try again later")
 
 
+def unpinned_finding(name: str, answer: Answer) -> Finding:
+    """Return that the recipe states no revision of the dataset `name`, and the newest one if the hub told."""
+    finding = hub_finding("data", name, answer)
+    found = f"{finding.found}, and the recipe states no revision"
+    if finding.status != "ok":
+        return replace(finding, found=found)
+    commit = (
+        f'"{answer.commit}", the newest commit there' if answer.commit else "a commit (40 hex digits) of its history"
+    )
+    remedy = f"write revision = {commit}, below its name in the recipe; or make ... DATA=FOLDER"
+    return Finding("fail", "data", found, remedy)
+
+
 def model_finding(recipe: Recipe, model: Path | None, answers: dict[str, Answer]) -> Finding:
     """Return where the model comes from."""
     name = recipe.model.name
@@ -596,7 +617,8 @@ def data_places(recipe: Recipe) -> tuple[list[Finding], dict[str, str]]:
     """Return findings for the sources that are on this disk, and addresses to ask the hub for the others, by name.
 
     DATA, or what it was the last time, is where a local copy of a hub dataset is. Datasets are read from the hub as a
-    stream, whatever its cache holds. Every repository has a .gitattributes.
+    stream, whatever its cache holds. Every repository has a .gitattributes. The hub is asked for the newest one of a
+    dataset whose revision the recipe does not state.
     """
     out = ARTIFACTS / recipe.path.stem
     if (out / "prepare-data" / "manifest.json").is_file():
@@ -606,6 +628,9 @@ def data_places(recipe: Recipe) -> tuple[list[Finding], dict[str, str]]:
     findings, urls = {}, {}
     for source in recipe.data.sources:
         if source.name == "base-model":
+            continue
+        if is_hub_name(source.name) and not source.revision and not given:
+            urls[source.name] = f"{endpoint()}/datasets/{source.name}/resolve/main/.gitattributes"
             continue
         try:
             files = sources.files_of(source, None, Path(given) if given else None)

@@ -55,6 +55,7 @@ class Machine:
         self.model_lines = ["load_in_4bit = true"]
         self.engine, self.dtype, self.share = "unsloth", "bfloat16", 0.5
         self.sources = ""
+        self.commit = "c" * 40  # the newest of every repository on the hub
         (folder / "bin").mkdir()
         (folder / "shm").mkdir()
         monkeypatch.setenv("PATH", str(folder / "bin"))
@@ -142,6 +143,8 @@ def machine(tmp_path, monkeypatch) -> Machine:
             self.send_response_only(next((code for part, code in made.status.items() if part in self.path), 200))
             self.send_header("Date", email.utils.formatdate(time.time() + made.hub_seconds_ahead, usegmt=True))
             self.send_header("Location", "/elsewhere")
+            if made.commit:
+                self.send_header("X-Repo-Commit", made.commit)
             self.end_headers()
 
         do_GET = do_HEAD  # noqa: N815
@@ -506,6 +509,27 @@ def test_the_hub_is_asked_by_head_and_a_redirect_is_not_followed_with_the_token(
         (f"/meta-llama/Llama-3.1-8B-Instruct/resolve/{'a' * 40}/config.json", "HEAD", "Bearer hf_planted"),
     ]
     assert lines["token"] == ["ok    token: HF_TOKEN is set"]
+
+
+@pytest.mark.parametrize("status", [200, 307])
+def test_for_a_dataset_without_revision_the_newest_commit_is_named(machine, status):
+    machine.sources = source("openai/gsm8k").replace("b" * 40, "")
+    machine.status["/resolve/"] = status
+    code, lines = machine.look()
+    assert code == 1
+    assert lines["data"] == [
+        f"fail  data: openai/gsm8k: {doctor.endpoint()} has it, and the recipe states no revision. To do: write "
+        f'revision = "{"c" * 40}", the newest commit there, below its name in the recipe; or make ... DATA=FOLDER'
+    ]
+    assert ("/datasets/openai/gsm8k/resolve/main/.gitattributes", "HEAD", None) in machine.asked
+    machine.commit = ""  # a mirror may not say
+    assert "write revision = a commit (40 hex digits) of its history, below" in machine.look()[1]["data"][0]
+    machine.status["/datasets/"] = 403
+    machine.status.pop("/resolve/")
+    assert "the hub refuses it (403), and the recipe states no revision" in machine.look()[1]["data"][0]
+    (machine.folder / "train.jsonl").write_text("{}\n")
+    machine.env(DATA=str(machine.folder))
+    assert machine.look()[1]["data"] == [f"ok    data: openai/gsm8k: on this disk ({machine.folder / 'train.jsonl'})"]
 
 
 def test_a_hub_in_trouble_is_a_warning(machine):

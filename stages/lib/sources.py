@@ -89,8 +89,8 @@ def files_of(source: Source, base_model: Path | None, data: Path | None) -> list
             if not source.revision:
                 raise UserError(
                     f"[[data.sources]] name = {source.name!r} is fetched from the hub, and the recipe states no "
-                    f"revision: expected a commit (40 hex digits), which the history of the dataset's files there "
-                    f"shows. Or name a local copy: make ... DATA=FOLDER"
+                    f"revision: expected a commit (40 hex digits). Run: make doctor RECIPE=..., which asks the hub for "
+                    f"the newest. Or name a local copy: make ... DATA=FOLDER"
                 )
             return []
         owner, name = source.name.split("/")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 HOME = Path(sys.prefix) / "llama.cpp"
 BATCH_TOKENS = 256  # a decode call; with a row of logits each it is 156 MB at a vocabulary of 152k
 SMALL_BYTES = 50_000_000
+CGROUP = Path("/sys/fs/cgroup")
 LOG: deque[str] = deque(maxlen=200)  # what llama.cpp said last, for the message when it fails
 
 
@@ -276,11 +277,27 @@ def said(lines: int = 8) -> str:
 
 
 def threads(path: Path) -> int:
-    """Return how many threads to run the file `path` with: the processors of this process, 1 for a small model.
+    """Return how many threads to run the file `path` with: all that can run at once, 1 for a small model.
 
-    llama.cpp's threads wait for each other by spinning, after each of a hundred small steps a token.
+    llama.cpp's threads wait for each other by spinning, after each of a hundred small steps a token. So one more than
+    can run costs more than it brings, as in a container that sees a host's processors and may use few of their time.
     """
-    return len(os.sched_getaffinity(0)) if path.stat().st_size > SMALL_BYTES else 1
+    if path.stat().st_size <= SMALL_BYTES:
+        return 1
+    return max(1, min(len(os.sched_getaffinity(0)), int(processor_quota())))
+
+
+def processor_quota() -> float:
+    """Return how many processors' time this container may use; `sys.maxsize` where it has no limit.
+
+    Where the kernel says so: https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files,
+    and https://docs.kernel.org/scheduler/sched-bwc.html for version 1.
+    """
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError):
+            quota, period = "\n".join((CGROUP / name).read_text() for name in names).split()
+            return sys.maxsize if quota in ("max", "-1") else int(quota) / int(period)
+    return sys.maxsize
 
 
 class Vocabulary:

@@ -85,9 +85,10 @@ ifneq ($(filter-out help clean setup test lock doctor,$(or $(MAKECMDGOALS),help)
     endif
     IMAGE ?= $(if $(filter none,$(GPUS)),cpu,cuda)
   endif
-  ifdef chosen
-    $(info $(if $(filter docker,$(RUNTIME)),RUNTIME=docker: $(DOCKER) answers; image $(IMAGE)$(comma) GPUS=$(GPUS),RUNTIME=local: \
-      no container engine answers ($(DOCKER)); $(VENV)))
+  ifdef chosen  # on standard error: standard output is for what a stage says
+    chosen := $(if $(filter docker,$(RUNTIME)),$(DOCKER) answers; image $(IMAGE)$(comma) GPUS=$(GPUS),no container \
+      engine answers ($(DOCKER)); $(VENV))
+    said := $(shell echo 'RUNTIME=$(RUNTIME): $(chosen)' >&2)
   endif
 endif
 

@@ -215,9 +215,8 @@ def main(work: Path, out: Path) -> None:
     lines = [
         "# Learning on a GPU with Unsloth and vLLM, from nothing to proven GGUF files",
         "",
-        f"`python -m bench.gpu_learning`, {datetime.date.today()}, {gpu}, Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in packages)
-        + ".",
+        f"`python -m bench.gpu_learning --work FOLDER`, {datetime.date.today()}, {gpu}, "
+        f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages) + ".",
         "",
         f"Base: Qwen3 architecture, {made['parameters'] / 1e6:.1f} M parameters, real Qwen2 vocabulary, trained "
         f"{made['seconds']:.0f} s on 60,000 generated word problems (loss {made['loss']:.3f}). Then the recipe "

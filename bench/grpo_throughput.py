@@ -171,7 +171,8 @@ class Profile:
 
     def write(self, run: str, path: Path) -> None:
         """Write a table of the kernels that took longest."""
-        lines = ["# Where one GRPO step spends the GPU's time", "", f"`python -m bench.grpo_throughput --run {run}`"]
+        command = f"python -m bench.grpo_throughput --work FOLDER --run {run}"
+        lines = ["# Where one GRPO step spends the GPU's time", "", f"`{command}`"]
         for part, (seconds, kernels) in self.parts.items():
             busy = sum(total for _, total in kernels.values())
             lines += ["", f"## {part}: {seconds:.2f} s by the clock, kernels {busy:.2f} s", ""]

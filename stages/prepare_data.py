@@ -572,7 +572,28 @@ def prepare(
     """
     draft = Draft(folder, ruler, recipe)
     read = [draft.add_source(source, files, pool) for source, files in zip(recipe.data.sources, located, strict=True)]
-    return {"sources": read, "sets": draft.finish()}
+    sets = draft.finish()
+    refuse_small(recipe, sets)
+    return {"sources": read, "sets": sets}
+
+
+def refuse_small(recipe: Recipe, sets: dict[str, Any]) -> None:
+    """Raise `UserError` when a set has fewer rows than merge or gguf would ask for, after all the training."""
+    asked = {
+        "[merge] prompts": ("eval", recipe.merge.prompts),
+        "[gguf] prompts": ("eval", recipe.gguf.prompts),
+        "[gguf] importance_prompts": ("sft", recipe.gguf.importance_prompts),
+    }
+    short = {knob: (name, count) for knob, (name, count) in asked.items() if count > sets[name]["rows"]}
+    if short:
+        lines = "".join(
+            f"\n  {knob} = {count}, and the {name} set has {sets[name]['rows']} rows"
+            for knob, (name, count) in short.items()
+        )
+        raise UserError(
+            f"{recipe.path}: too few rows for the stages that compare models at the end:{lines}\nLower these, or give "
+            f"that set more rows: another file, larger shares"
+        )
 
 
 def summary(metrics: dict[str, Any]) -> str:

@@ -49,6 +49,8 @@ def write_recipe(folder: Path, sources: list[dict[str, Any]], **knobs: Any) -> P
     tables["model"] |= {"name": str(folder / "model"), "revision": ""}
     tables["format"] = {"name": "xml"}
     tables["sft"]["max_tokens"] = 5000
+    for stage in ("merge", "gguf"):
+        tables[stage]["prompts"] = 1
     for name, value in knobs.items():
         if isinstance(value, dict):
             tables[name] |= value
@@ -577,6 +579,24 @@ def test_the_limit_counts_the_tokens_of_the_whole_rendered_prompt(tmp_path: Path
     assert question in kept
     assert all(len(text.encode()) <= len(question) for text in kept)
     assert len(kept) < 8
+
+
+def test_too_few_rows_for_merge_and_gguf_are_said_before_anything_is_trained(tmp_path: Path, model: Path) -> None:
+    sources = [
+        {"name": write_rows(tmp_path / "train.jsonl", numbered(0, 3)), "use": ["sft", "grpo"], **WORKED},
+        {"name": write_rows(tmp_path / "eval.jsonl", numbered(9000, 9005)), "use": ["eval"]},
+    ]
+    result = stage(tmp_path, model, sources, merge={"prompts": 5}, gguf={"prompts": 6, "importance_prompts": 4})
+    assert result.exit_code == 1
+    assert result.output.endswith(
+        f"Error: {tmp_path / 'recipe.toml'}: too few rows for the stages that compare models at the end:\n"
+        "  [gguf] prompts = 6, and the eval set has 5 rows\n"
+        "  [gguf] importance_prompts = 4, and the sft set has 3 rows\n"
+        "Lower these, or give that set more rows: another file, larger shares\n"
+    )
+    assert not (tmp_path / "out").exists()
+    result = stage(tmp_path, model, sources, merge={"prompts": 5}, gguf={"prompts": 5, "importance_prompts": 3})
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,7 @@ def test_a_recipe_prepares_its_data_from_local_copies(
         tables["model"] |= {"name": str(tokenizer(name, tmp_path / "model")), "revision": ""}
     for source in tables["data"]["sources"]:
         source |= {"name": str(local[source["name"]]), "revision": ""}
+    tables["merge"]["prompts"] = tables["gguf"]["prompts"] = 1  # the copies are small
     recipe = tmp_path / f"{name}.toml"
     recipe.write_text(toml(tables))
 

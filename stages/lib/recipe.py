@@ -143,9 +143,9 @@ class Format:
 class Lora:
     """`[lora]`: the adapter that SFT starts and GRPO goes on with."""
 
-    rank: int
-    alpha: int
-    dropout: float
+    rank: int  # of the product that is added to each weight matrix
+    alpha: int  # what is added is scaled by alpha / rank
+    dropout: float  # of the adapter's input, in training; 0: none, which Unsloth's fast kernels ask for
     target_modules: list[str]  # module names, or ["all-linear"]
 
 
@@ -161,15 +161,15 @@ class Sft:
     learning_rate: float
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"]
     warmup_steps: int
-    optimizer: str
+    optimizer: str  # transformers' name for it (`optim`), such as "adamw_torch" or "adamw_8bit"
     weight_decay: float
     adam_beta1: float
     adam_beta2: float
     max_grad_norm: float
-    packing: bool
-    gradient_checkpointing: bool
-    save_steps: int
-    log_steps: int
+    packing: bool  # several examples in one row of max_tokens, instead of padding
+    gradient_checkpointing: bool  # compute a layer's activations again instead of keeping them: less memory, slower
+    save_steps: int  # a checkpoint every so many steps
+    log_steps: int  # a log entry every so many steps
 
 
 @dataclass(frozen=True)
@@ -194,28 +194,28 @@ class Grpo:
     micro_batch_size: int  # completions a forward and backward pass
     num_iterations: int  # optimizer passes over one batch of completions
     max_completion_tokens: int
-    temperature: float
-    top_p: float
+    temperature: float  # of sampling; 1.0: the model's own distribution
+    top_p: float  # 1.0: all tokens
     top_k: int  # 0: all
-    min_p: float
-    repetition_penalty: float
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"]
-    scale_rewards: Literal["group", "batch", "none"]
-    beta: float
-    epsilon: float
-    epsilon_high: float
-    mask_truncated_completions: bool
+    min_p: float  # of the likeliest token's probability, what a token must have; 0.0: nothing
+    repetition_penalty: float  # 1.0: none
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"]  # by what the sum over tokens is divided
+    scale_rewards: Literal["group", "batch", "none"]  # by whose standard deviation advantages are divided
+    beta: float  # weight of the KL divergence from the model before GRPO; 0: it is not measured
+    epsilon: float  # the probability ratio of a token counts down to 1 - epsilon
+    epsilon_high: float  # and up to 1 + epsilon_high
+    mask_truncated_completions: bool  # what was cut off teaches nothing
     learning_rate: float
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"]
     warmup_steps: int
-    optimizer: str
+    optimizer: str  # as in [sft]
     weight_decay: float
     adam_beta1: float
     adam_beta2: float
     max_grad_norm: float
-    gradient_checkpointing: bool
-    save_steps: int
-    log_steps: int
+    gradient_checkpointing: bool  # as in [sft]
+    save_steps: int  # a checkpoint every so many steps
+    log_steps: int  # a log entry every so many steps
     show_completions_steps: int  # every so many steps, a table of samples on the terminal
     min_completion_tokens: int | None = None  # out of GPU memory, the last resort is completions down to this; None: no
 

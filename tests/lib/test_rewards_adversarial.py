@@ -1,6 +1,6 @@
 """What each reward pays for completions that try to be paid for something else than a worked, right answer.
 
-The true answer is 42 (or stated). `python tests/lib/test_rewards_adversarial.py` writes the tables below into
+The true answer is 42 (or stated). `python -m tests.lib.test_rewards_adversarial` writes the tables below into
 docs/rewards.md; a test asserts that they stand there.
 """
 

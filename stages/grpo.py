@@ -57,8 +57,13 @@ def subset(score_base: Path) -> Path:
 
 def top(recipe: Recipe) -> ladder.Rung:
     """Return how much memory the recipe asks for."""
-    share = recipe.vllm.memory_share if recipe.model.engine == "unsloth" else None
-    return ladder.Rung(recipe.grpo.micro_batch_size, share, recipe.grpo.max_completion_tokens)
+    size, tokens = recipe.grpo.micro_batch_size, recipe.grpo.max_completion_tokens
+    if recipe.model.engine != "unsloth":
+        return ladder.Rung(size, None, tokens)
+    share = recipe.vllm.memory_share
+    # Standby takes its own share of the GPU, whatever it is told, so that lowering it would bring nothing.
+    least = share if recipe.vllm.standby else ladder.MIN_MEMORY_SHARE
+    return ladder.Rung(size, share, tokens, least)
 
 
 def arguments(recipe: Recipe, output: Path, rung: ladder.Rung, ends: Sequence[int] = ()) -> dict[str, Any]:
@@ -176,22 +181,35 @@ def unsloth_arguments(recipe: Recipe, rung: ladder.Rung) -> dict[str, int]:
 def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None, run: artifact.Run) -> dict[str, Any]:
     """Go on training the SFT `adapter` on `problems`, save it under `run.folder`, return what it came to.
 
-    Metrics, each the mean over the first and over the last tenth of the steps, in log entries: `reward`, `reward_std`
-    within a group, `completion_tokens`, `cut_off` (share that did not end), every reward function by its name, and
-    where vLLM generates `sampling_difference` (mean absolute difference of its log-probability of a token from the
-    trainer's, nats) and `importance_ratio`. `memory_ladder` lists what was given up for lack of GPU memory.
+    Metrics: what `learn` says, and `memory_ladder`, which lists what was given up for lack of GPU memory.
     """
     models.start(recipe)
+    training.keep_logs(run.checkpoints)
+    rung, steps_down = ladder.read(run.checkpoints, top(recipe))
+    tokenizer = models.load_tokenizer(recipe, base_model)
+    with ladder.stepping_down(run.checkpoints, rung, recipe.grpo.min_completion_tokens):
+        max_tokens = recipe.data.max_prompt_tokens + rung.max_completion_tokens
+        model = models.load_trainable(recipe, base_model, adapter, max_tokens, rung.memory_share)
+    try:
+        return {**learn(recipe, problems, model, tokenizer, rung, run), "memory_ladder": steps_down}
+    finally:  # also when a check or a signal ends the run
+        models.close(getattr(getattr(model, "vllm_engine", None), "llm_engine", None))
+
+
+def learn(
+    recipe: Recipe, problems: Path, model: Any, tokenizer: Any, rung: ladder.Rung, run: artifact.Run
+) -> dict[str, Any]:
+    """Train `model` and save its adapter and completions under `run.folder`. `models.start` comes first.
+
+    Returns the means over the first and over the last tenth of the steps, in log entries: `reward`, `reward_std` (over
+    all completions of a step), `completion_tokens`, `cut_off` (share that did not end), every reward function by its
+    name, and where vLLM generates `sampling_difference` (mean absolute difference of its log-probability of a token
+    from the trainer's, nats) and `importance_ratio`.
+    """
     from datasets import load_dataset
     from trl import GRPOConfig, GRPOTrainer
 
     knobs = recipe.grpo
-    training.keep_logs(run.checkpoints)
-    rung, steps_down = ladder.read(run.checkpoints, top(recipe))
-    tokenizer = models.load_tokenizer(recipe, base_model)
-    with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens):
-        max_tokens = recipe.data.max_prompt_tokens + rung.max_completion_tokens
-        model = models.load_trainable(recipe, base_model, adapter, max_tokens, rung.memory_share)
     ends = models.end_ids(model.generation_config, tokenizer)
     rows = load_dataset("json", data_files=str(problems), split="train", cache_dir=str(run.folder / "cache"))
     functions = rewards.load(
@@ -218,7 +236,6 @@ def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None
     with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens, trainer):
         training.train(trainer, run.checkpoints, bar, recipe.health, callbacks, round_steps=knobs.num_iterations)
     training.save_adapter(trainer, tokenizer, run)
-    models.close(getattr(getattr(model, "vllm_engine", None), "llm_engine", None))
     shutil.copyfile(run.checkpoints / "completions.jsonl", run.folder / "completions.jsonl")
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     names = {
@@ -237,11 +254,10 @@ def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None
         if all(key in entry for entry in log)
     }
     tenth = max(1, len(log) // 10)
-    shown = {
+    return {
         when: {name: sum(entry[key] for entry in part) / len(part) for key, name in names.items()}
         for when, part in (("first", log[:tenth]), ("last", log[-tenth:]))
     }
-    return {**shown, "memory_ladder": steps_down}
 
 
 def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:

@@ -48,16 +48,18 @@ def answer(
     from tqdm import tqdm
 
     knobs = recipe.infer
-    generator = generate.load(recipe, base_model, adapters, knobs.max_completion_tokens, seed=0)
-    tokenizer = generator.tokenizer
-    prompts = [
-        tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
-        for problem in problems
-    ]
     answer_format = formats.get(recipe.format.name)
     sampling = generate.Sampling(knobs.max_completion_tokens)
     rows = []
-    with tqdm(total=len(MODELS) * len(problems), desc="infer", unit="answer", dynamic_ncols=True) as bar:
+    with (
+        generate.load(recipe, base_model, adapters, knobs.max_completion_tokens, seed=0) as generator,
+        tqdm(total=len(MODELS) * len(problems), desc="infer", unit="answer", dynamic_ncols=True) as bar,
+    ):
+        tokenizer = generator.tokenizer
+        prompts = [
+            tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
+            for problem in problems
+        ]
         for name in MODELS:
             adapter = name if name in adapters else None
             made = generate.completions(
@@ -78,7 +80,6 @@ def answer(
                         **mark(answer_format, completion, problem["answer"]),
                     }
                 )
-    generate.close(generator)
     return rows
 
 

@@ -97,17 +97,18 @@ def sample(
         repetition_penalty=recipe.grpo.repetition_penalty,
     )
     adapters = {"sft": adapter} if adapter else {}
-    generator = generate.load(recipe, base_model, adapters, sampling.max_completion_tokens, knobs.seed)
     each = [problem for problem in problems for _ in range(knobs.completions_per_problem)]
-    prompts = [
-        generator.tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
-        for problem in each
-    ]
-    with tqdm(total=len(prompts), desc="score-base", unit="completion", dynamic_ncols=True) as bar:
+    with (
+        generate.load(recipe, base_model, adapters, sampling.max_completion_tokens, knobs.seed) as generator,
+        tqdm(total=len(each), desc="score-base", unit="completion", dynamic_ncols=True) as bar,
+    ):
+        prompts = [
+            generator.tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
+            for problem in each
+        ]
         completion_ids = generate.completions(
             generator, prompts, sampling, knobs.batch_size, adapter="sft" if adapter else None, advance=bar.update
         )
-    generate.close(generator)
     texts = generator.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     columns = {
         "prompts": [problem["prompt"] for problem in each],

@@ -16,7 +16,7 @@ INPUTS = {
 }
 NUMBERS = {
     "base_model": {
-        "layers": 1, "hidden_size": 64, "intermediate_size": 64, "corpus_problems": 400, "eval_problems": 60,
+        "layers": 1, "hidden_size": 64, "intermediate_size": 64, "corpus_problems": 400, "eval_problems": 240,
         "train_problems": 200, "steps": 80, "warmup_steps": 1,
     },
     "sft": {"steps": 8, "save_steps": 2, "log_steps": 1, "batch_size": 4, "micro_batch_size": 2, "warmup_steps": 2},

@@ -73,7 +73,7 @@ def test_the_tokenizer_gives_sentencepieces_own_ids_and_the_text_back(tokenizer,
 def test_every_problem_of_the_run_has_sentencepieces_own_ids(finished, tokenizer, pieces):
     for name in ("train", "eval"):
         lines = (finished / "base-model" / "problems" / f"{name}.jsonl").read_text().splitlines()
-        assert len(lines) == {"train": 200, "eval": 60}[name]
+        assert len(lines) == {"train": 200, "eval": 240}[name]
         for line in lines:
             row = json.loads(line)
             text = f"{row['question']}\n{row['solution']}"

@@ -422,6 +422,12 @@ def test_what_contradicts_itself_is_refused(old: str, new: str, message: str, tm
     assert refusal(tmp_path, changed(old, new)) == message
 
 
+@pytest.mark.parametrize("tokens", [0, 65])
+def test_a_least_completion_that_no_rung_could_have_is_refused(tokens: int, tmp_path: Path) -> None:
+    text = changed("max_completion_tokens = 64\n", f"max_completion_tokens = 64\nmin_completion_tokens = {tokens}\n")
+    assert refusal(tmp_path, text).startswith(f"[grpo] min_completion_tokens = {tokens}; expected at least [rewards]")
+
+
 def test_an_own_reward_whose_file_is_not_there_is_refused(tmp_path: Path) -> None:
     found = refusal(tmp_path, changed('"correctness"]', '"own.py:mine"]'))
     assert found == f"[rewards] 'own.py:mine': there is no file {(tmp_path / 'own.py').resolve()}"
@@ -433,7 +439,8 @@ def test_an_own_reward_is_not_run_when_the_recipe_is_read(tmp_path: Path) -> Non
     assert read_recipe(tmp_path / "mine.toml").rewards.functions[-1] == "own.py:mine"
 
 
-UNSLOTH = TINY.replace('engine = "trl"', 'engine = "unsloth"') + "\n[vllm]\nmemory_share = 0.5\nsequences = 64\n"
+UNSLOTH = TINY.replace('engine = "trl"', 'engine = "unsloth"').replace('dtype = "float32"', 'dtype = "bfloat16"')
+UNSLOTH += "\n[vllm]\nmemory_share = 0.5\nsequences = 64\n"
 
 
 @pytest.mark.parametrize(
@@ -443,6 +450,9 @@ UNSLOTH = TINY.replace('engine = "trl"', 'engine = "unsloth"') + "\n[vllm]\nmemo
         (UNSLOTH.replace("= 0.5\nseq", "= 1.5\nseq"), r"memory_share between 0 and 1 .* found Vllm\(memory_share=1.5,"),
         (UNSLOTH.replace("sequences = 64", "sequences = 0"), "sequences of 1 or more; found .* sequences=0,"),
         (UNSLOTH.replace('"dapo"', '"dr_grpo"'), "'group' with loss_type = 'dr_grpo': engine 'unsloth'"),
+        (UNSLOTH.replace('"bfloat16"', '"float32"', 1), "dtype = 'float32' is nothing for engine 'unsloth'"),
+        (UNSLOTH + "[health]\nmin_entropy = 0.1\n", "min_entropy and max_entropy are without effect with engine"),
+        (UNSLOTH.replace("rank = 16", "rank = 640"), "rank = 640; vLLM takes at most 512"),
         (TINY.replace('engine = "trl"', 'engine = "trl"\nload_in_4bit = true'), "4bit = true needs engine = 'unsloth'"),
     ],
 )  # fmt: skip

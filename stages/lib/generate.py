@@ -1,13 +1,16 @@
 """Completions of many prompts, with transformers (engine "trl") or vLLM (engine "unsloth")."""
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.lib import models, weights
-from stages.lib.recipe import Recipe
+from stages.lib.recipe import MAX_VLLM_RANK, Recipe
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, MAX_VLLM_RANK)  # for which vLLM makes room (vllm/config/lora.py)
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,28 @@ class Generator:
     adapters: dict[str, Path]
 
 
+@contextlib.contextmanager
 def load(
     recipe: Recipe, base_model: Path | None, adapters: dict[str, Path], max_completion_tokens: int, seed: int
-) -> Generator:
-    """Return the recipe's base model, ready to complete prompts with each of `adapters` or none; `close` ends it."""
+) -> Iterator[Generator]:
+    """Give the recipe's base model, ready to complete prompts with each of `adapters` or none."""
     models.require_gpu(recipe)
     tokenizer = models.load_tokenizer(recipe, base_model)
     if recipe.model.engine == "unsloth":
         max_tokens = recipe.data.max_prompt_tokens + max_completion_tokens
-        return load_vllm(recipe, base_model, adapters, tokenizer, max_tokens, seed)
+        generator = load_vllm(recipe, base_model, adapters, tokenizer, max_tokens, seed)
+    else:
+        generator = load_transformers(recipe, base_model, adapters, tokenizer, seed)
+    try:
+        yield generator
+    finally:
+        models.close(getattr(generator.model, "llm_engine", None))
+
+
+def load_transformers(
+    recipe: Recipe, base_model: Path | None, adapters: dict[str, Path], tokenizer: Any, seed: int
+) -> Generator:
+    """Return the base, and every adapter on it, on the GPU if there is one."""
     import torch
     from peft import PeftModel
 
@@ -73,7 +89,7 @@ def load_vllm(
         max_num_seqs=recipe.vllm.sequences,
         gpu_memory_utilization=recipe.vllm.memory_share,
         enable_lora=bool(adapters),
-        max_lora_rank=max(8, recipe.lora.rank),
+        max_lora_rank=min(rank for rank in VLLM_RANKS if rank >= recipe.lora.rank),
         max_loras=1,
         seed=seed,
         trust_remote_code=False,
@@ -179,8 +195,3 @@ def until_end(ids: list[int], ends: list[int]) -> list[int]:
     """Return the token ids up to the first that ends a completion, that one included; all, where none does."""
     end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     return ids[: end + 1]
-
-
-def close(generator: Generator) -> None:
-    """End vLLM's engine and torch's process group, where there are any: left open, they hang at exit."""
-    models.close(getattr(generator.model, "llm_engine", None))

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from stages.lib.recipe import Health
 
 
-def find(log: Sequence[dict[str, float]], knobs: Health) -> dict[str, str]:
+def find(log: Sequence[dict[str, float]], knobs: Health, *, scaled: bool = False) -> dict[str, str]:
     """Return what is wrong at the end of `log`, by the name of the check: what was seen and what to do.
 
     `log` are the trainer's entries, oldest first, a dict of metrics each; a metric that it has not got is not checked.
-    Loss counts at once; the others when the last `knobs.log_entries` entries all show them.
+    Loss and gradient norm count at once; the others when the last `knobs.log_entries` entries all show them, and so
+    does the gradient norm of a loss that is `scaled` for float16: one that overflowed is a step that was skipped.
     """
     found = {}
     last = log[-1] if log else {}
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(last.get(name, 0.0)):
+    for name, count in (("loss", 1), ("grad_norm", knobs.log_entries if scaled else 1)):
+        values = [entry.get(name, 0.0) for entry in log[-count:]]
+        if len(values) == count and not any(map(math.isfinite, values)):
             found["nan"] = (
                 f"{name} is {last[name]}. Lower learning_rate or max_grad_norm, or train in bfloat16: in float16 large "
                 f"activations overflow"
@@ -28,7 +30,7 @@ def find(log: Sequence[dict[str, float]], knobs: Health) -> dict[str, str]:
         return all(name in entry and test(entry[name]) for entry in recent)
 
     for_so_long = f"for {knobs.log_entries} log entries"
-    if all_of("reward_std", lambda value: value < 1e-6):
+    if all_of("frac_reward_zero_std", lambda value: value >= 1.0):  # the share of groups; reward_std is of all at once
         found["constant_reward"] = (
             f"within a group every completion was paid the same {for_so_long}: there is nothing to learn from. Run: "
             f"make score-base; then choose easier or harder problems (SUBSET=1), other rewards, or more "

@@ -8,8 +8,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ from stages.lib.errors import UserError
 
 FILE = "memory_ladder.json"
 MIN_MEMORY_SHARE = 0.2  # less would hold no useful KV cache beside the weights
+# What vLLM says when its share does not hold the weights and one sequence: less of it is no remedy.
+TOO_SMALL = ("No available memory for the cache blocks", "larger than the available KV cache")
+# torch's own error and CUDA's; vLLM's when others hold what it is to take, or its own step runs out.
+OUT_OF_MEMORY = ("out of memory", "Free memory on device")
+# TRL sets these to start vLLM; a process that is started with them takes itself for one of several.
+DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NOT_MEMORY = "NOT an out of memory error"  # Unsloth's word on two failures to start that more memory would not mend
 
 
 @dataclass(frozen=True)
@@ -28,18 +35,19 @@ class Rung:
     micro_batch_size: int
     memory_share: float | None = None  # vLLM's, of the GPU; None: there is no vLLM, or the rung can't change it
     max_completion_tokens: int | None = None
+    least_memory_share: float = MIN_MEMORY_SHARE  # under which it is never lowered
 
 
 def lower(rung: Rung, min_completion_tokens: int | None = None) -> Rung | None:
     """Return the next rung down, None when there is none.
 
-    First vLLM's share shrinks by a quarter, down to `MIN_MEMORY_SHARE`: it costs speed only. Then the micro-batch
+    First vLLM's share shrinks by a quarter, down to the least it may be: it costs speed only. Then the micro-batch
     halves, and accumulation doubles. The completion length, which changes what is learnt, halves last and never below
     `min_completion_tokens`; None: it does not.
     """
     values = asdict(rung)
-    if rung.memory_share is not None and rung.memory_share > MIN_MEMORY_SHARE:
-        return Rung(**values | {"memory_share": max(MIN_MEMORY_SHARE, round(0.75 * rung.memory_share, 3))})
+    if rung.memory_share is not None and rung.memory_share > rung.least_memory_share:
+        return Rung(**values | {"memory_share": max(rung.least_memory_share, round(0.75 * rung.memory_share, 3))})
     if rung.micro_batch_size % 2 == 0:
         return Rung(**values | {"micro_batch_size": rung.micro_batch_size // 2})
     tokens = rung.max_completion_tokens
@@ -62,8 +70,9 @@ def stepping_down(
     """Around loading or training: when the GPU's memory runs out, start the process anew one rung down."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # torch's OutOfMemoryError is the first, vLLM's refusal the second
-        if not is_out_of_memory(error):
+    # torch's OutOfMemoryError is the first, vLLM's refusal the second, Unsloth's while vLLM loads the third.
+    except (RuntimeError, ValueError, MemoryError) as error:
+        if not (says(error, TOO_SMALL) or is_out_of_memory(error)):
             raise
         step_down(checkpoints, rung, min_completion_tokens, trainer.state.global_step if trainer else 0, error)
 
@@ -71,17 +80,28 @@ def stepping_down(
 def step_down(checkpoints: Path, rung: Rung, min_completion_tokens: int | None, step: int, error: Exception) -> None:
     """Note the rung under `rung` beside the checkpoints and start this process anew on it; it does not return.
 
-    `step` is the optimizer step at which `error`, the lack of memory, came. Raises `UserError` when no rung is left.
+    `step` is the optimizer step at which `error`, the lack of memory, came. A share of the GPU that turns out too small
+    for vLLM goes back to what it was before, and stays there. Raises `UserError` when no rung is left.
     """
-    below = lower(rung, min_completion_tokens)
+    steps = read(checkpoints, rung)[1]
     reason = str(error).splitlines()[0]
+    start = rung
+    if says(error, TOO_SMALL):
+        shares = [share for each in steps if (share := each["from"]["memory_share"]) > rung.memory_share]
+        if not shares:
+            raise UserError(
+                f"[vllm] memory_share = {rung.memory_share} of this GPU is too small for the model's weights and the "
+                f"KV cache of one completion. Raise it, or use a GPU with more memory, [model] load_in_4bit = true or "
+                f"a shorter max_completion_tokens. {reason}"
+            ) from error
+        start = replace(rung, memory_share=shares[-1], least_memory_share=shares[-1])
+    below = lower(start, min_completion_tokens)
     if below is None:
         raise UserError(
             f"out of GPU memory at step {step} with nothing left to give up: {rung}. Use a GPU with more memory, "
             f"[model] load_in_4bit = true, a shorter max_completion_tokens or max_tokens, or a lower [lora] rank. "
             f"{reason}"
         ) from error
-    steps = read(checkpoints, rung)[1]
     steps.append({"at_step": step, "from": asdict(rung), "to": asdict(below), "reason": reason})
     checkpoints.mkdir(parents=True, exist_ok=True)
     temporary = checkpoints / f"{FILE}.tmp"
@@ -93,15 +113,25 @@ def step_down(checkpoints: Path, rung: Rung, min_completion_tokens: int | None, 
     click.echo(f"out of GPU memory at step {step}: {', '.join(changed)}, and on from the last checkpoint", err=True)
     sys.stdout.flush()
     sys.stderr.flush()
+    for name in DISTRIBUTED:
+        os.environ.pop(name, None)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether `error` is the GPU's memory running out: torch's own error, CUDA's, or vLLM's refusal to start."""
-    texts = ("CUDA out of memory", "out of memory", "No available memory for the cache blocks", "Free memory on device")
-    seen: BaseException | None = error
-    while seen is not None:
-        if type(seen).__name__ == "OutOfMemoryError" or any(text in str(seen) for text in texts):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+    return not says(error, (NOT_MEMORY,)) and (
+        says(error, OUT_OF_MEMORY) or any(type(each).__name__ == "OutOfMemoryError" for each in chain(error))
+    )
+
+
+def says(error: BaseException, texts: Iterable[str]) -> bool:
+    """Say whether one of `texts` is in the message of `error` or of what caused it."""
+    return any(text in str(each) for each in chain(error) for text in texts)
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield `error`, what caused it, what caused that, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -265,8 +265,18 @@ def grpo(
         cache = completions_per_step * kv_bytes(shape, length)
         return Estimate(parts | {"KV cache": cache}, takes_turns=True)
     parts |= vllm(shape, vllm_sequences)
-    parts["KV cache"] = max(0, int(vllm_memory_share * gpu_bytes) - parts["weights"] - parts["vLLM"])
+    share = standby_share(gpu_bytes) if vllm_standby else vllm_memory_share
+    parts["KV cache"] = max(0, int(share * gpu_bytes) - parts["weights"] - parts["vLLM"])
     return Estimate(parts, takes_turns=vllm_standby)
+
+
+def standby_share(gpu_bytes: int) -> float:
+    """Return the share of the GPU that vLLM has while it is awake, with standby, whatever the recipe says.
+
+    Source: `load_vllm` in unsloth_zoo's vllm_utils.py, for vLLM from 0.11 on.
+    """
+    tiers = ((40, 0.925), (25, 0.9), (20, 0.825), (14, 0.8), (10, 0.775))
+    return 0.95 * next((share for least, share in tiers if gpu_bytes >= least << 30), 0.75)
 
 
 def vllm(shape: Shape, sequences: int) -> dict[str, int]:

@@ -28,6 +28,7 @@ GGUF_TYPES = {
     "q2_k": 1.0, "q2_k_s": 1.0, "q2_0": 1.0, "iq2_m": 1.0, "iq2_s": 1.0, "iq2_xs": 1.0, "iq2_xxs": 1.0, "tq2_0": 1.0,
     "iq1_m": 2.0, "iq1_s": 2.0, "q1_0": 2.0, "tq1_0": 2.0,
 }  # fmt: skip
+MAX_VLLM_RANK = 512  # of a LoRA (vllm/config/lora.py)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Health:
 
     log_entries: int = 20  # a sign counts when so many log entries in a row show it; nan counts at once
     max_kl: float | None = None  # nats; with beta = 0 none is measured
-    min_entropy: float | None = None  # nats a token
+    min_entropy: float | None = None  # nats a token; not with engine unsloth, which measures none
     max_entropy: float | None = None
     warn_only: list[Literal["nan", "constant_reward", "cut_off", "kl", "entropy"]] = dataclasses.field(
         default_factory=list
@@ -201,7 +202,8 @@ class Grpo:
     repetition_penalty: float  # 1.0: none
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"]  # by what the sum over tokens is divided
     scale_rewards: Literal["group", "batch", "none"]  # by whose standard deviation advantages are divided
-    beta: float  # weight of the KL divergence from the model before GRPO; 0: it is not measured
+    beta: float  # weight of the KL divergence from the model before GRPO (engine unsloth: from the base, before SFT as
+    #   well, so that it also pulls back what SFT taught); 0: it is not measured
     epsilon: float  # the probability ratio of a token counts down to 1 - epsilon
     epsilon_high: float  # and up to 1 + epsilon_high
     mask_truncated_completions: bool  # what was cut off teaches nothing
@@ -399,6 +401,15 @@ def check(recipe: Recipe) -> None:
                 f"{path}: [model] engine = 'unsloth' needs a [vllm] table with memory_share between 0 and 1 and "
                 f"sequences of 1 or more; found {recipe.vllm}"
             )
+        if recipe.model.dtype == "float32":
+            raise UserError(f"{path}: [model] dtype = 'float32' is nothing for engine 'unsloth'; expected 'bfloat16'")
+        if recipe.health.min_entropy is not None or recipe.health.max_entropy is not None:
+            raise UserError(
+                f"{path}: [health] min_entropy and max_entropy are without effect with engine 'unsloth', which "
+                f"measures no entropy. Leave them out"
+            )
+        if recipe.lora.rank > MAX_VLLM_RANK:
+            raise UserError(f"{path}: [lora] rank = {recipe.lora.rank}; vLLM takes at most {MAX_VLLM_RANK}")
         if recipe.grpo.loss_type == "dr_grpo" and recipe.grpo.scale_rewards == "group":
             raise UserError(
                 f"{path}: [grpo] scale_rewards = 'group' with loss_type = 'dr_grpo': engine 'unsloth' takes it for "
@@ -426,6 +437,12 @@ def check(recipe: Recipe) -> None:
     if recipe.grpo.completions_per_prompt < 2:
         raise UserError(
             f"{path}: [grpo] completions_per_prompt must be 2 or more: a reward counts against its group's mean"
+        )
+    least, most = recipe.grpo.min_completion_tokens, recipe.grpo.max_completion_tokens
+    if least is not None and not (recipe.rewards.length_cache_tokens or 1) <= least <= most:
+        raise UserError(
+            f"{path}: [grpo] min_completion_tokens = {least}; expected at least [rewards] length_cache_tokens = "
+            f"{recipe.rewards.length_cache_tokens} (or 1 without) and at most max_completion_tokens = {most}"
         )
     check_score_base(path, recipe.score_base)
     divides(path, "[grpo] save_steps", recipe.grpo.save_steps, "num_iterations", recipe.grpo.num_iterations)

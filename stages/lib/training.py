@@ -118,7 +118,7 @@ def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tup
         said: set[str] = set()
 
         def on_log(self, args, state, control, **kwargs):
-            for check, advice in health.find(state.log_history, knobs).items():
+            for check, advice in health.find(state.log_history, knobs, scaled=args.fp16).items():
                 if check not in knobs.warn_only:
                     raise UserError(f"stopped at step {state.global_step} by the {check} check: {advice}")
                 if check not in self.said:

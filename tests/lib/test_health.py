@@ -8,9 +8,10 @@ from stages.lib import health
 from stages.lib.recipe import Health
 
 KNOBS = Health(log_entries=3, max_kl=0.5, min_entropy=0.1, max_entropy=4.0)
-WELL = {"loss": 0.1, "grad_norm": 0.5, "reward_std": 0.3, "completions/clipped_ratio": 0.2, "kl": 0.01, "entropy": 1.0}
+WELL = {"loss": 0.1, "grad_norm": 0.5, "reward_std": 0.3, "frac_reward_zero_std": 0.5, "kl": 0.01, "entropy": 1.0}
+WELL |= {"completions/clipped_ratio": 0.2}
 SIGNS = [
-    ("constant_reward", {"reward_std": 0.0}),
+    ("constant_reward", {"frac_reward_zero_std": 1.0}),  # some groups all right and others all wrong, at that
     ("cut_off", {"completions/clipped_ratio": 1.0}),
     ("kl", {"kl": 0.6}),
     ("entropy", {"entropy": 0.05}),
@@ -22,6 +23,14 @@ SIGNS = [
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_or_gradient_that_is_no_number_counts_at_once(name, value):
     assert list(health.find([WELL | {name: value}], KNOBS)) == ["nan"]
+
+
+def test_a_scaled_gradient_that_overflows_is_a_skipped_step_unless_all_do():
+    ill = WELL | {"grad_norm": math.inf}
+    assert health.find([WELL, ill, ill], KNOBS, scaled=True) == {}
+    assert health.find([ill], KNOBS, scaled=True) == {}
+    assert list(health.find([ill] * 3, KNOBS, scaled=True)) == ["nan"]
+    assert list(health.find([WELL | {"loss": math.nan}], KNOBS, scaled=True)) == ["nan"]
 
 
 @pytest.mark.parametrize(("check", "sign"), SIGNS)
@@ -53,5 +62,5 @@ def test_bounds_that_are_not_set_are_not_checked():
 
 
 def test_several_signs_are_all_told():
-    ill = WELL | {"reward_std": 0.0, "completions/clipped_ratio": 1.0, "loss": math.nan}
+    ill = WELL | {"frac_reward_zero_std": 1.0, "completions/clipped_ratio": 1.0, "loss": math.nan}
     assert set(health.find([ill] * 3, KNOBS)) == {"nan", "constant_reward", "cut_off"}

@@ -3,12 +3,15 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
+from stages import grpo
 from stages.lib import ladder
 from stages.lib.errors import UserError
 from stages.lib.ladder import Rung
+from tests.arguments import RECIPES
 
 
 def down(rung: Rung, min_completion_tokens: int | None = None) -> list[Rung]:
@@ -27,6 +30,53 @@ def test_vllms_share_goes_first_then_the_micro_batch_and_the_length_only_where_i
         Rung(1, 0.2, 256),
     ]
     assert down(top, 100)[5:] == [Rung(1, 0.2, 128), Rung(1, 0.2, 100)]
+
+
+TOO_SMALL = [
+    "No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine",
+    "To serve at least one request with the model's max seq len (640), (1.2 GiB KV cache is needed, which is larger "
+    "than the available KV cache memory (0.4 GiB). Try increasing",
+]
+
+
+@pytest.mark.parametrize("message", TOO_SMALL)
+def test_a_share_that_is_too_small_for_vllm_goes_back_and_stays_and_the_micro_batch_halves(tmp_path, restarts, message):
+    rung = top = Rung(4, 0.6, 768)
+    errors = [RuntimeError("CUDA out of memory")] * 2 + [ValueError(message)] + [RuntimeError("CUDA out of memory")]
+    for step, error in enumerate(errors):
+        with pytest.raises(Restarted), ladder.stepping_down(tmp_path, rung, None):
+            raise error
+        rung, steps = ladder.read(tmp_path, top)
+        assert len(steps) == step + 1
+    assert [(each["to"]["memory_share"], each["to"]["micro_batch_size"]) for each in steps] == [
+        (0.45, 4), (0.338, 4), (0.45, 2), (0.45, 1),
+    ]  # fmt: skip
+    assert ladder.lower(rung) is None
+
+
+@pytest.mark.parametrize("message", TOO_SMALL)
+def test_a_recipes_own_share_that_is_too_small_ends_the_run_with_advice(tmp_path, restarts, message):
+    with pytest.raises(UserError, match=r"memory_share = 0\.3 of this GPU is too small.*Raise it"):
+        with ladder.stepping_down(tmp_path, Rung(4, 0.3, 768), None):
+            raise ValueError(message)
+    assert not (tmp_path / ladder.FILE).exists()
+
+
+def test_with_standby_the_share_is_left_alone():
+    recipe = RECIPES["qwen2.5-3b-gsm8k"]
+    standby = replace(recipe, vllm=replace(recipe.vllm, standby=True))
+    assert ladder.lower(grpo.top(recipe)).memory_share < recipe.vllm.memory_share
+    below = ladder.lower(grpo.top(standby))
+    assert below.memory_share == recipe.vllm.memory_share
+    assert below.micro_batch_size == recipe.grpo.micro_batch_size // 2
+
+
+def test_the_new_process_is_told_nothing_of_the_one_process_group(tmp_path, restarts, monkeypatch):
+    for name in ladder.DISTRIBUTED:
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(Restarted):
+        ladder.step_down(tmp_path, Rung(2), None, 1, RuntimeError("CUDA out of memory"))
+    assert not set(ladder.DISTRIBUTED) & set(os.environ)
 
 
 def test_without_vllm_only_the_micro_batch_halves():
@@ -85,10 +135,12 @@ class OutOfMemoryError(RuntimeError):
     [
         (OutOfMemoryError("Tried to allocate"), True),
         (RuntimeError("CUDA error: out of memory"), True),
-        (ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`"), True),
+        (MemoryError("Unsloth: Your GPU ran out of memory loading vLLM with standby mode enabled."), True),
         (ValueError("Free memory on device (10/80 GiB) on startup is less than desired GPU memory utilization"), True),
         (RuntimeError("expected scalar type Half but found Float"), False),
         (ValueError("memory"), False),
+        (MemoryError("Unable to allocate 9 GiB for an array"), False),
+        (RuntimeError("Memory profiling failed. This is a transient race, NOT an out of memory error. Free"), False),
     ],
 )
 def test_what_counts_as_out_of_memory(tmp_path, restarts, error, expected):

@@ -226,6 +226,14 @@ def test_a_share_too_small_for_the_weights_leaves_no_negative_cache():
     assert grpo(**vllm).parts["KV cache"] == 0
 
 
+@pytest.mark.parametrize(("gib", "share"), [(140, 0.925), (40, 0.925), (24, 0.825), (15.5, 0.8), (8, 0.75)])
+def test_in_standby_unsloths_own_share_counts_and_not_the_recipes(gib, share):
+    shape, size = SHAPES["google/gemma-3-1b-it"], int(gib * 2**30)
+    vllm = {"engine": "unsloth", "gpu_bytes": size, "vllm_sequences": 1, "vllm_standby": True}
+    parts = grpo(shape, **vllm, vllm_memory_share=0.2).parts
+    assert parts["weights"] + parts["vLLM"] + parts["KV cache"] == int(0.95 * share * size)
+
+
 def test_in_standby_the_larger_of_cache_and_step_counts():
     parts = {"weights": 100, "activations": 30, "logits": 10, "KV cache": 25}
     assert Estimate(parts).peak_bytes == 165

@@ -39,9 +39,15 @@ YES ?=
 
 # ---- what was asked for -------------------------------------------------------------------------------------------
 
+# $(call quoted,text): as one word for the shell, whatever is in it.
+quoted = '$(subst ','\'',$(1))'
+
 recipe := recipes/$(RECIPE).toml
 recipes := $(patsubst recipes/%.toml,%,$(wildcard recipes/*.toml))
-ifeq ($(filter $(RECIPE),$(recipes)),)
+ifneq ($(words $(RECIPE)),1)
+  $(error RECIPE=$(RECIPE): expected the name of one recipe. Recipes: $(recipes))
+endif
+ifneq ($(filter $(RECIPE),$(recipes)),$(strip $(RECIPE)))
   $(error RECIPE=$(RECIPE): there is no $(recipe). Recipes: $(recipes))
 endif
 ifneq ($(filter-out local docker,$(RUNTIME)),)
@@ -55,8 +61,15 @@ endif
 ifneq ($(filter-out cpu cuda,$(IMAGE)),)
   $(error IMAGE=$(IMAGE) is not known. Expected cpu or cuda)
 endif
+$(foreach name,PUBLIC SUBSET YES,$(if $(filter-out 1,$($(name))),$(error \
+  $(name)=$($(name)) is not known. Expected 1, or leave it out)))
 ifneq ($(DATA),)
-  ifeq ($(wildcard $(DATA)),)
+  ifneq ($(words $(DATA)),1)  # docker/run takes what it mounts apart at blanks
+    $(error DATA=$(DATA): has a blank in it. Rename it, or name a link to it: ln -s)
+  endif
+  # As not every shell does after "DATA=":
+  override DATA := $(patsubst ~/%,$(HOME)/%,$(DATA))
+  ifeq ($(shell test -e $(call quoted,$(DATA)) && echo ok),)
     $(error DATA=$(DATA): there is no such file or folder)
   endif
 endif
@@ -118,7 +131,40 @@ given = $(foreach name,$(1),--$(name) $(out)/$(name))
 done = $(foreach name,$(1),$(out)/$(name)/manifest.json)
 
 # Only a recipe with a [base_model] table makes its own base model; every stage that loads the model then reads it.
-base := $(if $(shell grep -l '^\[base_model\]' $(recipe)),base-model)
+define newline
+
+
+endef
+text := $(newline)$(file < $(recipe))
+base := $(if $(findstring $(newline)[base_model],$(text)),base-model)
+
+# $(call kept,NAME,file): what NAME is, or if it was not given, what it was the last time; NAME= forgets that.
+kept = $(or $($(1)),$(if $(filter command,$(origin $(1))),,$(file < $(out)/$(2))))
+data := $(call kept,DATA,data.path)
+subset := $(call kept,SUBSET,subset)
+
+# The stages that read files from outside, if one of those changed since they finished: the recipe's data and model on
+# this disk, DATA, rewards of one's own. Make could hold no name with a blank in it, so find looks. It goes by ctime, as a file
+# that is moved or unpacked over another keeps an old mtime; a folder changes when a file in it comes or goes.
+finished := $(call quoted,$(CURDIR)/$(out))
+caches := -path data/cache -o -path $(call quoted,$(CURDIR)/data/cache)
+changed := $(shell \
+  mapfile -t names < <(awk '/^ *\[/ { here = /^ *\[(\[ *data\.sources|model\])/ } \
+    here && sub(/^ *name *= *"/, "") { sub(/".*/, ""); print } \
+    here && sub(/^ *name *= *\047/, "") { sub(/\047.*/, ""); print }' $(recipe)); \
+  names+=($(if $(data),$(call quoted,$(data)))); \
+  [[ $${names[*]} = '' || -z $$(find -L "$${names[@]}" \( $(caches) \) -prune \
+    -o -cnewer $(finished)/prepare-data/manifest.json -print -quit 2> /dev/null) ]] || echo prepare-data)
+ifneq ($(findstring .py:,$(text)),)  # "FILE.py:FUNCTION", from the recipe's folder
+  changed += $(shell \
+    cd recipes; mapfile -t names < <(grep -oE "[^\"']+\.py:" ../$(recipe)); \
+    for stage in score-base grpo; do \
+      [[ -z $$(find -L "$${names[@]%:}" -cnewer $(finished)/$$stage/manifest.json 2> /dev/null) ]] || echo $$stage; \
+    done)
+endif
+ifneq ($(data),$(file < $(out)/data.path))
+  changed += prepare-data
+endif
 
 .PHONY: all help test test-gpu clean setup ask chat serve push ollama image shell lock sbom doctor FORCE
 stages := base-model prepare-data sft score-base grpo infer merge gguf ollama-modelfile
@@ -144,20 +190,36 @@ ollama-modelfile: $(call done,ollama-modelfile)  ## Write the Ollama Modelfile, 
 $(call done,base-model): stages/base_model.py
 	$(call stage,base-model) --out $(@D)
 
-$(call done,prepare-data): stages/prepare_data.py $(call done,$(base)) $(out)/data.path
-	$(call stage,prepare-data) $(call given,$(base)) $(if $(data),--data $(data)) --out $(@D)
+# Where DATA pointed is kept when the stage has succeeded with it: a wrong one is forgotten.
+$(call done,prepare-data): stages/prepare_data.py $(call done,$(base))
+	@$(if $(data),test -e $(call quoted,$(data)) || { echo $(call quoted,$(gone)) >&2; exit 1; })
+	$(call stage,prepare-data) $(call given,$(base)) $(if $(data),--data $(call quoted,$(data))) --out $(@D)
+	@printf '%s\n' $(call quoted,$(data)) > $(out)/data.path
+gone = Error: $(data), which $(out)/data.path names as DATA of the last time, is not there any more. Give another \
+  DATA=PATH, or DATA= to read what the recipe names from the hub
 $(call done,prepare-data): export MOUNT := $(MOUNT) $(data)
 
 $(call done,sft): stages/sft.py $(call done,$(base) prepare-data)
 	$(call stage,sft) $(call given,$(base) prepare-data) --out $(@D)
 
-# Its verdict stands in the finished artifact, and it fails again each time it is asked while that is a bad one.
-$(call done,score-base): stages/score_base.py $(call done,$(base) prepare-data sft) FORCE
+# Its verdict stands in the finished artifact, and it fails again each time it is asked, by name, while that is a bad
+# one. grpo reads the verdict itself.
+$(call done,score-base): stages/score_base.py $(call done,$(base) prepare-data sft) \
+    $(if $(filter score-base,$(MAKECMDGOALS)),FORCE)
 	$(call stage,score-base) $(call given,$(base) prepare-data sft) --out $(@D)
 
-subset := $(if $(SUBSET),score-base)
-$(call done,grpo): stages/grpo.py $(call done,$(base) prepare-data sft $(subset))
-	$(call stage,grpo) $(call given,$(base) prepare-data sft $(subset)) --out $(@D)
+scored := $(if $(subset),score-base)
+$(call done,grpo): stages/grpo.py $(call done,$(base) prepare-data sft $(scored)) $(out)/subset
+	@$(if $(subset),$(if $(SUBSET),,echo 'SUBSET=1, as the last time; SUBSET= takes all problems' >&2))
+	$(call stage,grpo) $(call given,$(base) prepare-data sft $(scored)) --out $(@D)
+
+# SUBSET is kept before grpo begins: a run that was killed goes on with it.
+ifneq ($(subset),$(file < $(out)/subset))
+  $(out)/subset: FORCE
+endif
+$(out)/subset:
+	@mkdir -p $(@D)
+	@echo $(subset) > $@
 
 $(call done,infer): stages/infer.py $(call done,$(base) prepare-data sft grpo)
 	$(call stage,infer) $(call given,$(base) prepare-data sft grpo) --out $(@D)
@@ -171,14 +233,10 @@ $(call done,gguf): stages/gguf.py $(call done,$(base) prepare-data grpo merge)
 $(call done,ollama-modelfile): stages/ollama_modelfile.py $(call done,merge gguf)
 	$(call stage,ollama-modelfile) $(call given,merge gguf) --out $(@D)
 
+$(call done,$(changed)): FORCE
+
 # Every stage is looked at again when the recipe or shared code changes; set-up only has to have been.
 $(call done,$(stages)): $(recipe) $(lib) | $(ready)
-
-# Where DATA pointed the last time it was given: it stays so, and another place is new input, however old its files are.
-data = $(or $(DATA),$(shell cat $(out)/data.path 2> /dev/null))
-$(out)/data.path: FORCE
-	@mkdir -p $(@D)
-	@if [[ ! -e $@ || ( -n "$(DATA)" && "$$(cat $@)" != "$(DATA)" ) ]]; then echo "$(DATA)" > $@; fi
 
 # ---- with the result ----------------------------------------------------------------------------------------------
 
@@ -197,7 +255,7 @@ serve: $(call done,ollama-modelfile)  ## Serve the finished GGUF with OpenAI's A
 uploaded := prepare-data sft grpo infer merge gguf ollama-modelfile
 push: $(call done,$(uploaded))  ## Upload the result to a private repository: make push HUB=user/name (PUBLIC=1, WHAT=gguf)
 	@INTERACTIVE=1 $(call stage,push) --hub $(HUB) $(call given,$(uploaded)) \
-	  $(if $(WHAT),--what $(WHAT)) $(if $(PUBLIC),--public) $(if $(YES),--yes)
+	  $(if $(WHAT),--what $(WHAT)) $(if $(filter 1,$(PUBLIC)),--public) $(if $(filter 1,$(YES)),--yes)
 
 ollama: $(call done,ollama-modelfile)  ## Hand the model to the machine's Ollama and ask it one question
 	@$(on_host) -m stages.ollama --recipe $(recipe) $(call given,ollama-modelfile)

@@ -17,6 +17,8 @@ def main(recipe: Path, ollama_modelfile: Path, question: str) -> None:
     max_tokens = read_recipe(recipe).infer.max_completion_tokens
     if not question.strip():
         raise UserError('--question is empty; expected one, as in: make ask Q="What is 17 + 25?"')
+    if any("\ud800" <= sign <= "\udfff" for sign in question):  # how Python holds bytes that are no text
+        raise UserError("--question is not UTF-8; expected text in the terminal's encoding")
     setting = serving.read(ollama_modelfile)
     with serving.opened(setting) as file:
         messages = [{"role": "user", "content": question}]

@@ -83,7 +83,8 @@ def converse(file: "Llama", setting: Setting, max_tokens: int, count: Callable[[
 def ask_for_question() -> str | None:
     """Return the next line of standard input; None at its end, or at Ctrl-C."""
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        line = input("> " if sys.stdin.isatty() else "")
+        return line.encode(errors="surrogateescape").decode(errors="replace")  # what is not UTF-8 becomes "\ufffd"
     except (EOFError, KeyboardInterrupt):
         click.echo(err=True)
         return None

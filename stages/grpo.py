@@ -269,10 +269,12 @@ def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
 
     class KeepCompletions(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # KILL may have torn the last one
+            lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # KILL may have torn the last one
             kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(line + "\n" for line in kept))  # a run that is carried on repeats what it lost
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_bytes(b"".join(line + b"\n" for line in kept))  # a run that is carried on repeats the rest
+            temporary.replace(path)
 
         def on_step_end(self, args, state, control, **kwargs):
             # TRL has no public way to a step's completions but a table on every log: these are its own records.

@@ -92,6 +92,8 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     room = sum((32 if file.suffix == ".parquet" else 8) * file.stat().st_size for file in raw.values()) + (1 << 26)
     model = Path(models.locate(run_recipe.model, base_model)[0])
     raw |= {f"tokenizer {name}": model / name for name in TOKENIZER_FILES if (model / name).is_file()}
+    if not base_model and model.is_dir():  # all stages after this go by what it states: the weights trained are these
+        raw |= {f"model {file.name}": file for file in sorted([*model.glob("*.safetensors"), model / "config.json"])}
     tables = {
         **run_recipe.tables("data", "format"),
         "model": {"name": run_recipe.model.name, "revision": run_recipe.model.revision},
@@ -578,8 +580,9 @@ def prepare(
 
 
 def refuse_small(recipe: Recipe, sets: dict[str, Any]) -> None:
-    """Raise `UserError` when a set has fewer rows than merge or gguf would ask for, after all the training."""
+    """Raise `UserError` when a set has fewer rows than a later stage would ask for, after training or amid it."""
     asked = {
+        "[grpo] prompts_per_step": ("grpo", recipe.grpo.prompts_per_step),
         "[merge] prompts": ("eval", recipe.merge.prompts),
         "[gguf] prompts": ("eval", recipe.gguf.prompts),
         "[gguf] importance_prompts": ("sft", recipe.gguf.importance_prompts),
@@ -591,8 +594,8 @@ def refuse_small(recipe: Recipe, sets: dict[str, Any]) -> None:
             for knob, (name, count) in short.items()
         )
         raise UserError(
-            f"{recipe.path}: too few rows for the stages that compare models at the end:{lines}\nLower these, or give "
-            f"that set more rows: another file, larger shares"
+            f"{recipe.path}: too few rows for what later stages take at once:{lines}\nLower these, or give that set "
+            f"more rows: another file, larger shares"
         )
 
 

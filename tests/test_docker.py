@@ -234,6 +234,23 @@ def test_where_a_stage_runs(checkout, arguments, answers, said, stage):
     }
 
 
+def test_a_container_sees_the_data_that_was_given_and_later_the_same_unasked(checkout):
+    outside = checkout.parent / "outside"
+    outside.mkdir()
+    cache = checkout / "data" / "cache"
+    cache.mkdir(parents=True)
+    (cache / "image-cpu").write_text(IMAGE)
+    target = ["prepare-data", "RECIPE=qwen2.5-3b-gsm8k", "RUNTIME=docker", "GPUS=none"]
+    for given in ([f"DATA={outside}"], []):
+        (checkout / "artifacts" / "qwen2.5-3b-gsm8k").mkdir(parents=True, exist_ok=True)
+        done = make(checkout, *target, *given)
+        assert done.returncode == 0, done.stderr
+        words = (checkout.parent / "log").read_text().rpartition("== run\n")[2].splitlines()
+        assert f"type=bind,source={outside},target={outside},readonly" in after("--mount", words)
+        assert after("--data", words) == [str(outside)]
+        (checkout.parent / "log").unlink()
+
+
 def test_targets_that_start_no_stage_ask_no_engine(checkout):
     for target in ("help", "clean", "lock", "test", "setup"):
         assert make(checkout, "-n", target).returncode == 0

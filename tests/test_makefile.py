@@ -147,6 +147,30 @@ def test_subset_makes_grpo_depend_on_score_base(copy):
     assert "--score-base artifacts/tiny/score-base" in (copy / "log").read_text().splitlines()[-1]
 
 
+def test_subset_is_remembered_until_it_is_given_empty(copy):
+    rest = ["infer", "merge", "gguf", "ollama_modelfile"]
+    assert ran(copy, "all", "SUBSET=1") == [*ALL[:3], "score_base", *ALL[3:]]
+    assert ran(copy, "all") == ran(copy, "all", "SUBSET=1") == []
+    touch(copy / "stages/grpo.py")
+    result = make(copy, "grpo")
+    assert "--score-base" in (copy / "log").read_text().splitlines()[-1]
+    assert result.stderr == "SUBSET=1, as the last time; SUBSET= takes all problems\n"
+    assert ran(copy, "all", SUBSET="") == rest  # an empty one in the environment says nothing
+    assert ran(copy, "all", "SUBSET=") == ["grpo", *rest]
+    assert "--score-base" not in (copy / "log").read_text()
+    assert ran(copy, "all") == ran(copy, "all", "SUBSET=") == []
+    assert ran(copy, "all", "SUBSET=1") == ["grpo", *rest]  # the scores are older than what was trained on all
+    assert "--score-base" in (copy / "log").read_text()
+
+
+def test_a_killed_run_on_the_subset_goes_on_with_it(copy):
+    assert ran(copy, "all") == ALL
+    assert ran(copy, "score-base") == ["score_base"]
+    assert ran(copy, "grpo", "SUBSET=1", code=2, BREAK="stages.grpo") == ["grpo"]
+    assert "--score-base" in log_of(copy, "grpo")
+    assert ran(copy, "score-base") == ["score_base"]  # asked by name, it says its verdict again
+
+
 def test_two_recipes_share_nothing_and_only_one_with_the_table_makes_a_base_model(copy):
     assert ran(copy, "all") == ALL
     assert ran(copy, "all", "RECIPE=gemma3-1b-gsm8k") == ALL[1:]
@@ -170,6 +194,131 @@ def test_other_data_is_new_input_and_the_same_or_none_is_not(copy):
     assert again == ALL[1:]
     assert "--data two" in (copy / "log").read_text()
     assert ran(copy, "all", recipe, "DATA=two") == []
+    assert "--data" not in log_of(copy, "all", recipe, "DATA=")
+    assert ran(copy, "all", recipe) == ran(copy, "all", recipe, "DATA=") == []
+
+
+def test_data_that_prepare_data_could_not_use_is_forgotten(copy):
+    recipe = "RECIPE=tiny-gsm8k"
+    stated = copy / "artifacts" / "tiny-gsm8k" / "data.path"
+    for name in ("one", "two"):
+        (copy / name).mkdir()
+    broken = {"code": 2, "BREAK": "stages.prepare_data"}
+    assert ran(copy, "all", recipe, "DATA=two", **broken) == ["base_model", "prepare_data"]
+    assert not stated.exists()
+    assert ran(copy, "all", recipe) == ALL[1:]
+    assert "--data" not in (copy / "log").read_text()
+    assert ran(copy, "all", recipe, "DATA=one") == ALL[1:]
+    assert ran(copy, "all", recipe, "DATA=two", **broken) == ["prepare_data"]
+    assert stated.read_text() == "one\n"
+    assert ran(copy, "ask", recipe) == ["ask"]
+
+
+def test_remembered_data_that_is_gone_is_named_once_it_is_needed(copy):
+    recipe = "RECIPE=tiny-gsm8k"
+    (copy / "one").mkdir()
+    ran(copy, "all", recipe, "DATA=one")
+    (copy / "one").rmdir()
+    assert ran(copy, "ask", recipe) == ["ask"]
+    touch(copy / "recipes" / "tiny-gsm8k.toml")
+    result = make(copy, "prepare-data", recipe)
+    assert result.returncode == 2
+    assert "one, which artifacts/tiny-gsm8k/data.path names as DATA of the last time, is not there" in result.stderr
+    assert "DATA= " in result.stderr
+    assert "--data" not in log_of(copy, "all", recipe, "DATA=")
+
+
+def test_data_is_handed_on_as_it_is_written(copy):
+    odd = copy / "it's;a&b$(c)"
+    odd.mkdir()
+    given = f"DATA={odd.name.replace('$', '$$')}"
+    assert f"--data {odd.name} " in log_of(copy, "prepare-data", "RECIPE=tiny-gsm8k", given)
+    assert ran(copy, "prepare-data", "RECIPE=tiny-gsm8k") == []
+    make(copy, "prepare-data", "RECIPE=tiny-gsm8k", given.replace("=", "=~/"), HOME=str(copy))
+    assert f"--data {copy}/{odd.name} " in (copy / "log").read_text().splitlines()[-1]
+
+
+def own_recipe(folder: Path, data: str, reward: str = "own.py:variety") -> None:
+    """Write recipes/mine.toml, which takes `data` from this disk and names a reward of its own."""
+    text = (folder / "recipes" / "gemma3-1b-gsm8k.toml").read_text()
+    text = text.replace('name = "openai/gsm8k"', f'name = "{data}"', 1).replace('"xmlcount"', f'"{reward}"')
+    assert data in text and reward in text
+    (folder / "recipes" / "mine.toml").write_text(text)
+    (folder / "recipes" / reward.partition(":")[0]).write_text("")
+
+
+@pytest.mark.parametrize("name", ["data/bakery.csv", "my data/it's.csv", "my data"])
+def test_changed_data_on_this_disk_is_looked_at_again(copy, name):
+    file = copy / name if name.endswith(".csv") else copy / name / "data" / "train.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text("a")
+    own_recipe(copy, name)
+    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
+    assert ran(copy, "all", "RECIPE=mine") == []
+    time.sleep(0.02)
+    file.write_text("b")
+    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
+    assert ran(copy, "all", "RECIPE=mine") == []
+    time.sleep(0.02)
+    other = copy / "other.csv"
+    other.write_text("c")
+    os.utime(other, (LONG_AGO, LONG_AGO))
+    other.rename(file)  # moved there with the times it had
+    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
+    if not name.endswith(".csv"):
+        time.sleep(0.02)
+        file.unlink()
+        assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
+    assert ran(copy, "all", "RECIPE=mine") == []
+
+
+def test_other_weights_of_a_model_on_this_disk_are_looked_at(copy):
+    file = copy / "my model" / "model.safetensors"
+    file.parent.mkdir()
+    file.write_text("a")
+    text = (copy / "recipes" / "gemma3-1b-gsm8k.toml").read_text()
+    assert 'name = "google/gemma-3-1b-it"' in text
+    (copy / "recipes" / "mine.toml").write_text(text.replace('name = "google/gemma-3-1b-it"', 'name = "my model"'))
+    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
+    assert ran(copy, "all", "RECIPE=mine") == []
+    touch(file)
+    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
+    assert ran(copy, "all", "RECIPE=mine") == []
+
+
+@pytest.mark.parametrize("given", ["gsm8k", "gsm8k/train.jsonl"])
+def test_changed_files_of_data_are_looked_at_again_also_when_it_is_remembered(copy, given):
+    file = copy / "gsm8k" / "train.jsonl"
+    file.parent.mkdir()
+    file.write_text("a")
+    assert ran(copy, "all", "RECIPE=tiny-gsm8k", f"DATA={given}") == ALL
+    assert ran(copy, "all", "RECIPE=tiny-gsm8k") == []
+    touch(file)
+    assert ran(copy, "all", "RECIPE=tiny-gsm8k") == ALL[1:]
+    assert ran(copy, "all", "RECIPE=tiny-gsm8k") == []
+
+
+def test_caches_in_the_data_folder_are_no_data(copy):
+    (copy / "data" / "cache").mkdir(parents=True)
+    assert ran(copy, "all", "RECIPE=tiny-gsm8k", "DATA=data") == ALL
+    touch(copy / "data" / "cache" / "compiled")
+    assert ran(copy, "all", "RECIPE=tiny-gsm8k") == []
+
+
+@pytest.mark.parametrize("reward", ["own.py:variety", "my own.py:variety", "../shared/own.py:variety"])
+def test_a_changed_reward_of_ones_own_is_looked_at_again(copy, reward):
+    (copy / "shared").mkdir()
+    own_recipe(copy, "openai/gsm8k", reward)
+    file = copy / "recipes" / reward.partition(":")[0]
+    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
+    assert ran(copy, "all", "RECIPE=mine") == []
+    touch(file)
+    assert ran(copy, "all", "RECIPE=mine") == ["grpo", "infer", "merge", "gguf", "ollama_modelfile"]
+    assert ran(copy, "all", "RECIPE=mine") == []
+    assert ran(copy, "grpo", "RECIPE=mine", "SUBSET=1") == ["score_base", "grpo"]
+    touch(file)
+    assert ran(copy, "grpo", "RECIPE=mine") == ["score_base", "grpo"]
+    assert ran(copy, "grpo", "RECIPE=mine") == []
 
 
 def log_of(folder: Path, *arguments: str) -> str:
@@ -189,10 +338,19 @@ def test_a_changed_lock_sets_up_again_and_runs_no_stage(copy):
     [
         (["RECIPE=tyni"], r"RECIPE=tyni: there is no recipes/tyni\.toml\. Recipes: .*tiny"),
         (["RUNTIME=podman"], r"RUNTIME=podman is not known\. Expected local or docker"),
+        (["RECIPE=tiny docs"], r"RECIPE=tiny docs: expected the name of one recipe\. Recipes: .*tiny"),
+        (["RECIPE="], r"RECIPE=: expected the name of one recipe\. Recipes: .*tiny"),
+        (["RECIPE=tiny%"], r"RECIPE=tiny%: there is no recipes/tiny%\.toml"),
+        (["RECIPE=%"], r"RECIPE=%: there is no recipes/%\.toml"),
         (["DATA=no/such/folder"], r"DATA=no/such/folder: there is no such file or folder"),
+        (["DATA=stages/*.py"], r"DATA=stages/\*\.py: there is no such file or folder"),
+        (["DATA=stages docker"], r"DATA=stages docker: has a blank in it\. Rename it, or name a link to it: ln -s"),
+        (["PUBLIC=0"], r"PUBLIC=0 is not known\. Expected 1, or leave it out"),
+        (["YES=no"], r"YES=no is not known\. Expected 1, or leave it out"),
+        (["SUBSET=0"], r"SUBSET=0 is not known\. Expected 1, or leave it out"),
     ],
 )
-@pytest.mark.parametrize("target", ["all", "help", "sft"])
+@pytest.mark.parametrize("target", ["all", "help", "sft", "clean"])
 def test_a_wrong_value_is_refused_by_name_with_2_before_anything_is_done(copy, arguments, message, target):
     before = sorted(copy.rglob("*"))
     result = make(copy, target, *arguments)
@@ -258,6 +416,12 @@ def test_the_makefiles_options_are_exactly_the_stages():
     for stage, options in every.items():
         known = {option.opts[0] for option in importlib.import_module(f"stages.{stage}").main.params}
         assert known - options <= ({"--question"} if stage == "ollama" else set()), stage
+
+
+@pytest.mark.parametrize(("given", "options"), [("1", ["--public", "--yes"]), ("", []), (" ", [])])
+def test_a_model_becomes_public_only_by_1(given, options):
+    push = asked(f"PUBLIC={given}", f"YES={given}")["push"]
+    assert [option for option in push[0] if option in ("--public", "--yes")] == options
 
 
 def test_a_question_reaches_the_stage_as_it_is_written(copy):

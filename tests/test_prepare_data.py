@@ -49,8 +49,8 @@ def write_recipe(folder: Path, sources: list[dict[str, Any]], **knobs: Any) -> P
     tables["model"] |= {"name": str(folder / "model"), "revision": ""}
     tables["format"] = {"name": "xml"}
     tables["sft"]["max_tokens"] = 5000
-    for stage in ("merge", "gguf"):
-        tables[stage]["prompts"] = 1
+    tables["merge"]["prompts"] = tables["gguf"]["prompts"] = 1
+    tables["grpo"] |= {"prompts_per_step": 1, "micro_batch_size": 8}
     for name, value in knobs.items():
         if isinstance(value, dict):
             tables[name] |= value
@@ -581,15 +581,33 @@ def test_the_limit_counts_the_tokens_of_the_whole_rendered_prompt(tmp_path: Path
     assert len(kept) < 8
 
 
+def test_other_weights_of_a_local_model_are_another_identity_for_all_later_stages(tmp_path: Path, model: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(model, mine)
+    (mine / "model.safetensors").write_bytes(b"some weights")
+    sources = [
+        {"name": write_rows(tmp_path / "train.jsonl", numbered(0, 3)), "use": ["sft", "grpo"], **WORKED},
+        {"name": write_rows(tmp_path / "eval.jsonl", numbered(9000, 9003)), "use": ["eval"]},
+    ]
+    assert "finished" in stage(tmp_path, mine, sources).output
+    assert "up to date" in stage(tmp_path, mine, sources).output
+    (mine / "model.safetensors").write_bytes(b"other weights")
+    assert "finished" in stage(tmp_path, mine, sources).output
+
+
 def test_too_few_rows_for_merge_and_gguf_are_said_before_anything_is_trained(tmp_path: Path, model: Path) -> None:
     sources = [
         {"name": write_rows(tmp_path / "train.jsonl", numbered(0, 3)), "use": ["sft", "grpo"], **WORKED},
         {"name": write_rows(tmp_path / "eval.jsonl", numbered(9000, 9005)), "use": ["eval"]},
     ]
-    result = stage(tmp_path, model, sources, merge={"prompts": 5}, gguf={"prompts": 6, "importance_prompts": 4})
+    result = stage(
+        tmp_path, model, sources, merge={"prompts": 5}, gguf={"prompts": 6, "importance_prompts": 4},
+        grpo={"prompts_per_step": 4},
+    )  # fmt: skip
     assert result.exit_code == 1
     assert result.output.endswith(
-        f"Error: {tmp_path / 'recipe.toml'}: too few rows for the stages that compare models at the end:\n"
+        f"Error: {tmp_path / 'recipe.toml'}: too few rows for what later stages take at once:\n"
+        "  [grpo] prompts_per_step = 4, and the grpo set has 3 rows\n"
         "  [gguf] prompts = 6, and the eval set has 5 rows\n"
         "  [gguf] importance_prompts = 4, and the sft set has 3 rows\n"
         "Lower these, or give that set more rows: another file, larger shares\n"

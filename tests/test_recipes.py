@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import tomllib
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 from stages import prepare_data
 from stages.lib import artifact, formats, rewards, sources
 from stages.lib.errors import UserError
-from stages.lib.recipe import is_hub_name, read_recipe
+from stages.lib.recipe import BOUNDS, Recipe, is_hub_name, read_recipe
 from tests import family_models, tiny_models
 
 ROOT = Path(__file__).parents[1]
@@ -218,6 +219,7 @@ def test_a_recipe_prepares_its_data_from_local_copies(
     if tables["model"]["name"] == "base-model":
         arguments = ["--base-model", str(base_model(tmp_path / "base-model"))]
         tables["data"]["max_prompt_tokens"] = tables["sft"]["max_tokens"] = 1000  # this one's tokenizer has seen little
+        tables["ollama"]["num_ctx"] = 2048
     else:
         tables["model"] |= {"name": str(tokenizer(name, tmp_path / "model")), "revision": ""}
     for source in tables["data"]["sources"]:
@@ -353,6 +355,32 @@ def test_what_is_fetched_from_the_hub_without_a_whole_commit_is_refused(
     [
         ("weights = [1.0, ", "weights = [", "[rewards] has 5 functions and 4 weights"),
         (
+            "weights = [1.0, 1.0, 1.0, 1.0, 1.0]", "weights = [0, 0.0, 0, 0, 0]",
+            "[rewards] weights = [0.0, 0.0, 0.0, 0.0, 0.0]; expected one or more that are not 0",
+        ),
+        (
+            'functions = ["xmlcount", "soft_format", "strict_format", "int", "correctness"]', "functions = []",
+            "[rewards] functions = []; expected one or more",
+        ),
+        ('"correctness"]', '"int"]', "[rewards] 'int': another reward is already logged as 'int'; rename one"),
+        (
+            'target_modules = ["all-linear"]', "target_modules = []",
+            '[lora] target_modules = []; expected module names, or ["all-linear"]',
+        ),
+        (
+            "hidden_size = 256 ", "hidden_size = 260 ",
+            "[base_model] hidden_size = 260; expected a multiple of 2 x attention_heads = 8",
+        ),
+        (
+            "key_value_heads = 2", "key_value_heads = 3",
+            "[base_model] attention_heads = 4 is not a multiple of key_value_heads = 3",
+        ),
+        (
+            "num_ctx = 1024", "num_ctx = 255",
+            "[ollama] num_ctx = 255; expected 256 or more, which is [data] max_prompt_tokens = 192 and [grpo] "
+            "max_completion_tokens = 64 together",
+        ),
+        (
             "micro_batch_size = 8", "micro_batch_size = 3",
             "[sft] batch_size = 8 is not a multiple of micro_batch_size = 3",
         ),
@@ -422,6 +450,133 @@ def test_what_contradicts_itself_is_refused(old: str, new: str, message: str, tm
     assert refusal(tmp_path, changed(old, new)) == message
 
 
+def with_value(table: str, key: str, value: str) -> str:
+    """Return the tiny recipe with another value for a key, or with a key that it leaves to its default."""
+    head, _, rest = TINY.partition(f"[{table}]\n")
+    inside, start, after = rest.partition("\n[")
+    line = f"{key} = {value}"
+    inside, found = re.subn(rf"^{key} = .*$", lambda _: line, inside, flags=re.MULTILINE)
+    return f"{head}[{table}]\n" + ("" if found else f"{line}\n") + inside + start + after
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "expected"),
+    [
+        ("base_model", "seed", -1, "0 to 4294967295"),
+        ("base_model", "drill_share", 1.0, "0 or more and under 1"),
+        ("base_model", "working_share", 1.5, "0 to 1"),
+        ("base_model", "vocabulary_size", 326, "327 or more"),
+        ("base_model", "steps", 0, "1 or more"),
+        ("base_model", "layers", 0, "1 or more"),
+        ("base_model", "attention_heads", 0, "1 or more"),
+        ("lora", "rank", 0, "1 or more"),
+        ("lora", "alpha", 0, "1 or more"),
+        ("lora", "dropout", 1.0, "0 or more and under 1"),
+        ("sft", "steps", 0, "1 or more"),
+        ("sft", "max_tokens", 1, "2 or more"),
+        ("sft", "learning_rate", 0.0, "over 0"),
+        ("sft", "adam_beta2", 1.0, "0 or more and under 1"),
+        ("grpo", "seed", 2**32, "0 to 4294967295"),
+        ("grpo", "steps", 0, "1 or more"),
+        ("grpo", "prompts_per_step", 0, "1 or more"),
+        ("grpo", "num_iterations", 0, "1 or more"),
+        ("grpo", "max_completion_tokens", 0, "1 or more"),
+        ("grpo", "temperature", 0.0, "over 0"),
+        ("grpo", "top_p", 0.0, "over 0 and at most 1"),
+        ("grpo", "top_k", -1, "0 or more"),
+        ("grpo", "min_p", 1.5, "0 to 1"),
+        ("grpo", "repetition_penalty", 0.0, "over 0"),
+        ("grpo", "beta", -0.1, "0 or more"),
+        ("grpo", "epsilon", 1.0, "over 0 and under 1"),
+        ("grpo", "epsilon_high", 0.0, "over 0"),
+        ("grpo", "warmup_steps", -1, "0 or more"),
+        ("grpo", "weight_decay", -0.1, "0 or more"),
+        ("grpo", "max_grad_norm", -1.0, "0 or more"),
+        ("grpo", "show_completions_steps", 0, "1 or more"),
+        ("score_base", "seed", -1, "0 to 4294967295"),
+        ("infer", "problems", 0, "1 or more"),
+        ("infer", "batch_size", 0, "1 or more"),
+        ("infer", "max_completion_tokens", 0, "1 or more"),
+        ("merge", "prompts", 0, "1 or more"),
+        ("merge", "positions_per_prompt", 1, "2 or more"),
+        ("merge", "max_mean_kl", 0.0, "over 0"),
+        ("gguf", "prompts", 0, "1 or more"),
+        ("gguf", "positions_per_prompt", 1, "2 or more"),
+        ("gguf", "importance_prompts", -1, "0 or more"),
+        ("gguf", "max_lost_ends", -1, "0 or more"),
+        ("gguf.max_mean_kl", "q8_0", 0.0, "over 0"),
+        ("ollama", "num_ctx", 0, "1 or more"),
+        ("ollama", "temperature", -0.1, "0 or more"),
+        ("ollama", "top_p", 1.1, "over 0 and at most 1"),
+        ("ollama", "top_k", -1, "0 or more"),
+        ("ollama", "min_p", -0.1, "0 to 1"),
+        ("ollama", "repeat_penalty", 0.0, "over 0"),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused(table: str, key: str, value: float, expected: str, tmp_path: Path) -> None:
+    found = refusal(tmp_path, with_value(table, key, str(value)))
+    assert found == f"[{table}] {key} = {value}; expected {expected}"
+
+
+def test_every_bound_is_of_a_number_in_the_recipe() -> None:
+    kinds = typing.get_type_hints(Recipe)
+    for table, bounds in BOUNDS.items():
+        kind = next(kind for kind in (kinds[table], *typing.get_args(kinds[table])) if dataclasses.is_dataclass(kind))
+        hints = typing.get_type_hints(kind)
+        assert all({hints[name], *typing.get_args(hints[name])} & {int, float} for name in bounds)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1" + 400 * "0"])
+@pytest.mark.parametrize(
+    ("table", "key", "spelled"),
+    [
+        ("grpo", "temperature", "[grpo] temperature"),
+        ("ollama", "temperature", "[ollama] temperature"),
+        ("gguf.max_mean_kl", "q8_0", "[gguf.max_mean_kl] q8_0"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(table: str, key: str, spelled: str, value: str, tmp_path: Path) -> None:
+    found = refusal(tmp_path, with_value(table, key, value))
+    assert found == f"{spelled} = {float(value)}; expected a finite number"
+
+
+def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    found = refusal(tmp_path, changed("weights = [1.0, ", "weights = [nan, "))
+    assert found == "[rewards] weights, item 1 = nan; expected a finite number"
+
+
+@pytest.mark.parametrize("name", ["iq3_xs", "IQ2_M", "q2_k_s", "iq1_s"])
+def test_a_type_that_needs_an_importance_matrix_is_refused_without_one(name: str, tmp_path: Path) -> None:
+    types = changed('"q4_k_m"]', f'"{name}"]')
+    assert refusal(tmp_path, types) == (
+        "[gguf] importance_prompts = 0; expected 1 or more: without an importance matrix llama.cpp does not make "
+        f"{name}"
+    )
+    (tmp_path / "mine.toml").write_text(types.replace("[gguf]\n", "[gguf]\nimportance_prompts = 50\n"))
+    assert read_recipe(tmp_path / "mine.toml").gguf.types[-1] == name
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "message"),
+    [
+        ("format", "system_prompt", "Be\u00a0brief.", "Modelfile, SYSTEM: holds '\\xa0', which is not printable"),
+        ("format", "system_prompt", 'Say """.', 'Modelfile, SYSTEM: holds """, which ends a value there'),
+        ("ollama", "license", "MIT\u200b", "Modelfile, LICENSE: holds '\\u200b', which is not printable"),
+    ],
+)
+def test_a_text_that_no_modelfile_can_hold_is_refused(
+    table: str, key: str, value: str, message: str, tmp_path: Path
+) -> None:
+    found = refusal(tmp_path, with_value(table, key, json.dumps(value)))
+    assert found.startswith(f"[{table}] {key}: {message}")
+
+
+@pytest.mark.parametrize("key", ["question", "answer"])
+def test_a_source_without_the_name_of_a_column_is_refused(key: str, tmp_path: Path) -> None:
+    found = refusal(tmp_path, changed(f'{key} = "{key}"', f'{key} = ""'))
+    assert found == f"[[data.sources]] 'base-model' {key} = ''; expected the name of a column"
+
+
 @pytest.mark.parametrize("tokens", [0, 65])
 def test_a_least_completion_that_no_rung_could_have_is_refused(tokens: int, tmp_path: Path) -> None:
     text = changed("max_completion_tokens = 64\n", f"max_completion_tokens = 64\nmin_completion_tokens = {tokens}\n")
@@ -433,8 +588,28 @@ def test_an_own_reward_whose_file_is_not_there_is_refused(tmp_path: Path) -> Non
     assert found == f"[rewards] 'own.py:mine': there is no file {(tmp_path / 'own.py').resolve()}"
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "def variety(completions): ...\n",
+            "{path} has no function 'varieti' (did you mean 'variety'?); it has: variety",
+        ),
+        ("def varieti(completions:\n", "{path}, line 1: SyntaxError: '(' was never closed"),
+        (
+            "def varieti(texts): ...\n",
+            "expected varieti(completions, **kwargs), which is called with names only; found varieti(texts)",
+        ),
+    ],
+)
+def test_an_own_reward_that_its_file_does_not_have_is_refused(source: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(source)
+    found = refusal(tmp_path, changed('"correctness"]', '"own.py:varieti"]'))
+    assert found == "[rewards] 'own.py:varieti': " + message.format(path=(tmp_path / "own.py").resolve())
+
+
 def test_an_own_reward_is_not_run_when_the_recipe_is_read(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("raise SystemExit(9)")
+    (tmp_path / "own.py").write_text("raise SystemExit(9)\ndef mine(completions): ...\n")
     (tmp_path / "mine.toml").write_text(changed('"correctness"]', '"own.py:mine"]'))
     assert read_recipe(tmp_path / "mine.toml").rewards.functions[-1] == "own.py:mine"
 
@@ -475,6 +650,11 @@ def test_one_completion_a_prompt_is_no_group(tmp_path: Path) -> None:
 def test_an_unknown_quantization_is_refused_with_its_nearest_match(tmp_path: Path) -> None:
     found = refusal(tmp_path, changed('"q4_k_m"]', '"q4_k_mm"]'))
     assert found.startswith("[gguf] types: 'q4_k_mm' is no type of llama.cpp (did you mean 'q4_k_m'?); f32, f16, ")
+
+
+def test_a_type_that_llama_cpp_does_not_quantize_to_is_refused(tmp_path: Path) -> None:
+    found = refusal(tmp_path, changed('"q4_k_m"]', '"nvfp4"]'))
+    assert found.startswith("[gguf] types: 'nvfp4' is no type of llama.cpp")
 
 
 def test_base_model_without_its_table_is_refused(tmp_path: Path) -> None:

@@ -59,6 +59,27 @@ def test_a_recipe_with_an_unknown_key(tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", INPUTS)
+def test_a_number_that_only_a_later_stage_would_stumble_over(tmp_path, stage):
+    recipe = micro.write_recipe(tmp_path, infer={"problems": 0})
+    before = state(tmp_path)
+    is_refused(
+        run(stage, recipe, tmp_path, tmp_path / "out"), r"micro\.toml: \[infer\] problems = 0; expected 1 or more\n"
+    )
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("stage", INPUTS)
+def test_an_own_reward_that_its_file_does_not_have(tmp_path, stage):
+    recipe = micro.write_recipe(tmp_path, rewards={"functions": ["own.py:varieti"], "weights": [1.0]})
+    before = state(tmp_path)
+    is_refused(
+        run(stage, recipe, tmp_path, tmp_path / "out"),
+        r"\[rewards\] 'own\.py:varieti': .*own\.py has no function 'varieti' \(did you mean 'variety'\?\)",
+    )
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("stage", INPUTS)
 def test_a_recipe_that_is_not_there(tmp_path, stage):
     is_refused(run(stage, tmp_path / "tyni.toml", tmp_path, tmp_path / "out"), r"'.*tyni\.toml' does not exist", code=2)
 

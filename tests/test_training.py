@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,14 +238,16 @@ def test_killed_with_half_a_checkpoint_and_then_at_the_very_end_it_still_ends_wi
     half.mkdir()
     (half / "trainer_state.json").write_text('{"global_step": 7')
     if stage == "grpo":
-        with (half.parent / "completions.jsonl").open("a") as file:
-            file.write('{"step": 3, "completion": "}')
+        with (half.parent / "completions.jsonl").open("ab") as file:
+            file.write('{"step": 3, "completion": "é'.encode()[:-1])  # amid a character
+    (half.parent / "checkpoint-best").mkdir()  # a person's
 
     with monkeypatch.context() as patch:  # and once more, after training and before the manifest
         patch.setattr(artifact, "describe_files", killed)
         with pytest.raises(Killed):
             micro.run_uncaught(stage, finished, out)
     assert not out.exists()
+    shutil.rmtree(half.parent / "checkpoint-best", ignore_errors=True)  # unless transformers counted it among the old
     assert set(checkpoints(out)) == {6, 8}
 
     result = micro.run(stage, finished, out)
@@ -279,6 +282,15 @@ def test_with_two_passes_over_a_batch_grpo_stops_only_where_it_can_be_carried_on
     monkeypatch.delenv("TERM_AT_CALL")
     assert micro.run("grpo", finished, out, recipe).exit_code == 0
     assert manifest_digest(out, "grpo") == manifest_digest(tmp_path / "undisturbed", "grpo")
+
+
+def test_a_module_that_the_model_has_not_is_said_and_not_passed_over(finished, tmp_path):
+    recipe = micro.write_recipe(tmp_path, lora={"target_modules": ["q_proj", "upp_proj"]})
+    result = micro.run("sft", finished, tmp_path / "sft", recipe)
+    assert result.exit_code == 1
+    assert "[lora] target_modules names 'upp_proj', and base-model has no such module (did you mean 'up_proj'?)" in (
+        result.output
+    )
 
 
 def test_grpo_continues_the_sft_adapter_and_learns(finished):

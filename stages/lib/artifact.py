@@ -129,8 +129,11 @@ def read(folder: Path, stage: str) -> dict[str, Any]:
     found = stage_of(path)
     if found != stage:
         holds = f"holds the output of {found!r}" if found else f"its {MANIFEST} is not one that a stage wrote"
-        raise UserError(f"{folder}: {holds}; expected that of {stage!r}. Name another folder, or run: make {stage}")
+        remedy = f"run: make {stage}" if found else f"delete {folder} and run: make {stage}"
+        raise UserError(f"{folder}: {holds}; expected that of {stage!r}. Name another folder, or {remedy}")
     manifest = json.loads(path.read_text())
+    if not isinstance(manifest.get("files"), dict):
+        raise UserError(f"{path}: lists no files, so {stage} did not write it. Delete {folder} and run: make {stage}")
     for name, described in manifest["files"].items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
@@ -247,7 +250,7 @@ def refuse_foreign(out: Path, stage: str) -> None:
         raise UserError(f"{out}: is a file; expected a folder for {stage} to write. Name another --out")
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
     if stage_of(out / MANIFEST) == stage:
-        found -= {MANIFEST, *json.loads((out / MANIFEST).read_text())["files"]}
+        found -= {MANIFEST, *json.loads((out / MANIFEST).read_text()).get("files", {})}
         found = {name for name in found if not name.startswith(f"{LOGS}/")}
     foreign = sorted(found)
     if foreign:
@@ -284,9 +287,16 @@ def check_room(out: Path, stage: str, room_bytes: int) -> None:
 @contextlib.contextmanager
 def locked(folder: Path, stage: str) -> Iterator[None]:
     """Hold the lock of an artifact that is being written; the system releases it however the process ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
-    with path.open("w") as file:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("w")
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: {stage} can't write there ({error.strerror}); expected a folder of yours on a disk that "
+            f"can be written. Name another --out, or mend its owner or mount"
+        ) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -225,7 +225,8 @@ def quantize(source: Path, out: Path, kind: str, importance: Mapping[str, "np.nd
     """Quantize the 16-bit GGUF `source` to `out`, of llama.cpp's type `kind` ("q4_k_m").
 
     `importance` is the importance matrix, by tensor name, as `stages.lib.imatrix` collects it. Raises `UserError` with
-    what llama.cpp said when it refuses, as it does for types of 2 bits and fewer without such a matrix.
+    what llama.cpp said when it refuses, as it does for some types of few bits without such a matrix
+    (`stages.lib.recipe.NEED_IMPORTANCE`).
     """
     llama_cpp = library()
     parameters = llama_cpp.llama_model_quantize_default_params()

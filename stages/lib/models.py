@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib import formats, weights
-from stages.lib.errors import UserError
+from stages.lib.errors import UserError, nearest
 from stages.lib.recipe import Model, Recipe, is_hub_name
 
 SAFE = {"trust_remote_code": False}  # no code out of a model repository ever runs here
@@ -101,7 +101,8 @@ def load_tokenizer(recipe: Recipe, base_model: Path | None) -> Any:
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
         raise UserError(f"{name}: the model folder has no tokenizer; expected one of {', '.join(files)}")
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **SAFE)
+    with weights.fetching(name, revision):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **SAFE)
     template = formats.get(recipe.format.name).chat_template
     if template is not None:
         tokenizer.chat_template = template
@@ -135,7 +136,8 @@ def load_model(recipe: Recipe, base_model: Path | None) -> Any:
 
     name, revision = locate(recipe.model, base_model)
     dtype = getattr(torch, recipe.model.dtype)
-    return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True, **SAFE)
+    with weights.fetching(name, revision):
+        return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True, **SAFE)
 
 
 def load_trainable(
@@ -153,6 +155,7 @@ def load_trainable(
     model = load_model(recipe, base_model)
     if adapter is not None:
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    require_modules(recipe, model)
     settings = LoraConfig(
         r=recipe.lora.rank,
         lora_alpha=recipe.lora.alpha,
@@ -169,6 +172,18 @@ def adapted_modules(recipe: Recipe) -> str | list[str]:
     """Return PEFT's `target_modules`: its word for all linear layers, or the recipe's list."""
     modules = recipe.lora.target_modules
     return "all-linear" if modules == ["all-linear"] else modules
+
+
+def require_modules(recipe: Recipe, model: Any) -> None:
+    """Raise `UserError` for a name among `[lora] target_modules` that no module of `model` has: PEFT passes over it."""
+    named = [name for name in recipe.lora.target_modules if name != "all-linear"]
+    found = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
+    for name in named:
+        if name.rpartition(".")[2] not in found:
+            raise UserError(
+                f"{recipe.path}: [lora] target_modules names {name!r}, and {recipe.model.name} has no such "
+                f"module{nearest(name, found)}; it has {', '.join(sorted(found - {''}))}"
+            )
 
 
 def load_unsloth(
@@ -200,6 +215,7 @@ def load_unsloth(
     )
     if (folder / "generation_config.json").is_file():  # the model that is rebuilt from vLLM's weights has none
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    require_modules(recipe, model)
     model = FastLanguageModel.get_peft_model(
         model,
         r=recipe.lora.rank,

@@ -5,6 +5,7 @@ not after hours of training. There are no hidden defaults: a field without a def
 """
 
 import dataclasses
+import math
 import re
 import tomllib
 import types
@@ -13,21 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.lib import formats, rewards
+from stages.lib import formats, modelfile, rewards
 from stages.lib.errors import UserError, nearest
 
-# llama.cpp's types (LLAMA_FTYPE in llama.h) and the mean KL divergence (nats) that a file of each may have from the
-# merged model, where [gguf.max_mean_kl] says nothing else: docs/fidelity.md.
+# llama.cpp's types (LLAMA_FTYPE in llama.h, less NVFP4, which its quantizer does not make) and the mean KL divergence
+# (nats) that a file of each may have from the merged model, where [gguf.max_mean_kl] says nothing else:
+# docs/fidelity.md.
 GGUF_TYPES = {
     "f32": 1e-4, "f16": 1e-4, "bf16": 1e-3,
     "q8_0": 1e-2, "q6_k": 2e-2,
     "q5_k_m": 4e-2, "q5_k_s": 4e-2, "q5_1": 4e-2, "q5_0": 4e-2,
     "q4_k_m": 1e-1, "q4_k_s": 1e-1, "q4_1": 1e-1, "q4_0": 1e-1, "iq4_nl": 1e-1, "iq4_xs": 1e-1, "mxfp4_moe": 1e-1,
-    "nvfp4": 1e-1,
     "q3_k_l": 3e-1, "q3_k_m": 3e-1, "q3_k_s": 3e-1, "iq3_m": 3e-1, "iq3_s": 3e-1, "iq3_xs": 3e-1, "iq3_xxs": 3e-1,
     "q2_k": 1.0, "q2_k_s": 1.0, "q2_0": 1.0, "iq2_m": 1.0, "iq2_s": 1.0, "iq2_xs": 1.0, "iq2_xxs": 1.0, "tq2_0": 1.0,
     "iq1_m": 2.0, "iq1_s": 2.0, "q1_0": 2.0, "tq1_0": 2.0,
 }  # fmt: skip
+# Of these, those that llama.cpp refuses to make without an importance matrix.
+NEED_IMPORTANCE = ("iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
 MAX_VLLM_RANK = 512  # of a LoRA (vllm/config/lora.py)
 
 
@@ -308,11 +311,61 @@ class Recipe:
         return {name: dataclasses.asdict(getattr(self, name)) for name in names if getattr(self, name) is not None}
 
 
+# What a number may be: the words of the error message, and the test.
+OVER_0 = ("over 0", lambda value: value > 0)
+OVER_0_UNDER_1 = ("over 0 and under 1", lambda value: 0 < value < 1)
+OVER_0_AT_MOST_1 = ("over 0 and at most 1", lambda value: 0 < value <= 1)
+FROM_0 = ("0 or more", lambda value: value >= 0)
+FROM_0_UNDER_1 = ("0 or more and under 1", lambda value: 0 <= value < 1)
+FROM_0_TO_1 = ("0 to 1", lambda value: 0 <= value <= 1)
+FROM_1 = ("1 or more", lambda value: value >= 1)
+FROM_2 = ("2 or more", lambda value: value >= 2)
+SEED = ("0 to 4294967295", lambda value: 0 <= value < 2**32)  # what NumPy takes
+# 6 control tokens, 256 bytes, and 65 characters in prompts and problems: SentencePiece has no smaller vocabulary.
+VOCABULARY = ("327 or more", lambda value: value >= 327)
+
+# The bounds of every number that has any of its own. Those that depend on another key are in `check`.
+OPTIMIZER = {
+    "learning_rate": OVER_0, "warmup_steps": FROM_0, "weight_decay": FROM_0, "adam_beta1": FROM_0_UNDER_1,
+    "adam_beta2": FROM_0_UNDER_1, "max_grad_norm": FROM_0,
+}  # fmt: skip
+BOUNDS = {
+    "health": {"log_entries": FROM_1, "max_kl": OVER_0, "min_entropy": FROM_0, "max_entropy": OVER_0},
+    "base_model": {
+        "seed": SEED, "layers": FROM_1, "hidden_size": FROM_1, "intermediate_size": FROM_1, "attention_heads": FROM_1,
+        "key_value_heads": FROM_1, "initializer_range": OVER_0, "vocabulary_size": VOCABULARY,
+        "max_position_tokens": FROM_1, "corpus_problems": FROM_1, "drill_share": FROM_0_UNDER_1,
+        "eval_problems": FROM_1, "train_problems": FROM_1, "working_share": FROM_0_TO_1, "steps": FROM_1,
+        "batch_size": FROM_1, "learning_rate": OVER_0, "weight_decay": FROM_0, "warmup_steps": FROM_0,
+    },
+    "data": {
+        "max_prompt_tokens": FROM_1, "ngram_words": FROM_1, "near_duplicate_jaccard": OVER_0_AT_MOST_1,
+        "contamination_overlap": OVER_0_AT_MOST_1,
+    },
+    "lora": {"rank": FROM_1, "alpha": FROM_1, "dropout": FROM_0_UNDER_1},
+    "sft": {"seed": SEED, "steps": FROM_1, "max_tokens": FROM_2} | OPTIMIZER,
+    "grpo": {
+        "seed": SEED, "steps": FROM_1, "prompts_per_step": FROM_1, "num_iterations": FROM_1,
+        "max_completion_tokens": FROM_1, "temperature": OVER_0, "top_p": OVER_0_AT_MOST_1, "top_k": FROM_0,
+        "min_p": FROM_0_TO_1, "repetition_penalty": OVER_0, "beta": FROM_0, "epsilon": OVER_0_UNDER_1,
+        "epsilon_high": OVER_0, "show_completions_steps": FROM_1,
+    } | OPTIMIZER,
+    "score_base": {"seed": SEED},
+    "infer": {"problems": FROM_1, "batch_size": FROM_1, "max_completion_tokens": FROM_1},
+    "merge": {"prompts": FROM_1, "positions_per_prompt": FROM_2, "max_mean_kl": OVER_0},
+    "gguf": {"prompts": FROM_1, "positions_per_prompt": FROM_2, "importance_prompts": FROM_0, "max_lost_ends": FROM_0},
+    "ollama": {
+        "num_ctx": FROM_1, "temperature": FROM_0, "top_p": OVER_0_AT_MOST_1, "top_k": FROM_0, "min_p": FROM_0_TO_1,
+        "repeat_penalty": OVER_0,
+    },
+}  # fmt: skip
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe.
 
-    Raises `UserError`, naming file, key and nearest match, for an unknown, missing or mistyped key, and for what
-    contradicts itself across tables.
+    Raises `UserError`, naming file, key and nearest match, for an unknown, missing or mistyped key, for a number out of
+    its bounds, and for what contradicts itself across tables.
     """
     try:
         tables = tomllib.loads(path.read_text())
@@ -369,9 +422,14 @@ def convert(value: Any, hint: Any, path: Path, where: str, spelled: str) -> Any:
             raise UserError(f"{path}: {spelled} = {value!r}; expected a table [{where}]")
         return build(hint, value, path, where)
     if hint is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     if type(value) is not hint:
         raise UserError(f"{path}: {spelled} = {value!r}; expected {hint.__name__}, found {type(value).__name__}")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"{path}: {spelled} = {value!r}; expected a finite number")
     return value
 
 
@@ -382,8 +440,9 @@ def is_hub_name(name: str) -> bool:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise `UserError` for what one table alone can't show."""
+    """Raise `UserError` for a value that is out of bounds, and for values that contradict each other."""
     path = recipe.path
+    check_bounds(recipe)
     pinned = [("[model]", recipe.model.name, recipe.model.revision)]
     # A dataset without any is refused when it is about to be fetched: a local copy of it needs none.
     pinned += [("[[data.sources]]", source.name, source.revision) for source in recipe.data.sources if source.revision]
@@ -424,9 +483,12 @@ def check(recipe: Recipe) -> None:
     except UserError as error:
         raise UserError(f"{path}: [format] name: {error.message}") from error
     check_rewards(recipe, answer_format)
-    if recipe.health.log_entries < 1:
-        raise UserError(f"{path}: [health] log_entries = {recipe.health.log_entries}; expected 1 or more")
+    check_health(path, recipe.health)
+    if recipe.base_model is not None:
+        check_base_model(path, recipe.base_model)
     check_data(recipe)
+    if not recipe.lora.target_modules:
+        raise UserError(f'{path}: [lora] target_modules = []; expected module names, or ["all-linear"]')
     divides(path, "[sft] batch_size", recipe.sft.batch_size, "micro_batch_size", recipe.sft.micro_batch_size)
     batch = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt
     what = "[grpo] prompts_per_step x completions_per_prompt"
@@ -447,18 +509,74 @@ def check(recipe: Recipe) -> None:
     check_score_base(path, recipe.score_base)
     divides(path, "[grpo] save_steps", recipe.grpo.save_steps, "num_iterations", recipe.grpo.num_iterations)
     check_gguf(path, recipe.gguf)
+    check_ollama(recipe)
+
+
+def check_bounds(recipe: Recipe) -> None:
+    """Raise `UserError` for the first number that is not within `BOUNDS`, and for a limit of [gguf.max_mean_kl]."""
+    for table, bounds in BOUNDS.items():
+        for name, (expected, holds) in bounds.items():
+            value = getattr(getattr(recipe, table), name, None)  # None: the table, or the key, is not in the recipe
+            if value is not None and not holds(value):
+                raise UserError(f"{recipe.path}: [{table}] {name} = {value}; expected {expected}")
+    expected, holds = OVER_0
+    for name, limit in recipe.gguf.max_mean_kl.items():
+        if not holds(limit):
+            raise UserError(f"{recipe.path}: [gguf.max_mean_kl] {name} = {limit}; expected {expected}")
+
+
+def check_health(path: Path, health: Health) -> None:
+    """Raise `UserError` for bounds of the entropy that no training run could keep."""
+    low, high = health.min_entropy, health.max_entropy
+    if low is not None and high is not None and low >= high:
+        raise UserError(f"{path}: [health] min_entropy = {low} is not below max_entropy = {high}")
+
+
+def check_base_model(path: Path, table: BaseModel) -> None:
+    """Raise `UserError` for heads that the network's width can't be shared out to."""
+    heads = table.attention_heads
+    if table.hidden_size % (2 * heads):  # rotary position embeddings turn a head's columns in pairs
+        raise UserError(
+            f"{path}: [base_model] hidden_size = {table.hidden_size}; expected a multiple of 2 x attention_heads = "
+            f"{2 * heads}"
+        )
+    divides(path, "[base_model] attention_heads", heads, "key_value_heads", table.key_value_heads)
+
+
+def check_ollama(recipe: Recipe) -> None:
+    """Raise `UserError` for a file that is not made, a context too short to answer in, and text no Modelfile holds."""
+    path = recipe.path
     if recipe.ollama.quantization.lower() not in [name.lower() for name in recipe.gguf.types]:
         raise UserError(
             f"{path}: [ollama] quantization = {recipe.ollama.quantization!r} is not among [gguf] types "
             f"{recipe.gguf.types}"
         )
+    prompt, completion = recipe.data.max_prompt_tokens, recipe.grpo.max_completion_tokens
+    if recipe.ollama.num_ctx < prompt + completion:
+        raise UserError(
+            f"{path}: [ollama] num_ctx = {recipe.ollama.num_ctx}; expected {prompt + completion} or more, which is "
+            f"[data] max_prompt_tokens = {prompt} and [grpo] max_completion_tokens = {completion} together"
+        )
+    texts = (
+        ("[format] system_prompt", "SYSTEM", recipe.format.prompt),
+        ("[ollama] license", "LICENSE", recipe.ollama.license),
+    )
+    for where, command, text in texts:
+        try:
+            modelfile.command(command, text)
+        except UserError as error:
+            raise UserError(f"{path}: {where}: {error.message}") from error
 
 
 def check_rewards(recipe: Recipe, answer_format: formats.Format) -> None:
     """Raise `UserError` for a reward that GRPO could not find, or could not weigh."""
     path, table = recipe.path, recipe.rewards
+    if not table.functions:
+        raise UserError(f"{path}: [rewards] functions = []; expected one or more")
     if len(table.functions) != len(table.weights):
         raise UserError(f"{path}: [rewards] has {len(table.functions)} functions and {len(table.weights)} weights")
+    if not any(table.weights):
+        raise UserError(f"{path}: [rewards] weights = {table.weights}; expected one or more that are not 0")
     try:
         rewards.check_names(
             table.functions,
@@ -474,7 +592,7 @@ def check_rewards(recipe: Recipe, answer_format: formats.Format) -> None:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Raise `UserError` when the sources can't make the three sets, or a threshold of `[data]` is out of bounds."""
+    """Raise `UserError` when the sources can't make the three sets."""
     path, data = recipe.path, recipe.data
     for source in data.sources:
         where = f"{path}: [[data.sources]] {source.name!r}"
@@ -482,6 +600,9 @@ def check_data(recipe: Recipe) -> None:
             raise UserError(f"{where} use = {source.use}; expected one or more of sft, grpo, eval, each once")
         if source.name == "base-model" and source.split not in ("train", "eval"):
             raise UserError(f"{where} split = {source.split!r}; base-model makes 'train' and 'eval'")
+        for key, column in (("question", source.question), ("answer", source.answer)):
+            if not column:
+                raise UserError(f"{where} {key} = ''; expected the name of a column")
         if source.max_rows < 0:
             raise UserError(f"{where} max_rows = {source.max_rows}; expected 0 (all) or more")
         if "sft" in source.use and not source.solution and source.style != "gsm8k":
@@ -501,13 +622,6 @@ def check_data(recipe: Recipe) -> None:
     for name in ("sft", "grpo", "eval"):
         if not any(name in source.use for source in data.sources):
             raise UserError(f"{path}: no [[data.sources]] has {name!r} in its use; sft, grpo and eval all need one")
-    if data.ngram_words < 1:
-        raise UserError(f"{path}: [data] ngram_words = {data.ngram_words}; expected 1 or more")
-    for name in ("near_duplicate_jaccard", "contamination_overlap"):
-        if not 0 < getattr(data, name) <= 1:
-            raise UserError(f"{path}: [data] {name} = {getattr(data, name)}; expected over 0 and at most 1")
-    if data.max_prompt_tokens < 1:
-        raise UserError(f"{path}: [data] max_prompt_tokens = {data.max_prompt_tokens}; expected 1 or more")
 
 
 def check_score_base(path: Path, table: ScoreBase | None) -> None:
@@ -532,7 +646,7 @@ def divides(path: Path, what: str, whole: int, by: str, part: int) -> None:
 
 
 def check_gguf(path: Path, gguf: Gguf) -> None:
-    """Raise `UserError` for a type that llama.cpp does not know, and for none at all."""
+    """Raise `UserError` for a type that llama.cpp can't make, or not without an importance matrix; and for none."""
     for where, names in (("types", gguf.types), ("max_mean_kl", gguf.max_mean_kl)):
         for name in names:
             if name.lower() not in GGUF_TYPES:
@@ -542,3 +656,9 @@ def check_gguf(path: Path, gguf: Gguf) -> None:
                 )
     if not gguf.types or len({name.lower() for name in gguf.types}) < len(gguf.types):
         raise UserError(f"{path}: [gguf] types = {gguf.types}; expected one or more, each once")
+    needy = [name for name in gguf.types if name.lower() in NEED_IMPORTANCE]
+    if needy and not gguf.importance_prompts:
+        raise UserError(
+            f"{path}: [gguf] importance_prompts = 0; expected 1 or more: without an importance matrix llama.cpp "
+            f"does not make {', '.join(needy)}"
+        )

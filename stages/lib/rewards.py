@@ -10,6 +10,8 @@ Recipes name the functions and weigh them; TRL logs each under its name and pays
 without paying.
 """
 
+import ast
+import copy
 import functools
 import importlib.util
 import inspect
@@ -21,7 +23,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -401,23 +403,29 @@ def load(names: Sequence[str], format: Format, recipe_folder: Path, **parameters
     """
     told = Parameters(**parameters)
     rewards = [_load_one(name, format, recipe_folder, told) for name in names]
-    seen: set[str] = set()
-    for name, reward in zip(names, rewards, strict=True):
-        if reward.__name__ in seen:
-            raise UserError(f"[rewards] {name!r}: another reward is already logged as {reward.__name__!r}; rename one")
-        seen.add(reward.__name__)
+    _refuse_twice(names)
     return rewards
 
 
 def check_names(names: Sequence[str], format: Format, recipe_folder: Path, **parameters: int | float | None) -> None:
-    """Raise UserError for what `load` would refuse of the recipe itself, without running a line of the user's."""
+    """Raise UserError for what `load` would refuse, as far as shows without running a line of the user's."""
     told = Parameters(**parameters)
     for name in names:
         if _is_own(name):
-            _own_path(name, recipe_folder)
+            _look_for_own(name, _own_path(name, recipe_folder))
         else:
             _known(name, format)
             _parameters_of(name, told)
+    _refuse_twice(names)
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        logged_as = name.rpartition(":")[2]
+        if logged_as in seen:
+            raise UserError(f"[rewards] {name!r}: another reward is already logged as {logged_as!r}; rename one")
+        seen.add(logged_as)
 
 
 def own_files(names: Sequence[str], recipe_folder: Path) -> dict[str, Path]:
@@ -496,6 +504,8 @@ def _named(name: str, function: functools.partial) -> Reward:
 
 # --- the user's own -------------------------------------------------------------------------------------------------
 
+MAX_REWARD = 3e38  # TRL adds rewards up in float32, which holds no more
+
 
 def _own_path(name: str, recipe_folder: Path) -> Path:
     file_name, _, function_name = name.rpartition(":")
@@ -507,6 +517,56 @@ def _own_path(name: str, recipe_folder: Path) -> Path:
     return path
 
 
+def _look_for_own(name: str, path: Path) -> None:
+    """Raise UserError if the file is no Python or has no such function, as far as shows without running it."""
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except SyntaxError as error:
+        raise UserError(f"[rewards] {name!r}: {_where(error, path)}") from error
+    except ValueError as error:  # a NUL byte
+        raise UserError(f"[rewards] {name!r}: {path}: {error}") from error
+    function_name = name.rpartition(":")[2]
+    bound = list(_names_bound(tree.body))
+    if function_name not in bound and "*" not in bound:  # "*": what it imports shows only when it runs
+        own = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+        raise UserError(_no_function(name, path, own))
+    for node in tree.body:
+        plain = isinstance(node, ast.FunctionDef) and not node.decorator_list
+        if plain and node.name == function_name and bound.count(function_name) == 1:
+            taken = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
+            if node.args.posonlyargs or not ("completions" in taken or node.args.kwarg):
+                raise UserError(_not_called_so(name, f"({ast.unparse(node.args)})"))
+
+
+def _names_bound(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """Give the names that the statements of a module bind, those within `if` and the like included."""
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+            continue  # what is within has its own names
+        if isinstance(node, ast.alias):
+            yield node.asname or node.name.partition(".")[0]
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        yield from _names_bound(ast.iter_child_nodes(node))
+
+
+def _no_function(name: str, path: Path, own: Sequence[str]) -> str:
+    function_name = name.rpartition(":")[2]
+    return (
+        f"[rewards] {name!r}: {path} has no function {function_name!r}{nearest(function_name, own)}; "
+        f"it has: {', '.join(own) or 'none'}"
+    )
+
+
+def _not_called_so(name: str, signature: str) -> str:
+    function_name = name.rpartition(":")[2]
+    return (
+        f"[rewards] {name!r}: expected {function_name}(completions, **kwargs), which is called with names only; "
+        f"found {function_name}{signature}"
+    )
+
+
 def _load_own(name: str, recipe_folder: Path) -> Reward:
     path = _own_path(name, recipe_folder)
     function_name = name.rpartition(":")[2]
@@ -514,10 +574,7 @@ def _load_own(name: str, recipe_folder: Path) -> Reward:
     function = getattr(module, function_name, None)
     if not inspect.isfunction(function):
         own = [key for key, thing in vars(module).items() if inspect.isfunction(thing) and not key.startswith("_")]
-        raise UserError(
-            f"[rewards] {name!r}: {path} has no function {function_name!r}{nearest(function_name, own)}; "
-            f"it has: {', '.join(own) or 'none'}"
-        )
+        raise UserError(_no_function(name, path, own))
     return _checked(name, function_name, function)
 
 
@@ -527,7 +584,7 @@ def _import_file(name: str, path: Path) -> Any:
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up by its name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises, they need to know where
+    except (Exception, SystemExit) as error:  # whatever the user's file raises, they need to know where
         raise UserError(f"[rewards] {name!r}: {_where(error, path)}") from error
     return module
 
@@ -535,7 +592,8 @@ def _import_file(name: str, path: Path) -> Any:
 def _checked(name: str, function_name: str, function: Callable[..., Any]) -> Reward:
     """Give the user's function wrapped so that whatever it does wrong is an error that names it, and so does the log.
 
-    It gets the arguments it asks for by name, or all of them if it takes `**kwargs`.
+    It gets the arguments it asks for by name, or all of them if it takes `**kwargs`; lists as copies, since the other
+    rewards and the trainer go on with them.
     """
     taken = inspect.signature(function).parameters
     kinds = {parameter.kind for parameter in taken.values()}
@@ -543,10 +601,7 @@ def _checked(name: str, function_name: str, function: Callable[..., Any]) -> Rew
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise UserError(f"[rewards] {name!r}: expected a plain function, found an async or a generator function")
     if inspect.Parameter.POSITIONAL_ONLY in kinds or not ("completions" in taken or takes_all):
-        raise UserError(
-            f"[rewards] {name!r}: expected {function_name}(completions, **kwargs), which is called with names only; "
-            f"found {function_name}{inspect.signature(function)}"
-        )
+        raise UserError(_not_called_so(name, str(inspect.signature(function))))
     path = Path(function.__code__.co_filename)
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     needed = [key for key, p in taken.items() if p.default is p.empty and p.kind not in variadic]
@@ -559,9 +614,12 @@ def _checked(name: str, function_name: str, function: Callable[..., Any]) -> Rew
             raise UserError(
                 f"[rewards] {name!r} asks for {', '.join(missing)}, which is no column; there are: {', '.join(given)}"
             )
+        passed = given if takes_all else {key: given[key] for key in taken if key in given}
+        # Lists alone: what else the trainer passes, such as its state, is not for copying.
+        passed = {key: copy.deepcopy(value) if isinstance(value, list) else value for key, value in passed.items()}
         try:
-            rewards = function(**(given if takes_all else {key: given[key] for key in taken if key in given}))
-        except Exception as error:  # whatever the user's function raises, they need to know where
+            rewards = function(**passed)
+        except (Exception, SystemExit) as error:  # whatever the user's function raises, they need to know where
             raise UserError(f"[rewards] {name!r}: {_where(error, path)}") from error
         return _checked_rewards(name, rewards, len(completions))
 
@@ -574,16 +632,29 @@ def _checked_rewards(name: str, rewards: Any, count: int) -> list[float]:
         raise UserError(f"[rewards] {name!r} returned {type(rewards).__name__}; expected a list of {count} numbers")
     if len(rewards) != count:
         raise UserError(f"[rewards] {name!r} returned {len(rewards)} rewards for {count} completions")
+    paid = []
     for position, reward in enumerate(rewards):
-        if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+        try:
+            paid.append(float(reward) if isinstance(reward, numbers.Real) else math.nan)
+        except OverflowError:  # 10**400
+            paid.append(math.inf)
+        if not abs(paid[-1]) <= MAX_REWARD:  # which NaN is not, either
             raise UserError(
-                f"[rewards] {name!r} returned {reward!r} ({type(reward).__name__}) for completion {position}; "
-                "expected a finite number"
+                f"[rewards] {name!r} returned {_shown(reward)} ({type(reward).__name__}) for completion {position}; "
+                f"expected a finite number, {MAX_REWARD:.0e} at most in size"
             )
-    return [float(reward) for reward in rewards]
+    return paid
 
 
-def _where(error: Exception, path: Path) -> str:
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out an integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _where(error: BaseException, path: Path) -> str:
     """Say what was raised and, if known, in which line of the user's file."""
     if isinstance(error, SyntaxError):
         return f"{path}, line {error.lineno}: SyntaxError: {error.msg}"

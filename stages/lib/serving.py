@@ -88,7 +88,10 @@ def opened(setting: Setting) -> Iterator["Llama"]:
 def answer(
     file: "Llama", setting: Setting, messages: Sequence[dict[str, str]], max_tokens: int, **sampling: float
 ) -> Iterator[str]:
-    """Yield the answer to `messages` piece by piece; `sampling` stands for some of the Modelfile's."""
+    """Yield the answer to `messages` piece by piece; `sampling` stands for some of the Modelfile's.
+
+    Raises `UserError` when they do not fit into the context.
+    """
     chunks = file.create_chat_completion(
         setting.with_system(messages),
         stream=True,
@@ -96,5 +99,12 @@ def answer(
         max_tokens=max_tokens,
         **setting.sampling | sampling,
     )
-    for chunk in chunks:
-        yield chunk["choices"][0]["delta"].get("content") or ""
+    try:
+        for chunk in chunks:
+            yield chunk["choices"][0]["delta"].get("content") or ""
+    except ValueError as error:
+        if "exceed context window" not in str(error):
+            raise
+        raise UserError(
+            f"too long for {setting.path.name}, whose context is [ollama] num_ctx = {setting.context_tokens}: {error}"
+        ) from error

@@ -369,13 +369,32 @@ def read_parquet(path: Path, wanted: list[str]) -> Iterator[Batch]:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: not a Parquet file ({error})") from error
+    row = 0
     with file:
         require_columns(str(path), wanted, file.schema_arrow.names)
-        row = 0
-        for part in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
-            numbers = list(range(row + 1, row + part.num_rows + 1))
-            row += part.num_rows
-            yield Batch(str(path), "row", numbers, {name: part.column(name).to_pylist() for name in wanted})
+        try:
+            for part in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+                columns = {name: values_of(part.column(name)) for name in wanted}
+                numbers = list(range(row + 1, row + part.num_rows + 1))
+                row += part.num_rows
+                yield Batch(str(path), "row", numbers, columns)
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+            raise UserError(f"{path}, after row {row}: can't be read on ({error}). Fetch or make it again") from error
+
+
+def values_of(column: Any) -> list[Any]:
+    """Return an Arrow array's values; floats of less than 64 bits as the shortest text that means them.
+
+    As a Python float, the float32 nearest to 0.1 would be 0.10000000149011612, an answer that nobody gives.
+    """
+    import numpy as np
+    import pyarrow
+
+    values = column.to_pylist()
+    if pyarrow.types.is_floating(column.type) and column.type.bit_width < 64:
+        number = column.type.to_pandas_dtype()
+        return [None if value is None else np.format_float_positional(number(value), trim="-") for value in values]
+    return values
 
 
 def read_hub(source: Source, wanted: list[str]) -> Iterator[Batch]:

@@ -57,6 +57,8 @@ def last_checkpoint(folder: Path, steps: int) -> str | None:
     """
     usable = {}
     for path in folder.glob("checkpoint-*"):
+        if not path.name.removeprefix("checkpoint-").isdecimal():
+            continue  # somebody's own
         step = int(path.name.split("-")[1])
         if (path / COMPLETE).is_file() and step < steps:
             usable[step] = path

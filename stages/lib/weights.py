@@ -1,9 +1,11 @@
 """What a folder of safetensors holds, read from the files' headers and config.json without loading a weight."""
 
+import contextlib
 import json
 import math
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 from stages.lib.errors import UserError
@@ -16,8 +18,9 @@ def folder(name: str, revision: str | None) -> Path:
     """
     from transformers.utils import cached_file
 
-    cached_file(name, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
-    return Path(cached_file(name, "config.json", revision=revision)).parent
+    with fetching(name, revision):
+        cached_file(name, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
+        return Path(cached_file(name, "config.json", revision=revision)).parent
 
 
 def whole_folder(name: str, revision: str | None) -> Path:
@@ -27,7 +30,23 @@ def whole_folder(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
-    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    with fetching(name, revision):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+
+
+@contextlib.contextmanager
+def fetching(name: str, revision: str | None) -> Iterator[None]:
+    """Around what may fetch the model `name` from the hub: raise `UserError` when the hub does not give it."""
+    try:
+        yield
+    except OSError as error:  # what transformers and huggingface_hub make of no network, no such revision, no licence
+        if revision is None:
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{name} at {revision}: the hub did not give it: {said}. Run: make doctor RECIPE=..., which says what is "
+            f"amiss (network, revision, licence, token); or give a local folder as [model] name"
+        ) from error
 
 
 def local_folder(name: str, revision: str | None) -> Path | None:

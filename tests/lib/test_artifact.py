@@ -344,6 +344,7 @@ FOREIGN = {
     "curves without a manifest": ({"out/logs/events": "mine"}, "holds 'logs/events'"),
     "another stage's artifact": ({"out/manifest.json": OTHERS}, "holds 'manifest.json'"),
     "a manifest that is none": ({"out/manifest.json": "{"}, "holds 'manifest.json'"),
+    "a manifest without files": ({"out/manifest.json": '{"stage": "example"}', "out/mine": "x"}, "holds 'mine'"),
     "a manifest that is a list": ({"out/manifest.json": "[]"}, "holds 'manifest.json'"),
     "--out is a file": ({"out": "mine"}, "out: is a file; expected a folder"),
     "a foreign unfinished folder": ({"out.unfinished/thesis.txt": "mine"}, "unfinished: was not made by example"),
@@ -400,6 +401,14 @@ def test_empty_folders_are_no_reason_to_refuse(tmp_path):
     is_whole(tmp_path / "out", NEW)
 
 
+def test_a_folder_that_can_not_be_written_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match="file/deep: example can't write there .*; expected a folder of yours on a disk"
+    ):
+        make(tmp_path / "file" / "deep" / "out", NEW)
+
+
 def test_a_full_disk_is_found_before_the_stage_starts_and_both_sizes_are_named(tmp_path, monkeypatch):
     make(tmp_path / "out", OLD)
     crash_in_the_body(tmp_path / "out", NEW)
@@ -449,6 +458,8 @@ def damage(folder: Path, how: str) -> None:
             (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:100])
         case "another stage":
             (folder / "manifest.json").write_text(OTHERS)
+        case "no list of files":
+            (folder / "manifest.json").write_text('{"stage": "example"}')
 
 
 @pytest.mark.parametrize(
@@ -459,7 +470,11 @@ def damage(folder: Path, how: str) -> None:
         ("no manifest", r"given: there is none"),
         ("truncated", r"notes.txt: has 1 bytes; expected 3 bytes, as example wrote it"),
         ("lost", r"weights: is gone; expected \d+ bytes"),
-        ("half a manifest", r"given: its manifest.json is not one that a stage wrote"),
+        ("half a manifest", r"given: its manifest.json is not one that a stage wrote.*or delete .*given and run: make"),
+        (
+            "no list of files",
+            r"manifest.json: lists no files, so example did not write it. Delete .*given and run: make",
+        ),
         ("another stage", r"given: holds the output of 'another'; expected that of 'example'"),
     ],
 )

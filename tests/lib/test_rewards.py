@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stages.lib.errors import UserError
 from stages.lib.formats import FORMATS, THINK, XML, Answer
-from stages.lib.rewards import FOR_ANY_FORMAT, MATH_TIMEOUT_SECONDS, SUITES, load
+from stages.lib.rewards import FOR_ANY_FORMAT, MATH_TIMEOUT_SECONDS, SUITES, check_names, load
 
 SUITE_NAMES = {
     "xml": ["xmlcount", "soft_format", "strict_format", "int", "correctness"],
@@ -325,6 +325,10 @@ def test_a_plain_function_of_the_users_own_is_a_reward_under_its_own_name(source
         ("def politeness(completions):\n    return [1.0, '1.0']", r"returned '1.0' \(str\) for completion 1"),
         ("def politeness(completions):\n    return [None, 1.0]", r"returned None \(NoneType\) for completion 0"),
         ("def politeness(completions):\n    return [1j, 1.0]", r"\(complex\)"),
+        ("def politeness(completions):\n    return [1.0, -4e38]", r"returned -4e\+38 \(float\) for completion 1"),
+        ("def politeness(completions):\n    return [10**400, 1.0]", r"returned 10{59}\.\.\. \(int\) for completion 0"),
+        ("def politeness(completions):\n    return [10**5000, 1.0]", "returned a number of thousands of digits"),
+        ("import sys\ndef politeness(completions):\n    sys.exit()", r"my_rewards.py, line 3: SystemExit"),
         ("def politeness(completions):\n    return 1.0", "returned float; expected a list of 2 numbers"),
         ("def politeness(completions):\n    pass", "returned NoneType; expected a list of 2 numbers"),
         (
@@ -356,11 +360,65 @@ def test_what_the_users_function_does_wrong_is_an_error_that_names_it(source, me
         ("def politeness(completions:\n", r"my_rewards.py, line 1: SyntaxError"),
         ("import no_such_module_here\n", r"my_rewards.py, line 1: ModuleNotFoundError"),
         ("\n\nraise ValueError('no')\n", r"my_rewards.py, line 3: ValueError: no"),
+        ("import sys\nsys.exit(0)\n", r"my_rewards.py, line 2: SystemExit: 0"),
     ],
 )
 def test_a_file_that_has_no_such_reward_is_refused_when_it_is_loaded(source, message, tmp_path):
     with pytest.raises(UserError, match=message):
         own(tmp_path, source)
+
+
+def test_an_own_reward_that_rewrites_what_it_gets_changes_nothing_for_the_others(tmp_path):
+    reward = own(
+        tmp_path,
+        "def politeness(completions, answer, trainer_state):\n    completions[0][0]['content'] = answer[0] = ''\n"
+        "    trainer_state['seen'] = True\n    return [0.0]",
+    )
+    completions, answer, state = [[{"role": "assistant", "content": "a"}]], ["42"], {}
+    assert reward(completions, answer=answer, trainer_state=state) == [0.0]
+    assert (completions[0][0]["content"], answer, state) == ("a", ["42"], {"seen": True})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def politeness(completions): ...",
+        "politeness = lambda completions: []",
+        "from elsewhere import politeness",
+        "from elsewhere import rude as politeness",
+        "from elsewhere import *",
+        "if True:\n    def politeness(completions): ...\nelse:\n    politeness = None",
+        "try:\n    from elsewhere import politeness\nexcept ImportError:\n    def politeness(texts): ...",
+        "def politeness(texts): ...\npoliteness = print",
+        "@renamed\ndef politeness(texts): ...",
+        "# coding: latin-1\ndef politeness(completions): ...",
+    ],
+)
+def test_a_name_that_a_file_binds_is_not_refused_before_it_is_loaded(source, tmp_path):
+    (tmp_path / "my_rewards.py").write_text(source)
+    check_names(["my_rewards.py:politeness"], XML, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "def politness(completions): ...",
+            r"has no function 'politeness' \(did you mean 'politness'\?\); it has: pol",
+        ),
+        ("", "has no function 'politeness'; it has: none"),
+        ("class A:\n    def politeness(completions): ...", "has no function 'politeness'; it has: none"),
+        ("def other(completions):\n    politeness = 1", "has no function 'politeness'; it has: other"),
+        ("def politeness(texts): ...", r"expected politeness\(completions, .*found politeness\(texts\)"),
+        ("def politeness(completions, /): ...", r"found politeness\(completions, /\)"),
+        ("\ndef politeness(completions:\n", r"my_rewards.py, line 2: SyntaxError"),
+        ("a = '\0'", r"my_rewards.py.*null bytes"),
+    ],
+)
+def test_a_file_without_the_reward_is_refused_before_it_is_loaded(source, message, tmp_path):
+    (tmp_path / "my_rewards.py").write_text(source)
+    with pytest.raises(UserError, match=rf"'my_rewards.py:politeness': .*{message}"):
+        check_names(["my_rewards.py:politeness"], XML, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +444,8 @@ def test_an_own_reward_may_not_hide_behind_the_name_of_another(tmp_path):
     (tmp_path / "mine.py").write_text("def correctness(completions): ...")
     with pytest.raises(UserError, match=r"'mine.py:correctness': another reward is already logged as 'correctness'"):
         load(["correctness", "mine.py:correctness"], XML, tmp_path)
+    with pytest.raises(UserError, match=r"'mine.py:correctness': another reward is already logged as 'correctness'"):
+        check_names(["correctness", "mine.py:correctness"], XML, tmp_path)
 
 
 def test_every_reward_of_the_library_says_what_it_pays():

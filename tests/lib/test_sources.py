@@ -104,6 +104,31 @@ def test_columns_the_recipe_does_not_name_are_not_carried_along(tmp_path: Path) 
     assert batch.columns == {"q": ["x"], "a": [1]}
 
 
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_a_short_float_of_parquet_is_the_shortest_number_that_it_means(tmp_path: Path, kind: str) -> None:
+    import numpy as np
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "mine.parquet"
+    answers = pyarrow.array(np.array([0.1, 2.5, 1000.0], kind), mask=np.array([False, False, False]))
+    answers = pyarrow.concat_arrays([answers, pyarrow.nulls(1, answers.type)])
+    parquet.write_table(pyarrow.table({"q": ["x"] * 4, "a": answers}), path)
+    (batch,) = parsed(source(path), [path])
+    assert batch.columns["a"] == ["0.1", "2.5", "1000", None]
+
+
+def test_a_parquet_file_that_is_damaged_amid_its_rows_is_said(tmp_path: Path) -> None:
+    path = Path(
+        write(tmp_path / "mine.parquet", [{"q": f"question {number}" * 20, "a": number} for number in range(3000)])
+    )
+    content = bytearray(path.read_bytes())
+    content[100 : len(content) // 2] = b"\x07" * (len(content) // 2 - 100)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"mine.parquet, after row 0: can't be read on \(.*Fetch or make it again"):
+        list(parsed(source(path), [path]))
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 @pytest.mark.parametrize("limit", [1, 2, 3, 9])
 def test_max_rows_takes_the_first_rows(

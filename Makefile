@@ -144,8 +144,8 @@ data := $(call kept,DATA,data.path)
 subset := $(call kept,SUBSET,subset)
 
 # The stages that read files from outside, if one of those changed since they finished: the recipe's data and model on
-# this disk, DATA, rewards of one's own. Make could hold no name with a blank in it, so find looks. It goes by ctime, as a file
-# that is moved or unpacked over another keeps an old mtime; a folder changes when a file in it comes or goes.
+# this disk, DATA, rewards of one's own. Make could hold no name with a blank in it, so find looks. It goes by ctime, as
+# a file that is moved or unpacked over another keeps an old mtime; a folder changes when a file in it comes or goes.
 finished := $(call quoted,$(CURDIR)/$(out))
 caches := -path data/cache -o -path $(call quoted,$(CURDIR)/data/cache)
 changed := $(shell \

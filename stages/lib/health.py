@@ -34,7 +34,8 @@ def find(log: Sequence[dict[str, float]], knobs: Health, *, scaled: bool = False
         found["constant_reward"] = (
             f"within a group every completion was paid the same {for_so_long}: there is nothing to learn from. Run: "
             f"make score-base; then choose easier or harder problems (SUBSET=1), other rewards, or more "
-            f"completions a prompt"
+            f"completions a prompt. Or is the reward all there is to earn? Then set [health] warn_only = "
+            f"['constant_reward'] and run it again: it goes on from its last checkpoint"
         )
     if all_of("completions/clipped_ratio", lambda value: value >= 1.0):
         found["cut_off"] = (

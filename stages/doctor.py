@@ -19,7 +19,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -116,7 +115,8 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
     yield from data_findings
     unpinned = {source.name for source in recipe.data.sources if not source.revision}
     for name in datasets:
-        yield (unpinned_finding if name in unpinned else partial(hub_finding, "data"))(name, answers[name])
+        finding = hub_finding("data", name, answers[name])
+        yield unpinned_finding(finding, answers[name].commit) if name in unpinned else finding
     yield token(recipe, model, answers)
     yield clock(answers)
     yield tokenizer_finding(tokenizer, recipe, started + TOKENIZER_SECONDS)
@@ -585,16 +585,13 @@ def hub_finding(what: Literal["model", "data"], name: str, answer: Answer) -> Fi
     return Finding("warn", what, f"{name}: the hub answers {answer.status} {answer.reason}", "try again later")
 
 
-def unpinned_finding(name: str, answer: Answer) -> Finding:
-    """Return that the recipe states no revision of the dataset `name`, and the newest one if the hub told."""
-    finding = hub_finding("data", name, answer)
+def unpinned_finding(finding: Finding, commit: str | None) -> Finding:
+    """Return what was found of a dataset, and that the recipe states no revision; `commit` is the newest, if known."""
     found = f"{finding.found}, and the recipe states no revision"
     if finding.status != "ok":
         return replace(finding, found=found)
-    commit = (
-        f'"{answer.commit}", the newest commit there' if answer.commit else "a commit (40 hex digits) of its history"
-    )
-    remedy = f"write revision = {commit}, below its name in the recipe; or make ... DATA=FOLDER"
+    newest = f'"{commit}", the newest commit there' if commit else "a commit (40 hex digits) of its history"
+    remedy = f"write revision = {newest}, below its name in the recipe; or make ... DATA=FOLDER"
     return Finding("fail", "data", found, remedy)
 
 

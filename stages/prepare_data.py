@@ -587,12 +587,12 @@ def refuse_small(recipe: Recipe, sets: dict[str, Any]) -> None:
         "[gguf] prompts": ("eval", recipe.gguf.prompts),
         "[gguf] importance_prompts": ("sft", recipe.gguf.importance_prompts),
     }
-    short = {knob: (name, count) for knob, (name, count) in asked.items() if count > sets[name]["rows"]}
-    if short:
-        lines = "".join(
-            f"\n  {knob} = {count}, and the {name} set has {sets[name]['rows']} rows"
-            for knob, (name, count) in short.items()
-        )
+    lines = "".join(
+        f"\n  {knob} = {count}, and the {name} set has {sets[name]['rows']} rows"
+        for knob, (name, count) in asked.items()
+        if count > sets[name]["rows"]
+    )
+    if lines:
         raise UserError(
             f"{recipe.path}: too few rows for what later stages take at once:{lines}\nLower these, or give that set "
             f"more rows: another file, larger shares"

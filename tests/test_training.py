@@ -293,6 +293,14 @@ def test_a_module_that_the_model_has_not_is_said_and_not_passed_over(finished, t
     )
 
 
+def test_the_engine_is_closed_also_when_a_signal_ends_the_run(finished, tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(models, "close", closed.append)
+    monkeypatch.setenv("TERM_AT_CALL", "2")
+    assert micro.run("grpo", finished, tmp_path / "grpo").exit_code == 143
+    assert closed == [None]  # there is no vLLM here
+
+
 def test_grpo_continues_the_sft_adapter_and_learns(finished):
     from safetensors.numpy import load_file
 

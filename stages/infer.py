@@ -123,7 +123,7 @@ def table(figures: dict[str, Any]) -> str:
             f"{own['tokens']:7.1f} {own['cut_off']:8.1%}"
         )
     for step, own in figures["steps"].items():
-        lines.append(f"{step}: {own['gained']} problems gained, {own['lost']} lost, McNemar p = {own['p']:.2g}")
+        lines.append(f"{step}: {own['gained']} problems gained, {own['lost']} lost, McNemar {stats.p_text(own['p'])}")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.lib import formats
+from stages.lib import formats, stats
 from stages.lib.recipe import Recipe, Source, is_hub_name
 
 Manifests = Mapping[str, Mapping[str, Any]]
@@ -172,7 +172,7 @@ def accuracy(manifests: Manifests) -> list[str]:
             f"{own['tokens']:.1f}", f"{own['cut_off']:.1%}", f"{own['problems']:,}",
         ))  # fmt: skip
     steps = [
-        f"- {step}: {own['gained']} problems gained, {own['lost']} lost (exact McNemar test, p = {own['p']:.2g})"
+        f"- {step}: {own['gained']} problems gained, {own['lost']} lost (exact McNemar test, {stats.p_text(own['p'])})"
         for step, own in figures["steps"].items()
     ]
     return [

@@ -25,3 +25,8 @@ def mcnemar(gained: int, lost: int) -> float:
     total = gained + lost
     tail = sum(math.comb(total, count) for count in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**total)
+
+
+def p_text(p: float) -> str:
+    """Return "p = 0.062", or "p < 1e-300" where the exact value is too small for a float, which then holds 0."""
+    return "p < 1e-300" if p < 1e-300 else f"p = {p:.2g}"

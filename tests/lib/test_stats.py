@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from stages.lib.stats import mcnemar, wilson
+from stages.lib.stats import mcnemar, p_text, wilson
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,9 @@ def test_mcnemar_is_the_share_of_coin_tosses_at_least_as_uneven(total):
         assert mcnemar(gained, total - gained) == pytest.approx(
             sum(abs(2 * heads - total) >= uneven for heads in tosses) / 2**total
         )
+
+
+def test_a_p_too_small_for_a_float_is_not_said_to_be_zero():
+    assert [p_text(mcnemar(*pairs)) for pairs in ((5, 0), (655, 7), (1284, 0))] == [
+        "p = 0.062", "p = 1.1e-183", "p < 1e-300",
+    ]  # fmt: skip

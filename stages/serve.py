@@ -112,20 +112,28 @@ def application(setting: Setting, name: str) -> Any:
     # No page that happens to be open in a browser may use the model: neither across origins, as the server has it, nor
     # by a name that its owner lets point here.
     app.user_middleware = [each for each in app.user_middleware if each.cls is not CORSMiddleware]
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    app.add_middleware(AsModelfile, setting=setting)
+    app.add_middleware(AsModelfile, setting=setting, vocabulary=llama.Vocabulary(setting.path))
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # the last one added comes first
     return app
 
 
-class AsModelfile:
-    """ASGI middleware that gives a chat request what the Modelfile says and the request does not."""
+class TooLong(ValueError):
+    """A conversation that does not fit into the context."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]], setting: Setting) -> None:
-        self.app, self.setting = app, setting
+
+class AsModelfile:
+    """ASGI middleware that gives a chat request what the Modelfile says and the request does not.
+
+    What is no request, and a conversation that does not fit into the context, it answers with status 400: the server
+    behind it would answer 500, or a stream that ends before it began.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], setting: Setting, vocabulary: llama.Vocabulary) -> None:
+        self.app, self.setting, self.vocabulary = app, setting, vocabulary
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         """Hand a request on, a chat's body rewritten."""
-        if scope["type"] != "http" or scope["path"] != CHAT:
+        if scope["type"] != "http" or scope["path"] != CHAT or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         body, more = b"", True
@@ -135,7 +143,19 @@ class AsModelfile:
                 return
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        body = completed(body, self.setting)
+        try:
+            request = completed(body, self.setting)
+            self.check_room(request["messages"])
+        except ValueError as error:
+            from starlette.responses import JSONResponse
+
+            code = (
+                "context_length_exceeded" if isinstance(error, TooLong) else None
+            )  # OpenAI's word, which clients know
+            said = {"message": str(error), "type": "invalid_request_error", "param": None, "code": code}
+            await JSONResponse({"error": said}, status_code=400)(scope, receive, send)
+            return
+        body = json.dumps(request).encode()
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
         headers.append((b"content-length", str(len(body)).encode()))
         rest = [{"type": "http.request", "body": body, "more_body": False}]
@@ -145,32 +165,49 @@ class AsModelfile:
 
         await self.app({**scope, "headers": headers}, replay, send)
 
+    def check_room(self, messages: list[dict[str, Any]]) -> None:
+        """Raise `TooLong` when `messages` leave no room for an answer, `ValueError` for what can't be rendered."""
+        tokens = len(self.vocabulary.tokenize(self.vocabulary.render(messages)))
+        if tokens >= self.setting.context_tokens:
+            raise TooLong(
+                f"This model's maximum context length is {self.setting.context_tokens} tokens ([ollama] num_ctx); the "
+                f"conversation has {tokens}. Shorten it"
+            )
 
-def completed(body: bytes, setting: Setting) -> bytes:
-    """Return a chat request's body with the Modelfile's system prompt, stops and sampling where it states none.
 
-    Its own stops come on top. What is no request comes back as it is, for the server to refuse.
+def completed(body: bytes, setting: Setting) -> dict[str, Any]:
+    """Return a chat request with the Modelfile's system prompt, stops and sampling where it states none.
+
+    Its own stops come on top. Raises `ValueError`, of json or pydantic too, for what is no request.
     """
-    try:
-        request = json.loads(body)
-    except ValueError:
-        return body
-    if not isinstance(request, dict) or not is_conversation(request.get("messages")):
-        return body
+    from llama_cpp.server.types import CreateChatCompletionRequest
+
+    request = json.loads(body)
+    if not isinstance(request, dict) or request.get("messages") is None:
+        raise ValueError(f"expected a JSON object with messages; found {body[:80].decode(errors='replace')!r}")
     stated = {key: value for key, value in request.items() if value is not None}
+    CreateChatCompletionRequest.model_validate(stated)
     stops = stated.get("stop", [])
     stops = [stops] if isinstance(stops, str) else stops
-    if isinstance(stops, list):
-        stated["stop"] = [*stops, *(stop for stop in setting.stops if stop not in stops)]
+    stated["stop"] = [*stops, *(stop for stop in setting.stops if stop not in stops)]
     if "max_completion_tokens" in stated:  # what newer clients call it
         stated.setdefault("max_tokens", stated["max_completion_tokens"])
-    messages = setting.with_system(stated["messages"])
-    return json.dumps({**setting.sampling, **stated, "messages": messages}).encode()
+    messages = [with_text(message) for message in stated["messages"]]
+    return {**setting.sampling, **stated, "messages": setting.with_system(messages)}
 
 
-def is_conversation(messages: Any) -> bool:
-    """Say whether `messages` is a list of messages."""
-    return isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+def with_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose content is text, which a list of parts is joined to: a chat template takes no list.
+
+    Raises `ValueError` for a part that is no text, such as an image.
+    """
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    for part in parts:
+        if part["type"] != "text":
+            raise ValueError(f"expected text, all that this model reads; found a part of type {part['type']!r}")
+    return {**message, "content": "".join(part["text"] for part in parts)}
 
 
 if __name__ == "__main__":

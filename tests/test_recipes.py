@@ -299,6 +299,12 @@ LORA_KEYS = "known: alpha, dropout, rank, target_modules"
             "[grpo] loss_type = 'DAPO'; expected one of grpo, bnpo, dr_grpo, dapo",
         ),
         (
+            'optimizer = "adamw_torch"', 'optimizer = "adamw"',
+            "[sft] optimizer = 'adamw'; expected one of adamw_torch, adamw_torch_fused, adafactor, adagrad, rmsprop, "
+            "sgd, adamw_8bit, adamw_bnb_8bit, lion_32bit, lion_8bit, paged_adamw_32bit, paged_adamw_8bit, "
+            "paged_lion_32bit, paged_lion_8bit (did you mean 'adamw_8bit'?)",
+        ),
+        (
             'dtype = "float16"', 'dtype = "float32"',
             "[merge] dtype = 'float32'; expected one of bfloat16, float16 (did you mean 'float16'?)",
         ),

@@ -127,12 +127,47 @@ def test_a_clients_own_stop_comes_on_top(client):
     assert "</answer>" not in answer.choices[0].message.content
 
 
-def test_a_conversation_longer_than_the_context_of_the_recipe_is_refused(client):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_longer_than_the_context_of_the_recipe_is_refused(client, stream):
     import openai
 
     long = [{"role": "user", "content": "What is 1 + 1? " * 400}]
-    with pytest.raises(openai.BadRequestError, match="maximum context length is 1024 tokens"):
-        client.chat.completions.create(model="tiny", messages=long)
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 1024 tokens") as raised:
+        client.chat.completions.create(model="tiny", messages=long, stream=stream)
+    assert raised.value.code == "context_length_exceeded"
+
+
+def test_text_in_parts_is_the_same_text(client):
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "17 + 25?"}]
+    whole = client.chat.completions.create(model="tiny", messages=QUESTION)
+    answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": parts}])
+    assert answer.usage.prompt_tokens == whole.usage.prompt_tokens
+    assert answer.choices[0].message.content == whole.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "Expecting property name"),
+        (b"[]", "expected a JSON object with messages; found '[]'"),
+        (b"{}", "expected a JSON object with messages"),
+        (b'{"messages": null}', "expected a JSON object with messages"),
+        (b'{"messages": [{"role": "robot", "content": "x"}]}', "messages"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}', "temperature"),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}',
+            "expected text, all that this model reads; found a part of type 'image_url'",
+        ),
+    ],
+)
+def test_what_is_no_request_gets_400_and_what_is_wrong(address, body, message):
+    headers = {"Content-Type": "application/json"}
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(urllib.request.Request(f"{address}/chat/completions", body, headers), timeout=30)
+    assert raised.value.code == 400
+    error = json.load(raised.value)["error"]
+    assert error["type"] == "invalid_request_error"
+    assert message in error["message"]
 
 
 def got(address: str, **headers: str) -> tuple[int, dict[str, str]]:
@@ -147,6 +182,10 @@ def got(address: str, **headers: str) -> tuple[int, dict[str, str]]:
 
 def test_a_page_in_a_browser_gets_nothing(address):
     assert got(address, Host="attacker.example")[0] == 400
+    question = urllib.request.Request(f"{address}/chat/completions", b"{", {"Host": "attacker.example"})
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(question, timeout=30)
+    assert raised.value.read() == b"Invalid host header"
     status, headers = got(address, Origin="https://attacker.example")
     assert status == 200
     assert not [name for name in headers if name.lower().startswith("access-control-")]
@@ -231,10 +270,11 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path):
     ],
 )
 def test_a_request_gets_what_it_does_not_state_from_the_modelfile(request_body, expected):
-    made = json.loads(serve.completed(json.dumps(request_body).encode(), SETTING))
+    made = serve.completed(json.dumps(request_body).encode(), SETTING)
     assert {key: made[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b'{"messages": 3}', b'{"messages": ["x"]}', b"\xff", b"{}"])
-def test_what_is_no_request_is_left_for_the_server_to_refuse(body):
-    assert serve.completed(body, SETTING) == body
+def test_what_is_no_request_is_refused(body):
+    with pytest.raises(ValueError):
+        serve.completed(body, SETTING)

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
 
 from stages import grpo, sft
 from stages.lib import artifact, models, training
-from stages.lib.recipe import read_recipe
+from stages.lib.errors import UserError
+from stages.lib.recipe import BitsandbytesOptimizer, Sft, TorchOptimizer, read_recipe
 from tests import micro
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +141,26 @@ def test_every_knob_of_the_recipe_reaches_the_trainer(stage, tmp_path):
             continue
         changed = arguments_of(stage, micro.write_recipe(tmp_path, **{name: {key: value}}), tmp_path)
         assert changed != plain, key
+
+
+def test_every_optimizer_that_a_recipe_may_name_is_one_of_transformers(tmp_path):
+    import torch
+    from transformers import Trainer, TrainingArguments
+    from transformers.training_args import OptimizerNames
+
+    names = typing.get_args(typing.get_type_hints(Sft)["optimizer"])
+    assert names == typing.get_args(TorchOptimizer) + typing.get_args(BitsandbytesOptimizer)
+    assert set(names) <= {name.value for name in OptimizerNames}
+    for name in typing.get_args(TorchOptimizer):  # each can be made of packages that are locked for a CPU
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), optim=name))
+        kind([torch.nn.Parameter(torch.zeros(2))], **settings)
+
+
+def test_an_optimizer_without_its_package_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    recipe = read_recipe(micro.write_recipe(tmp_path, grpo={"optimizer": "paged_adamw_8bit"}))
+    with pytest.raises(UserError, match=r"\[grpo\] optimizer = 'paged_adamw_8bit' needs the package bitsandbytes"):
+        models.start(recipe)
 
 
 @pytest.mark.parametrize(("batch", "micro_batch", "steps"), [(8, 8, 1), (8, 2, 4), (8, 1, 8)])

@@ -82,6 +82,8 @@ def writing(
         "sources": {name: sha256(path) for name, path in sorted((sources or {}).items())},
         "code": code_digest(stage),
     }
+    if out.name in ("", ".."):
+        raise UserError(f"--out {out}: expected the name of a folder for {stage} to write, such as artifacts/{stage}")
     folder = out.with_name(out.name + ".unfinished")
     refuse_foreign(out, stage)
     with locked(folder, stage):

@@ -4,11 +4,11 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from stages.lib import formats, weights
 from stages.lib.errors import UserError, nearest
-from stages.lib.recipe import Model, Recipe, is_hub_name
+from stages.lib.recipe import BitsandbytesOptimizer, Model, Recipe, TorchOptimizer, is_hub_name
 
 SAFE = {"trust_remote_code": False}  # no code out of a model repository ever runs here
 
@@ -55,9 +55,16 @@ def require_gpu(recipe: Recipe) -> None:
 def start(recipe: Recipe) -> None:
     """Import the trainer's engine. Call it before trl, transformers or peft is imported: Unsloth patches them.
 
-    Raises `UserError` as `require_gpu` does.
+    Raises `UserError` as `require_gpu` does, and when the package of an optimizer is missing.
     """
     require_gpu(recipe)
+    for table, optimizer in (("sft", recipe.sft.optimizer), ("grpo", recipe.grpo.optimizer)):
+        needed = optimizer in get_args(BitsandbytesOptimizer)
+        if needed and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"{recipe.path}: [{table}] optimizer = {optimizer!r} needs the package bitsandbytes, which is not "
+                f"installed here: it comes with the CUDA image. Expected one of {', '.join(get_args(TorchOptimizer))}"
+            )
     if recipe.model.engine != "unsloth":
         return
     os.environ["UNSLOTH_VLLM_STANDBY"] = str(int(recipe.vllm.standby))

@@ -153,6 +153,14 @@ class Lora:
     target_modules: list[str]  # module names, or ["all-linear"]
 
 
+# transformers' names for optimizers (`optim`). Others want packages that are not locked, or arguments.
+TorchOptimizer = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"]
+BitsandbytesOptimizer = Literal[
+    "adamw_8bit", "adamw_bnb_8bit", "lion_32bit", "lion_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
+    "paged_lion_32bit", "paged_lion_8bit",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Sft:
     """`[sft]`: supervised fine-tuning on worked solutions."""
@@ -165,7 +173,7 @@ class Sft:
     learning_rate: float
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"]
     warmup_steps: int
-    optimizer: str  # transformers' name for it (`optim`), such as "adamw_torch" or "adamw_8bit"
+    optimizer: Literal[TorchOptimizer, BitsandbytesOptimizer]
     weight_decay: float
     adam_beta1: float
     adam_beta2: float
@@ -213,7 +221,7 @@ class Grpo:
     learning_rate: float
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"]
     warmup_steps: int
-    optimizer: str  # as in [sft]
+    optimizer: Literal[TorchOptimizer, BitsandbytesOptimizer]
     weight_decay: float
     adam_beta1: float
     adam_beta2: float

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -368,6 +369,14 @@ def test_what_this_stage_did_not_write_is_named_and_left_alone(tmp_path, files, 
     with pytest.raises(UserError, match=message):
         make(tmp_path / "out", NEW)
     assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_folder_that_can_not_be_replaced_is_no_out(tmp_path, out, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"--out {re.escape(out)}: expected the name of a folder for example to write"):
+        make(Path(out), NEW)
+    assert not state(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["out/thesis.txt", "out/model/thesis.txt", "out.replaced/thesis.txt"])

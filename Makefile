@@ -123,7 +123,7 @@ endif
 # $(call stage,name): run a stage on this recipe, with the folders of its inputs, into its own.
 stage = $(python) -m stages.$(subst -,_,$(1)) --recipe $(recipe)
 # For what looks at the machine itself, before anything is installed or built if need be: it asks for no more than click.
-on_host = $(or $(firstword $(shell for each in $(PYTHON) $(VENV)/bin/python; do \
+on_host = $(or $(firstword $(shell for each in $(VENV)/bin/python $(PYTHON); do \
   "$$each" -c 'import click, tomllib' 2> /dev/null && echo "$$each"; done; true)),$(error \
   $(PYTHON) has no click. Run: $(PYTHON) -m pip install click, or: make setup))
 # $(call given,names): "--name folder" for each finished stage that is an input.
@@ -146,12 +146,13 @@ subset := $(call kept,SUBSET,subset)
 # The stages that read files from outside, if one of those changed since they finished: the recipe's data and model on
 # this disk, DATA, rewards of one's own. Make could hold no name with a blank in it, so find looks. It goes by ctime, as
 # a file that is moved or unpacked over another keeps an old mtime; a folder changes when a file in it comes or goes.
+named = awk '/^ *\[/ { here = /^ *\[(\[ *data\.sources|model\])/ } \
+  here && sub(/^ *name *= *"/, "") { sub(/".*/, ""); print } \
+  here && sub(/^ *name *= *\047/, "") { sub(/\047.*/, ""); print }' $(recipe)
 finished := $(call quoted,$(CURDIR)/$(out))
 caches := -path data/cache -o -path $(call quoted,$(CURDIR)/data/cache)
 changed := $(shell \
-  mapfile -t names < <(awk '/^ *\[/ { here = /^ *\[(\[ *data\.sources|model\])/ } \
-    here && sub(/^ *name *= *"/, "") { sub(/".*/, ""); print } \
-    here && sub(/^ *name *= *\047/, "") { sub(/\047.*/, ""); print }' $(recipe)); \
+  mapfile -t names < <($(named)); \
   names+=($(if $(data),$(call quoted,$(data)))); \
   [[ $${names[*]} = '' || -z $$(find -L "$${names[@]}" \( $(caches) \) -prune \
     -o -cnewer $(finished)/prepare-data/manifest.json -print -quit 2> /dev/null) ]] || echo prepare-data)
@@ -165,6 +166,10 @@ endif
 ifneq ($(data),$(file < $(out)/data.path))
   changed += prepare-data
 endif
+
+# A container sees what the recipe names on this disk, wherever it lies; names with a blank docker/run would take apart.
+override MOUNT := $(strip $(MOUNT) $(shell $(named) | while read -r name; do \
+  [[ $$name = *[[:blank:]]* || ! -e $$name ]] || echo "$$name"; done))
 
 .PHONY: all help test test-gpu clean setup ask chat serve push ollama image shell lock sbom doctor FORCE
 stages := base-model prepare-data sft score-base grpo infer merge gguf ollama-modelfile
@@ -197,7 +202,7 @@ $(call done,prepare-data): stages/prepare_data.py $(call done,$(base))
 	@printf '%s\n' $(call quoted,$(data)) > $(out)/data.path
 gone = Error: $(data), which $(out)/data.path names as DATA of the last time, is not there any more. Give another \
   DATA=PATH, or DATA= to read what the recipe names from the hub
-$(call done,prepare-data): export MOUNT := $(MOUNT) $(data)
+$(call done,prepare-data): override export MOUNT := $(MOUNT) $(data)
 
 $(call done,sft): stages/sft.py $(call done,$(base) prepare-data)
 	$(call stage,sft) $(call given,$(base) prepare-data) --out $(@D)

@@ -27,6 +27,7 @@ import click
 
 from stages import base_model, prepare_data
 from stages.lib.recipe import read_recipe
+from tests import micro
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny.toml"
@@ -141,11 +142,12 @@ def write_recipe(path: Path, model: Path, rows: Path, max_prompt_tokens: int) ->
 
 
 def make_model(folder: Path) -> None:
-    """Make a model folder as far as this stage needs one: the tiny model's tokenizer and a configuration."""
+    """Make a model folder as far as this stage needs one: the tiny model's tokenizer, a configuration, some weights."""
     knobs = read_recipe(TINY).base_model
     base_model.make_tokenizer(knobs, base_model.conversations(knobs), folder)
     from transformers import Gemma3TextConfig
 
+    micro.write_weights(folder)
     Gemma3TextConfig(vocab_size=knobs.vocabulary_size, architectures=["Gemma3ForCausalLM"]).save_pretrained(folder)
 
 

@@ -206,12 +206,11 @@ def learn(
     name, and where vLLM generates `sampling_difference` (mean absolute difference of its log-probability of a token
     from the trainer's, nats) and `importance_ratio`.
     """
-    from datasets import load_dataset
     from trl import GRPOConfig, GRPOTrainer
 
     knobs = recipe.grpo
     ends = models.end_ids(model.generation_config, tokenizer)
-    rows = load_dataset("json", data_files=str(problems), split="train", cache_dir=str(run.folder / "cache"))
+    rows = training.read_rows(problems, run)
     functions = rewards.load(
         recipe.rewards.functions,
         formats.get(recipe.format.name),
@@ -224,7 +223,7 @@ def learn(
     with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens):
         trainer = GRPOTrainer(
             model=model,
-            args=GRPOConfig(**arguments(recipe, run.checkpoints, rung, ends)),
+            args=training.configure(GRPOConfig, arguments(recipe, run.checkpoints, rung, ends)),
             reward_funcs=functions,
             train_dataset=rows.select_columns(["prompt", "answer"]),
             processing_class=tokenizer,
@@ -293,8 +292,9 @@ def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
             for name, values in logs["rewards"].items():
                 for row, value in zip(rows, values, strict=True):
                     row[name] = value
-            with path.open("a") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            if (state.global_step - 1) % args.num_iterations == 0:  # the other steps go over the same ones again
+                with path.open("a") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             if state.global_step % show_steps == 0:
                 show(rows, state.global_step)
 

@@ -5,13 +5,16 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from stages.lib import artifact, llama, models, options, parity, weights
 from stages.lib.errors import UserError
 from stages.lib.recipe import GGUF_TYPES, Merge, read_recipe
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 SHARD_SIZE = "5GB"
 REFERENCE = "adapter-on-base.npy"  # among the checkpoints: the logits that merged is held against
@@ -37,6 +40,8 @@ def main(recipe: Path, grpo: Path, prepare_data: Path, base_model: Path | None, 
             require_nf4(recipe)
         rows = parity.first_rows(prepare_data / "eval.jsonl", knobs.prompts, "[merge] prompts")
         base = weights.folder(name, revision)
+        if revision and not any(base.glob("*.safetensors")):  # trained on another machine, or the cache was emptied
+            base = weights.whole_folder(name, revision)
         weights.refuse_quantized(base, "merge")
         fold(base, grpo, knobs.dtype, run.folder / "model")
         run.checkpoints.mkdir(exist_ok=True)
@@ -164,8 +169,25 @@ def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
         parameter.data = parameter.data.to(getattr(torch, dtype))
     model.config.dtype = getattr(torch, dtype)
     model.generation_config.eos_token_id = end_tokens(parity.end_tokens(model.generation_config), tokenizer)
+    model.generation_config = savable(model.generation_config)
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
     llama.save_tokenizer(tokenizer, base, out)
+
+
+def savable(stated: "GenerationConfig") -> "GenerationConfig":
+    """Return `stated`, or no more than its token ids where it contradicts itself, which transformers does not save.
+
+    Such as a temperature without do_sample: bases were published with it when transformers took it.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        stated.validate(strict=True)
+    except ValueError as error:
+        click.echo(f"generation_config.json of the base contradicts itself; its token ids are kept. {error}", err=True)
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        return GenerationConfig(**{name: getattr(stated, name) for name in names})
+    return stated
 
 
 def end_tokens(stated: Sequence[int], tokenizer: Any) -> list[int]:

@@ -102,7 +102,7 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     inputs = {"base-model": base_model} if base_model else {}
     with artifact.writing(out, "prepare-data", tables, inputs, sources=raw, room_bytes=room) as run:
         with helpers(located) as pool:  # they start while this process loads the tokenizer
-            refuse_quantized(run_recipe, base_model)
+            refuse_base(run_recipe, base_model)
             tokenizer = models.load_tokenizer(run_recipe, base_model)
             with ThreadPoolExecutor(1) as beside:  # llama.cpp's converter takes seconds to start
                 checked = beside.submit(check_tokenizer, run_recipe, tokenizer, base_model)
@@ -114,9 +114,15 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
         click.echo(summary(run.metrics))
 
 
-def refuse_quantized(recipe: Recipe, base_model: Path | None) -> None:
-    """Raise `UserError` if the base is stored in a few bits, which merge would refuse after all the training."""
-    weights.refuse_quantized_base(weights.folder(*models.locate(recipe.model, base_model)), recipe.model.name)
+def refuse_base(recipe: Recipe, base_model: Path | None) -> None:
+    """Raise `UserError` if the base is stored in a few bits, which merge would refuse after all the training.
+
+    Or, where the recipe names a folder on this disk, if its weights are no safetensors or not whole.
+    """
+    name, revision = models.locate(recipe.model, base_model)
+    weights.refuse_quantized_base(weights.folder(name, revision), recipe.model.name)
+    if base_model is None and revision is None:
+        weights.shapes(Path(name))
 
 
 def check_chat_template(recipe: Recipe, tokenizer: Any) -> None:
@@ -158,7 +164,8 @@ def check_tokenizer(recipe: Recipe, tokenizer: Any, base_model: Path | None) -> 
 
 def label(source: Source, file: Path) -> str:
     """Return what a source's file is called in the artifact: by what it is, not by where it lies."""
-    return f"{source.name} ({source.split}) {file.name}"
+    name = f"{source.name} {source.config}" if source.config else source.name
+    return f"{name} ({source.split}) {file.name}"
 
 
 class Ruler:

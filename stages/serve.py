@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -93,6 +94,7 @@ def application(setting: Setting, name: str) -> Any:
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
         llama.library()  # once more: importing its server switched llama.cpp's log on again
+        refuse_what_llama_cpp_can_not_take()
         threads = llama.threads(setting.path)
         # Not the classes themselves: they read any setting that is not given from the environment.
         model = ModelSettings.model_construct(
@@ -117,6 +119,30 @@ def application(setting: Setting, name: str) -> Any:
     return app
 
 
+def refuse_what_llama_cpp_can_not_take() -> None:
+    """Have llama-cpp-python raise for a grammar that llama.cpp refuses, and its server answer such requests with 400.
+
+    It would hand a null pointer on, of which the process dies; its converter writes such grammars from JSON schemas
+    with a pattern in them. Its server answers 500 to all errors but two.
+    """
+    import llama_cpp
+    from llama_cpp._internals import LlamaSampler
+    from llama_cpp.server.errors import RouteErrorHandler
+
+    def add_grammar(self: Any, model: Any, grammar: Any) -> None:
+        sampler = llama_cpp.llama_sampler_init_grammar(model.vocab, grammar._grammar.encode(), grammar._root.encode())
+        if not sampler:
+            raise ValueError("llama.cpp can't take the grammar, stated or made of a JSON schema (such as its pattern)")
+        llama_cpp.llama_sampler_chain_add(self.sampler, sampler)
+
+    def refused(request: Any, match: re.Match) -> tuple[int, dict[str, Any]]:
+        return 400, {"message": match.string, "type": "invalid_request_error", "param": None, "code": None}
+
+    LlamaSampler.add_grammar = add_grammar
+    known = "grammar|logprobs is not supported|Tool choice|invalid literal for int"
+    RouteErrorHandler.pattern_and_formatters[re.compile(known)] = refused
+
+
 class TooLong(ValueError):
     """A conversation that does not fit into the context."""
 
@@ -125,7 +151,7 @@ class AsModelfile:
     """ASGI middleware that gives a chat request what the Modelfile says and the request does not.
 
     What is no request, and a conversation that does not fit into the context, it answers with status 400: the server
-    behind it would answer 500, or a stream that ends before it began.
+    behind it would answer 500 to the one, and to the other, if it is asked for a stream, nothing.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], setting: Setting, vocabulary: llama.Vocabulary) -> None:
@@ -135,6 +161,10 @@ class AsModelfile:
         """Hand a request on, a chat's body rewritten."""
         if scope["type"] != "http" or scope["path"] != CHAT or scope["method"] != "POST":
             await self.app(scope, receive, send)
+            return
+        if not dict(scope["headers"]).get(b"content-type", b"").startswith(b"application/json"):
+            # The server would take the body for text. And a page in a browser can only send this type if it is let.
+            await refuse("expected the header Content-Type: application/json")(scope, receive, send)
             return
         body, more = b"", True
         while more:
@@ -146,14 +176,9 @@ class AsModelfile:
         try:
             request = completed(body, self.setting)
             self.check_room(request["messages"])
-        except ValueError as error:
-            from starlette.responses import JSONResponse
-
-            code = (
-                "context_length_exceeded" if isinstance(error, TooLong) else None
-            )  # OpenAI's word, which clients know
-            said = {"message": str(error), "type": "invalid_request_error", "param": None, "code": code}
-            await JSONResponse({"error": said}, status_code=400)(scope, receive, send)
+        except (ValueError, RecursionError) as error:  # the second is json's, for lists within lists within lists
+            code = "context_length_exceeded" if isinstance(error, TooLong) else None  # OpenAI's word
+            await refuse(str(error), code)(scope, receive, send)
             return
         body = json.dumps(request).encode()
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
@@ -167,12 +192,26 @@ class AsModelfile:
 
     def check_room(self, messages: list[dict[str, Any]]) -> None:
         """Raise `TooLong` when `messages` leave no room for an answer, `ValueError` for what can't be rendered."""
-        tokens = len(self.vocabulary.tokenize(self.vocabulary.render(messages)))
+        from jinja2 import TemplateError
+
+        try:
+            text = self.vocabulary.render(messages)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the model's chat template can't render these messages: {error}") from error
+        tokens = len(self.vocabulary.tokenize(text))
         if tokens >= self.setting.context_tokens:
             raise TooLong(
                 f"This model's maximum context length is {self.setting.context_tokens} tokens ([ollama] num_ctx); the "
                 f"conversation has {tokens}. Shorten it"
             )
+
+
+def refuse(message: str, code: str | None = None) -> Callable[..., Awaitable[None]]:
+    """Return the ASGI answer with status 400 that OpenAI's clients read."""
+    from starlette.responses import JSONResponse
+
+    said = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return JSONResponse({"error": said}, status_code=400)
 
 
 def completed(body: bytes, setting: Setting) -> dict[str, Any]:
@@ -183,31 +222,38 @@ def completed(body: bytes, setting: Setting) -> dict[str, Any]:
     from llama_cpp.server.types import CreateChatCompletionRequest
 
     request = json.loads(body)
-    if not isinstance(request, dict) or request.get("messages") is None:
-        raise ValueError(f"expected a JSON object with messages; found {body[:80].decode(errors='replace')!r}")
+    if not isinstance(request, dict) or not isinstance(request.get("messages"), list):
+        raise ValueError(
+            f"expected a JSON object with a list of messages; found {body[:80].decode(errors='replace')!r}"
+        )
     stated = {key: value for key, value in request.items() if value is not None}
+    stated["messages"] = [with_text(message) for message in stated["messages"]]
+    if "max_completion_tokens" in stated:  # what newer clients call it
+        stated.setdefault("max_tokens", stated["max_completion_tokens"])
     CreateChatCompletionRequest.model_validate(stated)
     stops = stated.get("stop", [])
     stops = [stops] if isinstance(stops, str) else stops
     stated["stop"] = [*stops, *(stop for stop in setting.stops if stop not in stops)]
-    if "max_completion_tokens" in stated:  # what newer clients call it
-        stated.setdefault("max_tokens", stated["max_completion_tokens"])
-    messages = [with_text(message) for message in stated["messages"]]
-    return {**setting.sampling, **stated, "messages": setting.with_system(messages)}
+    return {**setting.sampling, **stated, "messages": setting.with_system(stated["messages"])}
 
 
-def with_text(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message whose content is text, which a list of parts is joined to: a chat template takes no list.
+def with_text(message: Any) -> Any:
+    """Return a message whose content is text, to which a list of parts is joined: a chat template takes no list.
 
-    Raises `ValueError` for a part that is no text, such as an image.
+    What is no message comes back as it is. Raises `ValueError` for a part that is no text, such as an image.
     """
-    parts = message.get("content")
-    if not isinstance(parts, list):
+    if not isinstance(message, dict):
         return message
-    for part in parts:
-        if part["type"] != "text":
-            raise ValueError(f"expected text, all that this model reads; found a part of type {part['type']!r}")
-    return {**message, "content": "".join(part["text"] for part in parts)}
+    if message.get("role") == "assistant" and message.get("content") is None:  # what it says when it calls a tool
+        return {**message, "content": ""}
+    if not isinstance(message.get("content"), list):
+        return message
+    text = ""
+    for part in message["content"]:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"expected text, all that this model reads; found the part {str(part)[:80]}")
+        text += part["text"]
+    return {**message, "content": text}
 
 
 if __name__ == "__main__":

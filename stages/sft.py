@@ -95,7 +95,6 @@ def train(recipe: Recipe, examples: Path, base_model: Path | None, run: artifact
     steps) and `trainable_parameters`.
     """
     models.start(recipe)
-    from datasets import load_dataset
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
@@ -104,8 +103,7 @@ def train(recipe: Recipe, examples: Path, base_model: Path | None, run: artifact
     rung, steps_down = ladder.read(run.checkpoints, top(recipe))
     tokenizer = models.load_tokenizer(recipe, base_model)
     model = models.load_trainable(recipe, base_model, None, recipe.sft.max_tokens)
-    rows = load_dataset("json", data_files=str(examples), split="train", cache_dir=str(run.folder / "cache"))
-    rows = rows.select_columns(["prompt", "completion"])
+    rows = training.read_rows(examples, run).select_columns(["prompt", "completion"])
 
     def fits(row: dict[str, Any]) -> bool:
         ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
@@ -118,7 +116,7 @@ def train(recipe: Recipe, examples: Path, base_model: Path | None, run: artifact
         )
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**arguments(recipe, run.checkpoints, rung)),
+        args=training.configure(SFTConfig, arguments(recipe, run.checkpoints, rung)),
         train_dataset=kept,
         processing_class=tokenizer,
     )

@@ -64,6 +64,14 @@ def write_recipe(folder: Path, **changes: dict[str, object]) -> Path:
     return path
 
 
+def write_weights(folder: Path, value: float = 0.0) -> None:
+    """Write safetensors to a model's folder, as far as a stage reads them that trains nothing."""
+    import numpy
+    from safetensors.numpy import save_file
+
+    save_file({"weight": numpy.full(2, value, "float32")}, folder / "model.safetensors")
+
+
 def arguments(stage: str, finished: Path, out: Path | None = None, recipe: Path | None = None) -> list[str]:
     """Return the options of `stage` for the inputs in the folder `finished`, writing to `out` (else there as well)."""
     given = [word for name in INPUTS[stage] for word in (f"--{name}", str(finished / name))]

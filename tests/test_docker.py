@@ -173,6 +173,30 @@ def test_what_lies_outside_is_seen_read_only_and_only_when_named(checkout):
     assert mounts[3:] == [f"type=bind,source={path},target={path},readonly" for path in (models, certificates)]
 
 
+def test_what_is_named_by_a_link_is_seen_by_that_name_too(checkout):
+    models, link, inside = checkout.parent / "models", checkout.parent / "link", checkout / "data" / "link"
+    (models / "one").mkdir(parents=True)
+    link.symlink_to(models)
+    inside.parent.mkdir()
+    inside.symlink_to(models / "one")
+    whole = f"type=bind,source={models}/one,target="
+    assert after("--mount", run(checkout, "true", MOUNT=f"{link}/one"))[3:] == [
+        f"{whole}{models}/one,readonly", f"{whole}{link}/one,readonly",
+    ]  # fmt: skip
+    (checkout.parent / "log").unlink()
+    assert after("--mount", run(checkout, "true", MOUNT="data/link"))[3:] == [f"{whole}{models}/one,readonly"]
+
+
+def test_a_checkout_behind_a_link_is_mounted_under_its_real_name(checkout):
+    link = checkout.parent / "link"
+    link.symlink_to(checkout)
+    mounts = after("--mount", run(link, "true", PWD=str(link)))
+    assert mounts[0] == f"type=bind,source={checkout},target={checkout},readonly"
+    assert mounts[1:] == [
+        f"type=bind,source={checkout}/{name},target={checkout}/{name}" for name in ("artifacts", "data")
+    ]
+
+
 def test_tokens_pass_by_name_and_their_values_are_no_argument(checkout):
     given = {"HF_TOKEN": "planted-1", "WANDB_API_KEY": "planted-2", "HTTPS_PROXY": "http://user:planted-3@proxy"}
     names = after("--env", run(checkout, "true", **given))
@@ -249,6 +273,32 @@ def test_a_container_sees_the_data_that_was_given_and_later_the_same_unasked(che
         assert f"type=bind,source={outside},target={outside},readonly" in after("--mount", words)
         assert after("--data", words) == [str(outside)]
         (checkout.parent / "log").unlink()
+
+
+@pytest.mark.parametrize("given", [[], ["MOUNT=docker"]])
+def test_a_container_sees_the_model_that_the_recipe_names_on_this_disk(checkout, given):
+    model = checkout.parent / "my-model"
+    model.mkdir()
+    (checkout.parent / "with blank").mkdir()
+    recipe = checkout / "recipes" / "qwen2.5-3b-gsm8k.toml"
+    text = (
+        recipe.read_text()
+        .replace('"Qwen/Qwen2.5-3B-Instruct"', f'"{model}"')
+        .replace('"openai/gsm8k"', '"../with blank"')
+    )
+    recipe.write_text(text)
+    cache = checkout / "data" / "cache"
+    cache.mkdir(parents=True)
+    (cache / "image-cpu").write_text(IMAGE)
+    data = checkout.parent / "data"
+    data.mkdir()
+    target = ["prepare-data", "RECIPE=qwen2.5-3b-gsm8k", "RUNTIME=docker", "GPUS=none", f"DATA={data}"]
+    (checkout / "artifacts" / "qwen2.5-3b-gsm8k").mkdir(parents=True)
+    done = make(checkout, *target, *given)
+    assert done.returncode == 0, done.stderr
+    words = (checkout.parent / "log").read_text().rpartition("== run\n")[2].splitlines()
+    outside = [f"type=bind,source={path},target={path},readonly" for path in (model, data)]
+    assert after("--mount", words)[3:] == outside
 
 
 def test_targets_that_start_no_stage_ask_no_engine(checkout):

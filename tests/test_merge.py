@@ -85,6 +85,34 @@ def test_end_tokens_are_the_union_in_the_bases_order(stated, expected):
     assert merge.end_tokens(stated, tokenizer) == expected
 
 
+def test_a_generation_config_that_contradicts_itself_keeps_its_token_ids(tmp_path, capsys):
+    from transformers import GenerationConfig
+
+    sound = GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=[1, 5])
+    assert merge.savable(sound) is sound
+    made = merge.savable(GenerationConfig(temperature=0.6, top_p=0.9, eos_token_id=[1, 5], pad_token_id=0))
+    made.save_pretrained(tmp_path)  # which refuses what contradicts itself
+    kept = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (kept["eos_token_id"], kept["pad_token_id"], "temperature" in kept) == ([1, 5], 0, False)
+    assert "generation_config.json of the base contradicts itself" in capsys.readouterr().err
+
+
+def test_a_base_whose_weights_are_not_in_the_cache_any_more_is_fetched_whole(tmp_path, monkeypatch):
+    (tmp_path / "snapshot").mkdir()
+    monkeypatch.setattr(merge.models, "locate", lambda model, base_model: ("owner/name", "a" * 40))
+    monkeypatch.setattr(merge.weights, "local_folder", lambda name, revision: None)
+    monkeypatch.setattr(merge.weights, "folder", lambda name, revision: tmp_path / "snapshot")
+
+    def fetched(name, revision):
+        raise UserError(f"asked the hub for {name} at {revision[:4]}")
+
+    monkeypatch.setattr(merge.weights, "whole_folder", fetched)
+    result = tiny_models.run_stage(
+        "merge", tiny_models.recipe(tmp_path), tmp_path / "merge", "grpo", "prepare-data", "base-model"
+    )
+    assert result.output.strip() == "Error: asked the hub for owner/name at aaaa"
+
+
 def test_a_4_bit_model_is_refused_without_a_gpu_before_any_work(tmp_path, monkeypatch):
     import torch
 

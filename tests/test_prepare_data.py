@@ -17,6 +17,7 @@ from stages import prepare_data
 from stages.lib import dedup, sources, weights
 from stages.lib.errors import UserError
 from stages.lib.recipe import Source, build, read_recipe
+from tests import micro
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -527,6 +528,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared") / "model"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, eos_token="!").save_pretrained(folder)
     (folder / "config.json").write_text("{}")
+    micro.write_weights(folder)
     return folder
 
 
@@ -546,8 +548,8 @@ def test_the_stage_reads_a_local_copy_in_place_of_the_hub(tmp_path: Path, model:
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert sorted(manifest["files"]) == ["eval.jsonl", "grpo.jsonl", "removed.jsonl", "sft.jsonl"]
     assert set(manifest["sources"]) >= {
-        "openai/gsm8k (train) train.jsonl",
-        "openai/gsm8k (test) test.jsonl",
+        "openai/gsm8k main (train) train.jsonl",
+        "openai/gsm8k main (test) test.jsonl",
         "tokenizer tokenizer.json",
     }
     (row, *_) = rows_of(tmp_path, "grpo")
@@ -584,15 +586,29 @@ def test_the_limit_counts_the_tokens_of_the_whole_rendered_prompt(tmp_path: Path
 def test_other_weights_of_a_local_model_are_another_identity_for_all_later_stages(tmp_path: Path, model: Path) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(model, mine)
-    (mine / "model.safetensors").write_bytes(b"some weights")
     sources = [
         {"name": write_rows(tmp_path / "train.jsonl", numbered(0, 3)), "use": ["sft", "grpo"], **WORKED},
         {"name": write_rows(tmp_path / "eval.jsonl", numbered(9000, 9003)), "use": ["eval"]},
     ]
     assert "finished" in stage(tmp_path, mine, sources).output
     assert "up to date" in stage(tmp_path, mine, sources).output
-    (mine / "model.safetensors").write_bytes(b"other weights")
+    micro.write_weights(mine, 1.0)
     assert "finished" in stage(tmp_path, mine, sources).output
+
+
+def test_another_file_of_either_part_of_a_dataset_is_another_identity(tmp_path: Path, model: Path) -> None:
+    for part, rows in (("main", numbered(0, 3)), ("extra", numbered(5, 8)), ("held", numbered(9000, 9003))):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        write_rows(tmp_path / "data" / part / "train.jsonl", rows)
+    parts = [{"name": "ann/set", "revision": REVISION, "config": part, **WORKED} for part in ("main", "extra", "held")]
+    sources = [part | {"use": use} for part, use in zip(parts, (["sft"], ["grpo"], ["eval"]), strict=True)]
+    arguments = (tmp_path, model, sources, "--data", tmp_path / "data")
+    assert "finished" in stage(*arguments).output
+    assert "up to date" in stage(*arguments).output
+    for part in ("main", "extra", "held"):
+        with (tmp_path / "data" / part / "train.jsonl").open("a") as file:
+            file.write(json.dumps(numbered(20, 21)[0] if part != "held" else numbered(9010, 9011)[0]) + "\n")
+        assert "finished" in stage(*arguments).output, part
 
 
 def test_too_few_rows_for_merge_and_gguf_are_said_before_anything_is_trained(tmp_path: Path, model: Path) -> None:
@@ -662,6 +678,7 @@ def test_a_second_run_has_nothing_to_do(tmp_path: Path, model: Path, checked: li
 def test_a_model_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    micro.write_weights(tmp_path / "model")
     result = stage(tmp_path, tmp_path / "model", gsm8k_sources(), "--data", DATA / "gsm8k")
     assert result.exit_code == 1
     assert "no tokenizer" in result.output
@@ -781,6 +798,24 @@ def test_a_quantized_base_is_refused_before_training(tmp_path: Path, model: Path
     result = stage(tmp_path, tmp_path / "model", gsm8k_sources(), "--data", DATA / "gsm8k")
     assert result.exit_code == 1
     assert "model: its weights are quantized (bitsandbytes in its config.json); merge needs the 16-bit" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pytorch_model.bin", b"weights", "model: holds no .safetensors file; expected a model's weights"),
+        ("model.safetensors", b"\x10", "model.safetensors: is cut short"),
+    ],
+)
+def test_a_local_base_without_whole_safetensors_is_refused_before_training(
+    tmp_path: Path, model: Path, name: str, content: bytes, message: str
+) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / name).write_bytes(content)
+    result = stage(tmp_path, tmp_path / "model", gsm8k_sources(), "--data", DATA / "gsm8k")
+    assert result.exit_code == 1
+    assert message in result.output
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from stages import prepare_data
 from stages.lib import artifact, formats, rewards, sources
 from stages.lib.errors import UserError
 from stages.lib.recipe import BOUNDS, Recipe, is_hub_name, read_recipe
-from tests import family_models, tiny_models
+from tests import family_models, micro, tiny_models
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -184,6 +184,7 @@ def tokenizer(name: str, folder: Path) -> Path:
     folder.mkdir()
     family.tokenizer(folder, family.template)
     (folder / "config.json").write_text(json.dumps({"model_type": re.sub("Text$", "_text", family.network).lower()}))
+    micro.write_weights(folder)
     return folder
 
 

@@ -137,10 +137,46 @@ def test_a_conversation_longer_than_the_context_of_the_recipe_is_refused(client,
     assert raised.value.code == "context_length_exceeded"
 
 
+def test_a_grammar_that_llama_cpp_can_not_take_ends_the_request_and_not_the_server(client):
+    import openai
+
+    day = {"type": "object", "properties": {"day": {"type": "string", "pattern": r"^\d{4}$"}}, "required": ["day"]}
+    for refused in (
+        {"response_format": {"type": "json_object", "schema": day}},
+        {"extra_body": {"grammar": "root ::= ("}},
+        {"logprobs": True, "top_logprobs": 2},
+    ):
+        with pytest.raises(openai.BadRequestError, match="grammar|logprobs"):
+            client.chat.completions.create(model="tiny", messages=QUESTION, **refused)
+    with pytest.raises(openai.BadRequestError, match="grammar"):
+        client.completions.create(model="tiny", prompt="1", extra_body={"grammar": "root ::= ("})
+    number = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    taken = {"response_format": {"type": "json_object", "schema": number}, "max_tokens": 20}
+    answer = client.chat.completions.create(model="tiny", messages=QUESTION, **taken)
+    assert re.match(r'\{\s*"n"', answer.choices[0].message.content)
+
+
+def test_an_answer_without_text_may_be_sent_back(client):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    answer = client.chat.completions.create(model="tiny", messages=[*QUESTION, said, *QUESTION], max_tokens=3)
+    assert answer.usage.completion_tokens == 3
+
+
+def test_a_request_that_does_not_say_that_it_is_json_is_told_to(address):
+    request = urllib.request.Request(f"{address}/chat/completions", b'{"messages": []}')  # as a form, unless told
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(request, timeout=30)
+    assert raised.value.code == 400
+    assert "Content-Type: application/json" in json.load(raised.value)["error"]["message"]
+
+
 def test_text_in_parts_is_the_same_text(client):
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "17 + 25?"}]
     whole = client.chat.completions.create(model="tiny", messages=QUESTION)
-    answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": parts}])
+    system = [{"type": "text", "text": serving.read(tiny_models.modelfile()).system}]
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": parts}]
+    answer = client.chat.completions.create(model="tiny", messages=messages)
     assert answer.usage.prompt_tokens == whole.usage.prompt_tokens
     assert answer.choices[0].message.content == whole.choices[0].message.content
 
@@ -149,15 +185,18 @@ def test_text_in_parts_is_the_same_text(client):
     ("body", "message"),
     [
         (b"{", "Expecting property name"),
-        (b"[]", "expected a JSON object with messages; found '[]'"),
-        (b"{}", "expected a JSON object with messages"),
-        (b'{"messages": null}', "expected a JSON object with messages"),
+        (b"[]", "expected a JSON object with a list of messages; found '[]'"),
+        (b"{}", "expected a JSON object with a list of messages"),
+        (b'{"messages": null}', "expected a JSON object with a list of messages"),
         (b'{"messages": [{"role": "robot", "content": "x"}]}', "messages"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}', "temperature"),
         (
             b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}',
-            "expected text, all that this model reads; found a part of type 'image_url'",
+            "expected text, all that this model reads; found the part {'type': 'image_url', 'image_url': 'x'}",
         ),
+        (b'{"messages": [{"role": "system", "content": ["x"]}]}', "expected text, all that this model reads"),
+        (b'{"messages": [], "max_completion_tokens": 0.5}', "max_tokens"),
+        (b"[" * 100_000, "recursion"),
     ],
 )
 def test_what_is_no_request_gets_400_and_what_is_wrong(address, body, message):
@@ -278,3 +317,13 @@ def test_a_request_gets_what_it_does_not_state_from_the_modelfile(request_body, 
 def test_what_is_no_request_is_refused(body):
     with pytest.raises(ValueError):
         serve.completed(body, SETTING)
+
+
+def test_messages_that_the_chat_template_can_not_render_are_refused():
+    class Think:
+        def render(self, messages):
+            return "<user>" + messages[0]["content"]  # as a template does that adds texts
+
+    middleware = serve.AsModelfile(None, SETTING, Think())
+    with pytest.raises(ValueError, match="the model's chat template can't render these messages"):
+        middleware.check_room([{"role": "user", "content": None}])

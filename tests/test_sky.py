@@ -19,6 +19,7 @@ LOCK = ROOT / "docker" / "sky.lock"
 PARSE = """
 import json, sys
 import sky
+STOP = {sky.clouds.CloudImplementationFeatures.STOP, sky.clouds.CloudImplementationFeatures.AUTOSTOP}
 task = sky.Task.from_yaml_config(
     __import__("yaml").safe_load(open(sys.argv[1])),
     env_overrides=[("RECIPE", "tiny")],
@@ -34,6 +35,7 @@ print(json.dumps({
         {
             "accelerators": each.accelerators, "disk": each.disk_size, "memory": each.memory, "spot": each.use_spot,
             "down": each.autostop_config.down, "idle": each.autostop_config.idle_minutes,
+            "cloud": str(each.cloud), "stops": each.cloud.check_features_are_supported(each, STOP) is None,
         }
         for each in task.resources
     ],
@@ -82,7 +84,9 @@ def test_skypilot_reads_the_task_as_one_gpu_that_is_not_deleted_with_the_artifac
     assert task["secrets"] == {"HF_TOKEN": ""}
     gpus = {name for each in task["resources"] for name in each["accelerators"]}
     assert gpus == {"L40S", "A100-80GB", "H100", "H200"}
+    assert {each["cloud"] for each in task["resources"]} == {"AWS", "GCP", "Azure", "Nebius", "OCI"}
     for each in task["resources"]:
+        assert each["stops"]  # or SkyPilot raised: idle, a machine of that cloud would bill on
         assert list(each["accelerators"].values()) == [1]
         assert (each["disk"], each["memory"], each["spot"]) == (256, "64+", False)
         assert (each["down"], each["idle"]) == (False, 30)

@@ -10,6 +10,7 @@ import sys
 import time
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -304,6 +305,27 @@ def test_with_two_passes_over_a_batch_grpo_stops_only_where_it_can_be_carried_on
     monkeypatch.delenv("TERM_AT_CALL")
     assert micro.run("grpo", finished, out, recipe).exit_code == 0
     assert manifest_digest(out, "grpo") == manifest_digest(tmp_path / "undisturbed", "grpo")
+    rows = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [step for step in (1, 3, 5, 7) for _ in range(8)]  # each is there once
+
+
+def test_with_several_gpus_in_sight_one_is_trained_on():
+    config = training.configure(lambda **fields: SimpleNamespace(n_gpu=2, **fields), {"max_steps": 1})
+    assert (config._n_gpu, config.max_steps) == (1, 1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_trains_on_a_cpu(finished, tmp_path, stage):
+    recipe = micro.write_recipe(tmp_path, model={"dtype": "bfloat16"}, **{stage: {"steps": 2, "save_steps": 2}})
+    result = micro.run(stage, finished, tmp_path / stage, recipe)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_folder_named_like_a_pattern_is_read(tmp_path):
+    folder = tmp_path / "run [1] of *"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    assert list(training.read_rows(folder / "rows.jsonl", artifact.Run(folder))["a"]) == [1, 2]
 
 
 def test_a_module_that_the_model_has_not_is_said_and_not_passed_over(finished, tmp_path):

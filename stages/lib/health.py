@@ -10,7 +10,7 @@ def find(log: Sequence[dict[str, float]], knobs: Health, *, scaled: bool = False
     """Return what is wrong at the end of `log`, by the name of the check: what was seen and what to do.
 
     `log` are the trainer's entries, oldest first, a dict of metrics each; a metric that it has not got is not checked.
-    Loss and gradient norm count at once; the others when the last `knobs.log_entries` entries all show them, and so
+    Loss and gradient norm count at once; the others when the last `knobs.log_entries` values all show them, and so
     does the gradient norm of a loss that is `scaled` for float16: one that overflowed is a step that was skipped.
     """
     found = {}
@@ -22,12 +22,12 @@ def find(log: Sequence[dict[str, float]], knobs: Health, *, scaled: bool = False
                 f"{name} is {last[name]}. Lower learning_rate or max_grad_norm, or train in bfloat16: in float16 large "
                 f"activations overflow"
             )
-    recent = log[-knobs.log_entries :]
-    if len(recent) < knobs.log_entries:
-        return found
+
+    def recent(name: str) -> list[float]:  # with num_iterations over 1 GRPO logs some metrics in every so many entries
+        return [entry[name] for entry in log if name in entry][-knobs.log_entries :]
 
     def all_of(name: str, test) -> bool:
-        return all(name in entry and test(entry[name]) for entry in recent)
+        return len(recent(name)) == knobs.log_entries and all(map(test, recent(name)))
 
     for_so_long = f"for {knobs.log_entries} log entries"
     if all_of("frac_reward_zero_std", lambda value: value >= 1.0):  # the share of groups; reward_std is of all at once
@@ -45,17 +45,18 @@ def find(log: Sequence[dict[str, float]], knobs: Health, *, scaled: bool = False
     if knobs.max_kl is not None and all_of("kl", lambda value: value > knobs.max_kl):
         found["kl"] = (
             f"the KL divergence from the reference was over [health] max_kl = {knobs.max_kl} {for_so_long}; now "
-            f"{last['kl']:.3g}. Lower learning_rate, or raise beta"
+            f"{recent('kl')[-1]:.3g}. Lower learning_rate, or raise beta"
         )
     low, high = knobs.min_entropy, knobs.max_entropy
     if low is not None and all_of("entropy", lambda value: value < low):
         found["entropy"] = (
-            f"the entropy of a token was under [health] min_entropy = {low} {for_so_long}; now {last['entropy']:.3g}: "
-            f"the model says the same always. Raise epsilon_high or temperature, or lower learning_rate"
+            f"the entropy of a token was under [health] min_entropy = {low} {for_so_long}; now "
+            f"{recent('entropy')[-1]:.3g}: the model says the same always. Raise epsilon_high or temperature, or lower "
+            f"learning_rate"
         )
     if high is not None and all_of("entropy", lambda value: value > high):
         found["entropy"] = (
-            f"the entropy of a token was over [health] max_entropy = {high} {for_so_long}; now {last['entropy']:.3g}: "
-            f"the model falls apart. Lower learning_rate, or raise beta"
+            f"the entropy of a token was over [health] max_entropy = {high} {for_so_long}; now "
+            f"{recent('entropy')[-1]:.3g}: the model falls apart. Lower learning_rate, or raise beta"
         )
     return found

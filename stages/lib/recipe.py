@@ -153,7 +153,7 @@ class Lora:
     target_modules: list[str]  # module names, or ["all-linear"]
 
 
-# transformers' names for optimizers (`optim`). Others want packages that are not locked, or arguments.
+# transformers' names for optimizers (`optim`). Others want arguments or packages of their own, or were not tried.
 TorchOptimizer = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"]
 BitsandbytesOptimizer = Literal[
     "adamw_8bit", "adamw_bnb_8bit", "lion_32bit", "lion_8bit", "paged_adamw_32bit", "paged_adamw_8bit",

@@ -1,5 +1,6 @@
 """What SFT and GRPO share: checkpoints to trust, an orderly end on TERM, and what a person sees meanwhile."""
 
+import glob
 import os
 import shutil
 import signal
@@ -14,7 +15,8 @@ from stages.lib.errors import UserError
 from stages.lib.recipe import Health
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
 
 COMPLETE = "complete"  # in a checkpoint: everything was written; transformers itself writes one file after another
 
@@ -47,6 +49,28 @@ def train(
             f"stopped by {signal.Signals(stop.signal).name}, saved at step {trainer.state.global_step}", err=True
         )
         raise SystemExit(128 + stop.signal)
+
+
+def read_rows(path: Path, run: Run) -> "Dataset":
+    """Return the rows of a JSON lines file."""
+    from datasets import load_dataset
+
+    # What a path holds of [ or * stands for itself.
+    pattern = glob.escape(str(path.absolute()))
+    return load_dataset("json", data_files=pattern, split="train", cache_dir=str(run.folder / "cache"))
+
+
+def configure(kind: "type[TrainingArguments]", fields: dict[str, Any]) -> "TrainingArguments":
+    """Return the trainer's configuration, of TRL's class `kind`, for one device: a GPU if there is one.
+
+    With several GPUs in sight transformers would take as many micro-batches at once, which nobody asked for; and
+    without one it refuses bfloat16 unless it is told that a CPU is meant.
+    """
+    import torch
+
+    config = kind(**fields, **({} if torch.accelerator.is_available() else {"use_cpu": True}))
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
 
 
 def last_checkpoint(folder: Path, steps: int) -> str | None:

@@ -44,6 +44,14 @@ def test_a_sign_counts_when_so_many_entries_in_a_row_show_it(check, sign):
 
 
 @pytest.mark.parametrize(("check", "sign"), SIGNS)
+def test_a_metric_that_is_logged_in_every_second_entry_counts_where_it_is(check, sign):
+    ill, without = WELL | sign, {"loss": 0.1}
+    assert health.find([ill, without, ill, without], KNOBS) == {}
+    assert list(health.find([ill, without, ill, without, ill, without], KNOBS)) == [check]
+    assert health.find([ill, without, WELL, without, ill, without], KNOBS) == {}
+
+
+@pytest.mark.parametrize(("check", "sign"), SIGNS)
 def test_advice_names_what_was_seen_and_a_knob_or_command(check, sign):
     text = health.find([WELL | sign] * 3, KNOBS)[check]
     assert "for 3 log entries" in text

@@ -93,7 +93,7 @@ ifneq ($(filter-out help clean setup test lock doctor,$(or $(MAKECMDGOALS),help)
   ifneq ($(filter docker,$(RUNTIME))$(filter image,$(MAKECMDGOALS)),)
     ifeq ($(GPUS),)
       nvidia := $(shell { $(DOCKER) info --format '{{json .Runtimes}}' | grep nvidia || \
-          command -v nvidia-container-runtime-hook; } 2> /dev/null)
+          command -v nvidia-container-runtime-hook || ls /etc/cdi /var/run/cdi | grep nvidia; } 2> /dev/null)
       override GPUS := $(if $(nvidia),all,none)
     endif
     IMAGE ?= $(if $(filter none,$(GPUS)),cpu,cuda)
@@ -167,9 +167,9 @@ ifneq ($(data),$(file < $(out)/data.path))
   changed += prepare-data
 endif
 
-# A container sees what the recipe names on this disk, wherever it lies; names with a blank docker/run would take apart.
+# A container sees what the recipe names on this disk, wherever it lies; names with a blank or a comma would be taken apart.
 override MOUNT := $(strip $(MOUNT) $(shell $(named) | while read -r name; do \
-  [[ $$name = *[[:blank:]]* || ! -e $$name ]] || echo "$$name"; done))
+  [[ $$name = *[[:blank:],]* || ! -e $$name ]] || echo "$$name"; done))
 
 .PHONY: all help test test-gpu clean setup ask chat serve push ollama image shell lock sbom doctor FORCE
 stages := base-model prepare-data sft score-base grpo infer merge gguf ollama-modelfile
@@ -247,7 +247,8 @@ $(call done,$(stages)): $(recipe) $(lib) | $(ready)
 
 ask: $(call done,ollama-modelfile)  ## Ask the finished GGUF: make ask Q="What is 17 + 25?"
 	@$(call stage,ask) $(call given,ollama-modelfile) --question "$$QUESTION"
-ask: export QUESTION = $(Q)
+ask: export QUESTION = $(value Q)
+unexport Q  # or make would expand a $ in it
 
 chat: $(call done,ollama-modelfile)  ## Talk with the finished GGUF
 	@INTERACTIVE=1 $(call stage,chat) $(call given,ollama-modelfile)

@@ -171,7 +171,10 @@ def is_whole(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return any(folder.glob("*.safetensors"))
-    return all((folder / name).is_file() for name in json.loads(index.read_text())["weight_map"].values())
+    try:
+        return all((folder / name).is_file() for name in json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError):  # cut short
+        return False
 
 
 def shape_of(recipe: Recipe, model: Path | None) -> tuple[memory.Shape | None, str]:
@@ -181,6 +184,8 @@ def shape_of(recipe: Recipe, model: Path | None) -> tuple[memory.Shape | None, s
             return memory.shape_of(json.loads((model / "config.json").read_text()), str(model)), ""
         except UserError as error:
             return None, error.message
+        except ValueError as error:
+            return None, f"{model / 'config.json'} is not JSON ({error}): copy it again"
     known = memory.SHAPES.get(recipe.model.name)
     return known, "" if known else f"there is no copy of {recipe.model.name} here to read config.json from"
 
@@ -433,7 +438,7 @@ def system_memory(shape: memory.Shape) -> Finding:
     need = memory.weight_bytes(shape, "float32") + SYSTEM_BYTES
     found = f"merge and gguf need about {gigabytes(need)}; {gigabytes(available)} of {gigabytes(total)} are available"
     if need > total:
-        return Finding("fail", "memory", found, "take a machine with more memory, or add swap")
+        return Finding("fail", "memory", found, "take a machine with more memory")
     if need > available:
         return Finding("warn", "memory", found, "end other programs before merge")
     return Finding("ok", "memory", found)
@@ -543,7 +548,7 @@ def ask_hub(urls: dict[str, str]) -> dict[str, Answer]:
 
 def ask(url: str) -> Answer:
     """Return the answer to one HEAD request."""
-    token = os.environ.get("HF_TOKEN", "")
+    token = hub_token()
     headers = {"Authorization": f"Bearer {token}"} if is_token(token) else {}
     try:
         request = urllib.request.Request(url, headers=headers, method="HEAD")
@@ -561,6 +566,15 @@ def ask(url: str) -> Answer:
 def ahead(date: str | None) -> float | None:
     """Return by how many seconds the clock that wrote this HTTP date is ahead of ours."""
     return None if date is None else email.utils.parsedate_to_datetime(date).timestamp() - time.time()
+
+
+def hub_token() -> str:
+    """Return the token in HF_TOKEN or, which no container would see, that of `hf auth login`; "" if there is none."""
+    if os.environ.get("HF_TOKEN") or os.environ.get("RUNTIME") != "local":
+        return os.environ.get("HF_TOKEN", "")
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    stored = Path(os.environ.get("HF_TOKEN_PATH") or home / "token")
+    return stored.read_text().strip() if stored.is_file() else ""
 
 
 def is_token(token: str) -> bool:
@@ -642,21 +656,25 @@ def data_places(recipe: Recipe) -> tuple[list[Finding], dict[str, str]]:
 
 
 def token(recipe: Recipe, model: Path | None, answers: dict[str, Answer]) -> Finding:
-    """Return whether a token is needed, and whether the one in HF_TOKEN opens what is gated. It is never shown."""
-    name, value = recipe.model.name, os.environ.get("HF_TOKEN", "")
-    remedy = f"accept the licence at {endpoint()}/{name}, make a token there that may read, and: export HF_TOKEN=..."
+    """Return whether a token is needed, and whether the one that is here opens what is gated. It is never shown."""
+    name, value = recipe.model.name, hub_token()
+    which = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the token of `hf auth login`"
+    remedy = (
+        f"accept the licence at {endpoint()}/{name}, make a token there that may read, and: export HF_TOKEN=... (with "
+        f"RUNTIME=local a login by `hf auth login` does)"
+    )
     refused = {key: answer.status for key, answer in answers.items() if answer.status in (401, 403)}
     if value and not is_token(value):
-        return Finding("fail", "token", "HF_TOKEN has a space or a line break in it", "export it again, the word alone")
+        return Finding("fail", "token", f"{which} has a space or a line break in it", "give it again, the word alone")
     if refused:
-        found = "HF_TOKEN is set and does not open it" if value else "HF_TOKEN is not set"
+        found = f"{which} is set and does not open it" if value else "HF_TOKEN is not set"
         return Finding("fail", "token", f"{', '.join(refused)}: the hub wants one ({found})", remedy)
     if model is not None or not is_hub_name(name):
         return Finding("ok", "token", "not needed: the model is not fetched")
     if answers[name].status is None and name.startswith(GATED) and not value:
         return Finding("fail", "token", f"{name} is gated and HF_TOKEN is not set", remedy)
     if value:
-        return Finding("ok", "token", "HF_TOKEN is set")
+        return Finding("ok", "token", f"{which} is set")
     known = "the hub gives the model without" if answers[name].status else "the model is not known to be gated"
     return Finding("ok", "token", f"not needed: {known}")
 

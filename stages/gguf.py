@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from stages.lib import answers, artifact, formats, imatrix, llama, models, options, parity, stats, weights
+from stages.lib import artifact, formats, imatrix, llama, models, options, parity, stats, weights
 from stages.lib.errors import UserError
+from stages.lib.marks import mark
 from stages.lib.recipe import GGUF_TYPES, Gguf, Recipe, read_recipe
 
 SEQUENCES = 8  # completions at once
@@ -272,11 +273,7 @@ def written(tokenizer: Any, tokens: list[int], ends: Sequence[int]) -> str:
 def grade(completions: Sequence[str], rows: Sequence[dict], format_name: str) -> list[bool]:
     """Say for each completion whether it is well formed and gives its row's answer."""
     answer_format = formats.get(format_name)
-    parsed = [answer_format.read(completion) for completion in completions]
-    return [
-        answer is not None and answers.canonical(answer.answer) == row["answer"]
-        for answer, row in zip(parsed, rows, strict=True)
-    ]
+    return [mark(answer_format, text, row["answer"])["right"] for text, row in zip(completions, rows, strict=True)]
 
 
 def accuracy(right: Sequence[bool]) -> dict[str, Any]:

@@ -185,8 +185,8 @@ def savable(stated: "GenerationConfig") -> "GenerationConfig":
         stated.validate(strict=True)
     except ValueError as error:
         click.echo(f"generation_config.json of the base contradicts itself; its token ids are kept. {error}", err=True)
-        names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        return GenerationConfig(**{name: getattr(stated, name) for name in names})
+        ids = {name: getattr(stated, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return GenerationConfig(**{name: of for name, of in ids.items() if isinstance(of, list) or (of or 0) >= 0})
     return stated
 
 

@@ -1,6 +1,7 @@
 """Serve the finished GGUF on this machine, by llama-cpp-python's server, which speaks OpenAI's HTTP API."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from stages.lib.serving import Setting
 
 HOST, ANY_HOST = "127.0.0.1", "0.0.0.0"
 CHAT = "/v1/chat/completions"
+MAX_GRAMMAR = 20_000  # characters; llama.cpp dies of one with 200,000 brackets
 PATIENCE_SECONDS = 3  # for answers that are being written when the server is told to end
 
 
@@ -159,8 +161,11 @@ class AsModelfile:
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         """Hand a request on, a chat's body rewritten."""
-        if scope["type"] != "http" or scope["path"] != CHAT or scope["method"] != "POST":
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        if scope["path"] != CHAT or scope["method"] != "POST":
+            await answer(self.app, scope, receive, send)
             return
         if not dict(scope["headers"]).get(b"content-type", b"").startswith(b"application/json"):
             # The server would take the body for text. And a page in a browser can only send this type if it is let.
@@ -176,11 +181,11 @@ class AsModelfile:
         try:
             request = completed(body, self.setting)
             self.check_room(request["messages"])
+            body = json.dumps(request).encode()
         except (ValueError, RecursionError) as error:  # the second is json's, for lists within lists within lists
             code = "context_length_exceeded" if isinstance(error, TooLong) else None  # OpenAI's word
             await refuse(str(error), code)(scope, receive, send)
             return
-        body = json.dumps(request).encode()
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
         headers.append((b"content-length", str(len(body)).encode()))
         rest = [{"type": "http.request", "body": body, "more_body": False}]
@@ -188,7 +193,7 @@ class AsModelfile:
         async def replay() -> dict[str, Any]:
             return rest.pop() if rest else await receive()
 
-        await self.app({**scope, "headers": headers}, replay, send)
+        await answer(self.app, {**scope, "headers": headers}, replay, send)
 
     def check_room(self, messages: list[dict[str, Any]]) -> None:
         """Raise `TooLong` when `messages` leave no room for an answer, `ValueError` for what can't be rendered."""
@@ -206,6 +211,35 @@ class AsModelfile:
             )
 
 
+async def answer(app: Callable[..., Awaitable[None]], scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+    """Let `app` answer, but begin with status 200 only when there is something: until then an error is still said.
+
+    llama-cpp-python's server begins a stream, and then looks whether it can be.
+    """
+    held: list[dict[str, Any]] = []
+
+    async def late(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            held.append(message)
+            return
+        if held and message.get("body"):
+            await send(held.pop())
+        if not held:
+            await send(message)
+
+    try:
+        await app(scope, receive, late)
+        for start in held:  # an answer with nothing in it
+            await send(start)
+            await send({"type": "http.response.body"})
+    except Exception as error:
+        if not held:
+            raise
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        await refuse(str(error))(scope, receive, send)
+
+
 def refuse(message: str, code: str | None = None) -> Callable[..., Awaitable[None]]:
     """Return the ASGI answer with status 400 that OpenAI's clients read."""
     from starlette.responses import JSONResponse
@@ -221,7 +255,7 @@ def completed(body: bytes, setting: Setting) -> dict[str, Any]:
     """
     from llama_cpp.server.types import CreateChatCompletionRequest
 
-    request = json.loads(body)
+    request = json.loads(body, parse_constant=finite, parse_float=finite)
     if not isinstance(request, dict) or not isinstance(request.get("messages"), list):
         raise ValueError(
             f"expected a JSON object with a list of messages; found {body[:80].decode(errors='replace')!r}"
@@ -231,10 +265,20 @@ def completed(body: bytes, setting: Setting) -> dict[str, Any]:
     if "max_completion_tokens" in stated:  # what newer clients call it
         stated.setdefault("max_tokens", stated["max_completion_tokens"])
     CreateChatCompletionRequest.model_validate(stated)
+    if stated.get("repeat_penalty", 1) == 0 or len(stated.get("grammar", "")) > MAX_GRAMMAR:
+        raise ValueError(f"expected a repeat_penalty over 0 and a grammar of at most {MAX_GRAMMAR:,} characters")
     stops = stated.get("stop", [])
     stops = [stops] if isinstance(stops, str) else stops
     stated["stop"] = [*stops, *(stop for stop in setting.stops if stop not in stops)]
     return {**setting.sampling, **stated, "messages": setting.with_system(stated["messages"])}
+
+
+def finite(text: str) -> float:
+    """Return the number in `text`. Raises `ValueError` for NaN and infinities, which leave nothing to sample."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number; found {text}")
+    return number
 
 
 def with_text(message: Any) -> Any:

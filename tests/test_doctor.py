@@ -369,7 +369,7 @@ def runtime_local(machine):
         (data_away, "data", "openai/gsm8k: no copy here", "DATA=FOLDER"),
         (model_folder_away, "model", "./models/mine: no folder with config.json", "copy the whole model there"),
         (half_a_copy_and_no_network, "model", "no copy here", "mend the network"),
-        (token_with_line_break, "token", "a space or a line break", "export it again"),
+        (token_with_line_break, "token", "a space or a line break", "give it again"),
         (late_clock, "clock", "s behind the hub's", "sudo timedatectl set-ntp true"),
         (early_clock_without_network, "clock", "in its future", "sudo timedatectl set-ntp true"),
     ],
@@ -402,9 +402,21 @@ def test_where_merge_and_gguf_would_compare_on_the_cpu_that_is_a_warning(machine
     gpu_below_float32(machine)
     _, lines = machine.look()
     assert any(
-        each.startswith("warn  ") and "merge and gguf needs about 32.7 GB" in each and "compare on the CPU" in each
+        each.startswith("warn  ") and "merge and gguf needs about 40.8 GB" in each and "compare on the CPU" in each
         for each in lines["GPU memory"]
     ), lines["GPU memory"]
+
+
+def test_a_login_counts_where_no_container_runs_and_a_copy_cut_short_is_none(machine, tmp_path):
+    machine.sources = source("openai/gsm8k")
+    (tmp_path / "token").write_text("hf_planted\n")
+    machine.env(HF_TOKEN_PATH=str(tmp_path / "token"), RUNTIME="local")
+    machine.look()
+    assert {token for _, _, token in machine.asked} == {"Bearer hf_planted"}
+    folder = machine.cached(LLAMA, outside=True)
+    assert "a whole copy is at" in machine.look()[1]["model"][0]
+    (folder / "model.safetensors.index.json").write_text("")
+    assert "a whole copy is at" not in machine.look()[1]["model"][0]
 
 
 def test_a_model_of_an_unknown_family_is_a_warning_and_no_guess(machine):

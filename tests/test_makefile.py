@@ -426,7 +426,7 @@ def test_a_model_becomes_public_only_by_1(given, options):
 
 def test_a_question_reaches_the_stage_as_it_is_written(copy):
     ran(copy, "all")
-    question = 'Tom\'s "12" * 3 ; $(touch x) `touch x` \\ %s?'
-    make(copy, "ask", f"Q={question.replace('$', '$$')}")
+    question = 'Tom\'s "12" * $3.50 ; $(shell touch x) $(touch x) `touch x` \\ %s?'
+    make(copy, "ask", f"Q={question}")
     assert (copy / "log").read_text().splitlines()[-1].endswith(f"--question {question}")
     assert not (copy / "x").exists()

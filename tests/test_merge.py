@@ -90,6 +90,7 @@ def test_a_generation_config_that_contradicts_itself_keeps_its_token_ids(tmp_pat
 
     sound = GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=[1, 5])
     assert merge.savable(sound) is sound
+    merge.savable(GenerationConfig(pad_token_id=-1, eos_token_id=[1, 5])).save_pretrained(tmp_path)
     made = merge.savable(GenerationConfig(temperature=0.6, top_p=0.9, eos_token_id=[1, 5], pad_token_id=0))
     made.save_pretrained(tmp_path)  # which refuses what contradicts itself
     kept = json.loads((tmp_path / "generation_config.json").read_text())

@@ -137,7 +137,8 @@ def test_a_conversation_longer_than_the_context_of_the_recipe_is_refused(client,
     assert raised.value.code == "context_length_exceeded"
 
 
-def test_a_grammar_that_llama_cpp_can_not_take_ends_the_request_and_not_the_server(client):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_llama_cpp_can_not_take_ends_the_request_and_not_the_server(client, stream):
     import openai
 
     day = {"type": "object", "properties": {"day": {"type": "string", "pattern": r"^\d{4}$"}}, "required": ["day"]}
@@ -147,9 +148,9 @@ def test_a_grammar_that_llama_cpp_can_not_take_ends_the_request_and_not_the_serv
         {"logprobs": True, "top_logprobs": 2},
     ):
         with pytest.raises(openai.BadRequestError, match="grammar|logprobs"):
-            client.chat.completions.create(model="tiny", messages=QUESTION, **refused)
+            client.chat.completions.create(model="tiny", messages=QUESTION, stream=stream, **refused)
     with pytest.raises(openai.BadRequestError, match="grammar"):
-        client.completions.create(model="tiny", prompt="1", extra_body={"grammar": "root ::= ("})
+        client.completions.create(model="tiny", prompt="1", stream=stream, extra_body={"grammar": "root ::= ("})
     number = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     taken = {"response_format": {"type": "json_object", "schema": number}, "max_tokens": 20}
     answer = client.chat.completions.create(model="tiny", messages=QUESTION, **taken)
@@ -197,6 +198,9 @@ def test_text_in_parts_is_the_same_text(client):
         (b'{"messages": [{"role": "system", "content": ["x"]}]}', "expected text, all that this model reads"),
         (b'{"messages": [], "max_completion_tokens": 0.5}', "max_tokens"),
         (b"[" * 100_000, "recursion"),
+        (b'{"messages": [], "temperature": NaN}', "expected a finite number; found NaN"),
+        (b'{"messages": [], "temperature": 1e999}', "expected a finite number; found 1e999"),
+        (b'{"messages": [], "repeat_penalty": 0}', "repeat_penalty over 0"),
     ],
 )
 def test_what_is_no_request_gets_400_and_what_is_wrong(address, body, message):

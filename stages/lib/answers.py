@@ -3,17 +3,18 @@ r"""One canonical form of a numeric answer, with exact arithmetic, so that equal
     value(text)       the number that the whole text is, or None                 "1,200" "$18" "18.0" "-3" "1/2" "50%"
     find(text)        that, or the only number in a short text, or None          "The answer is 18 dollars."
     canonical(text)   `find` as a string: an integer, else a reduced fraction    "1200" "18" "18" "-3" "1/2" "50"
+    given(text)       that, of what a completion answers: no division left to do  not "84/2"
 
-`canonical` is for the answers of a dataset, for what a completion answers and for comparing the two. `value` is for
-asking whether a field is a bare number. Decisions:
+`canonical` is for the answers of a dataset, `given` for what a completion answers, to be compared with one. `value` is
+for asking whether a field is a bare number. Decisions:
 
 - The form is "18" or "-5/2": `0.5`, `.50` and `1/2` are one answer. Nothing is rounded and no float is involved.
-- A unit is dropped: a currency sign, `%` and the degree sign. `50%` is 50, as GSM8K has it, and not 0.5.
+- A unit is dropped: a currency sign, `%`, the degree sign, `°C` and `°F`. `50%` is 50, as GSM8K has it, and not 0.5.
 - A comma only groups thousands: `1,200` is 1200; `1,20` and `1,2` are not read.
 - Digits are ASCII. Others (full-width, Arabic, superscript, Roman, `½`, `五`) are not read: what comes after would not
   read them either. A minus may be `-`, U+2212 or one of the other dashes of its length.
 - LaTeX is read where the whole text is `\boxed{..}`, `$..$`, `\(..\)` or `\frac{a}{b}` with integers;
-  so are `\%`, `\$` and `1{,}200`.
+  so are `\%`, `\$` and `1{,}200`, a `\boxed{..}` among words, and `\text{..}` as its words.
 - More than one number is not an answer (`42 or 43`, `10:30`, `1 1/2`, `2 + 2 = 4`). Nor is an expression (`x - 5`,
   `3x`, `f(3)`, `5!`), a number that words change (`5 million`, `not 42`, `half of 18`), one that a letter touches
   (`18k`), or `NaN`, `inf` and `1e999`: a number has at most 100 digits above and below the bar.
@@ -29,6 +30,7 @@ _LIMIT = 10**100
 
 _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"), "-")
 _CURRENCY = "$€£¥₹"
+_SIGN_AFTER = rf"(?: [{_CURRENCY}%] | °[CF]? )"
 _INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
 _BODY = r"""
     (?: (?P<whole> [0-9]{1,3} (?:,[0-9]{3})+ | [0-9]+ ) (?: \.(?P<decimals>[0-9]*) )?
@@ -37,20 +39,24 @@ _BODY = r"""
     (?: [ ]?/[ ]?(?P<denominator>[0-9]+) )?
 """
 _WHOLE_TEXT = re.compile(
-    rf"(?P<first_sign>[+-]?) \s? [{_CURRENCY}]? \s? (?P<second_sign>[+-]?) {_BODY} \s? [{_CURRENCY}%°]? \s? \.?",
+    rf"(?P<first_sign>[+-]?) \s? [{_CURRENCY}]? \s? (?P<second_sign>[+-]?) {_BODY} \s? {_SIGN_AFTER}? \s? \.?",
     re.VERBOSE,
 )
 _IN_A_TEXT = re.compile(
-    rf"(?P<first_sign>[+-]?) (?: [{_CURRENCY}][ ]? )? (?P<second_sign>[+-]?) {_BODY} (?: [ ]?[{_CURRENCY}%°] )?",
+    rf"(?P<first_sign>[+-]?) (?: [{_CURRENCY}][ ]? )? (?P<second_sign>[+-]?) {_BODY} (?: [ ]?{_SIGN_AFTER} )?",
     re.VERBOSE,
 )
 _LATEX_FRACTION = re.compile(r"([+-]?)\s?\\[dt]?frac\s?\{([0-9]+)\}\s?\{([0-9]+)\}")
 _WRAPPERS = (("**", "**"), ("`", "`"), ("$", "$"), ("\\(", "\\)"), ("\\boxed{", "}"))
 _BEFORE_A_NUMBER = frozenset("([=:\"'“‘—")
 _PUNCTUATION = frozenset(".,;:!?'\"()[]=‘’“”—")
+_DIVISION = re.compile(r"[0-9]\s?/\s?[0-9]|\\[dt]?frac")
+_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_UNIT = re.compile(r"\s*\\text\s?\{([^{}]*)\}")
 _WORD = re.compile(r"[^\W\d_]+")
+_HYPHENATED = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
 _CHANGES_A_NUMBER = frozenset(
-    "or nor not minus negative plus times divided over squared cubed root half third quarter"
+    "or nor not minus negative plus divided over squared cubed root half third quarter"
     " dozen hundred thousand million billion trillion".split()
 )
 
@@ -70,7 +76,7 @@ def find(text: str) -> Fraction | None:
     number = _value(text)
     if number is not None:
         return number
-    text = text.replace("**", "")
+    text = _BOXED.sub(r"\1", text.replace("**", ""))
     match = _IN_A_TEXT.search(text)
     if match is None or not _are_plain_words(text[: match.start()], text[match.end() :]):
         return None
@@ -88,6 +94,15 @@ def canonical(text: str) -> str | None:
     return None if number is None else str(number)
 
 
+def given(text: str) -> str | None:
+    """Give `canonical(text)` for what a completion answers; None for a division that comes out even (`84/2`).
+
+    That is the last step of a problem left undone, as `6 * 7` is, which is no answer either. `2/4` is a fraction.
+    """
+    answer = canonical(text)
+    return None if answer is not None and "/" not in answer and _DIVISION.search(text) else answer
+
+
 def gsm8k_final(answer: str) -> str:
     """Give what follows the last `####` of a GSM8K answer, as written ("1,200"). Raises ValueError if there is none."""
     _, mark, final = answer.rpartition("####")
@@ -100,10 +115,11 @@ def _unwrapped(text: str) -> str:
     """Take white space, typographic dashes and whatever merely wraps the whole text off it."""
     text = text.translate(_DASHES).strip()
     if "\\" in text or "{,}" in text:
-        text = text.replace("\\%", "%").replace("\\$", "$").replace("{,}", ",")
+        text = _UNIT.sub(r" \1", text.replace("\\%", "%").replace("\\$", "$").replace("{,}", ","))
     for start, end in _WRAPPERS:
-        if text.startswith(start) and text.endswith(end) and len(text) > len(start) + len(end):
-            text = text[len(start) : -len(end)].strip()
+        inside = text.removesuffix(".")
+        if inside.startswith(start) and inside.endswith(end) and len(inside) > len(start) + len(end):
+            text = inside[len(start) : -len(end)].strip()
     return text
 
 
@@ -156,7 +172,9 @@ def _are_plain_words(before: str, after: str) -> bool:
                 return False
             previous = character
     words = _WORD.findall(f"{before} {after}".lower())
+    if "times" in _WORD.findall(before.lower()):  # while "5 times" is what "how many times" asks for
+        return False
     if any(word in _CHANGES_A_NUMBER or word.removesuffix("s") in _CHANGES_A_NUMBER for word in words):
         return False
-    # "3 x", "10 k": one letter after the number is a variable or a factor, not a word.
-    return all(len(word) > 1 or word in ("a", "i") for word in _WORD.findall(after.lower()))
+    # "3 x", "10 k": one letter after the number is a variable or a factor, not a word. That of "T-shirts" is in one.
+    return all(max(map(len, word.split("-"))) > 1 or word in ("a", "i") for word in _HYPHENATED.findall(after.lower()))

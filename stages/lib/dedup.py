@@ -1,9 +1,11 @@
 """Which questions are the same, nearly the same, or too close to one that is to be examined.
 
 A question is compared as its words: letters and digits in a row, and every other sign by itself, whatever the case and
-the white space ("What is 3+4?" is what, is, 3, +, 4, ?). Its identity is a 64-bit hash of all of them; its likeness to
-another is measured on the sets of their n-grams, runs of n words, each a 32-bit hash. All of a batch is hashed at once
-with numpy: the same bytes on every machine, about a tenth of the time of a loop.
+the white space ("What is 3+4?" is what, is, 3, +, 4, ?). Typographic and full-width signs count as the plain ones, and
+in scripts that put no blanks between words (Chinese, Japanese, Thai, ...) every character is a word. Its identity is a
+64-bit hash of all of them; its likeness to another is measured on the sets of their n-grams, runs of n words, each a
+32-bit hash. All of a batch is hashed at once with numpy: the same bytes on every machine, about a tenth of the time of
+a loop.
 
 Near duplicates are looked for with MinHash (Broder 1997) in bands (Leskovec, Rajaraman, Ullman, Mining of Massive
 Datasets, 3.4): two questions meet when all `BAND_ROWS` minima of one of `BANDS` bands agree. A pair with Jaccard index
@@ -36,6 +38,39 @@ _LETTERS = {*range(ord("0"), ord("9") + 1), *range(ord("a"), ord("z") + 1), *ran
 _KIND = bytes(_SPACE if byte in _SPACES else _LETTER if byte in _LETTERS else _SIGN for byte in range(256))
 _VALUE = bytes(0 if byte in _SPACES else byte for byte in range(256))
 _MULTIPLIERS = np.random.Generator(np.random.PCG64(0)).integers(0, 1 << 31, BANDS * BAND_ROWS, np.uint32) * 2 + 1
+
+
+class _Plain(dict):
+    """What `str.translate` makes of each character that is not ASCII, found when it is first met."""
+
+    SIGNS = (
+        dict.fromkeys((0x2018, 0x2019, 0x201A), "'")
+        | dict.fromkeys((0xAB, 0xBB, 0x201C, 0x201D, 0x201E, 0x300C, 0x300D), '"')
+        | dict.fromkeys((*range(0x2010, 0x2016), 0x2212), "-")
+        | {0x3001: ",", 0x3002: "."}
+    )
+    # Thai to Myanmar, Khmer, kana, Chinese characters: scripts without blanks between words.
+    UNSPACED = (
+        (0x0E00, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
+    )  # fmt: skip
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        if code in self.SIGNS:
+            plain = self.SIGNS[code]
+        elif 0xFF01 <= code <= 0xFF5E:  # full-width ASCII
+            plain = chr(code - 0xFEE0).lower()
+        elif code < 128 or unicodedata.category(character) == "Cf":  # Cf: marks that are not seen
+            plain = character if code < 128 else ""
+        elif any(first <= code <= last for first, last in self.UNSPACED):
+            plain = f" {character} "
+        else:
+            plain = character if character.isalnum() or unicodedata.category(character)[0] == "M" else f" {character} "
+        self[code] = plain
+        return plain
+
+
+_PLAIN = _Plain()
 
 
 @dataclass(frozen=True)
@@ -81,7 +116,9 @@ def fingerprint(questions: list[str], ngram_words: int) -> Fingerprints:
 def hashed_words(questions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the hashes of all words, uint64, where each question's begin among them, and how many each has."""
     parts = [
-        text.lower() if text.isascii() else " ".join(unicodedata.normalize("NFC", text).casefold().split())
+        text.lower()
+        if text.isascii()
+        else " ".join(unicodedata.normalize("NFC", text).casefold().translate(_PLAIN).split())
         for text in questions
     ]
     joined = "\0".join(parts) + "\0"

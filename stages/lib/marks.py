@@ -9,5 +9,5 @@ from stages.lib.formats import Format
 def mark(answer_format: Format, completion: str, right: str) -> dict[str, Any]:
     """Return what a completion is worth: `well_formed`, `given` (canonical, None if none can be read) and `right`."""
     read = answer_format.read(completion)
-    given = answers.canonical(read.answer) if read else None
+    given = answers.given(read.answer) if read else None
     return {"well_formed": read is not None, "given": given, "right": given is not None and given == right}

@@ -66,7 +66,7 @@ def _judge(format: Format, text: str) -> _Judgement:
     if parts is None:
         return _Judgement(None, "", None, False, False, _count_tags_in_place(format, text), trailing)
     answer = parts.answer.strip()
-    canonical = answers.canonical(answer)
+    canonical = answers.given(answer)
     bare = answer == canonical or answers.value(answer) is not None
     integer = canonical is not None and bare and "/" not in canonical
     return _Judgement(answer, parts.answer, canonical, integer, format.is_exact(parts), len(format.tags), trailing)
@@ -288,7 +288,7 @@ def math_correct(
 
 
 def _is_math_equal(answer: str, true: str) -> bool:
-    number, true_number = answers.canonical(answer), answers.canonical(true)
+    number, true_number = answers.given(answer), answers.canonical(true)
     if answer == true or number is not None and number == true_number:
         return True
     if len(answer) > _MATH_MAX_CHARACTERS:

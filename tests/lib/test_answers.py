@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.lib import answers
 from stages.lib.answers import MAX_TEXT_CHARACTERS, canonical, find, gsm8k_final, value
 
 
@@ -115,3 +116,31 @@ def test_the_final_answer_of_gsm8k_follows_the_last_mark():
     assert gsm8k_final("a #### b\n#### 1,200") == "1,200"
     with pytest.raises(ValueError, match="no '####'"):
         gsm8k_final("The answer is 18")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("5 times", "5"), ("5 times as many", "5"), ("x times 5", None), ("3 T-shirts", "3"), ("3 x-y", None),
+        ("-5°C", "-5"), ("70 °F", "70"), (r"18\text{ dollars}", "18"), (r"18\text{ million}", None),
+        (r"\boxed{18}.", "18"),
+        (r"The answer is \boxed{18}.", "18"), (r"\boxed{18} or \boxed{19}", None), ("**18**.", "18"),
+    ],
+)  # fmt: skip
+def test_what_stands_around_a_number_in_a_completion(text, answer):
+    assert canonical(text) == answers.given(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text", ["84/2", "$84/2", "840 / 20", r"\frac{84}{2}", r"\boxed{84/2}", "84/2 dollars", "42/1"]
+)
+def test_a_division_left_to_do_is_no_answer_of_a_completion(text):
+    assert canonical(text) == "42"
+    assert answers.given(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"), [("2/4", "1/2"), ("1/2", "1/2"), ("$18/day", None), ("42", "42"), ("x", None)]
+)
+def test_a_fraction_is_an_answer_of_a_completion(text, answer):
+    assert answers.given(text) == answer

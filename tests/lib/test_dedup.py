@@ -174,6 +174,40 @@ def test_an_eval_problem_inside_a_longer_one_counts_in_full(tmp_path: Path) -> N
     assert (row.tolist(), like.tolist(), overlap.tolist()) == ([1], [0], [1.0])
 
 
+EVALUATED = "小明有12个苹果，他给了小红5个，又买了8个，请问小明现在一共有多少个苹果？"
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "trained"),
+    [
+        (EVALUATED, "请解答下面的问题。" + EVALUATED),
+        (EVALUATED, EVALUATED.replace("，", ", ").replace("？", "?")),
+        (EVALUATED, EVALUATED.replace("12", "\uff11\uff12")),
+        (
+            "Zack's locker is half as big as Timothy's \"red\" locker.",
+            "Zack’s locker is half as big as Timothy’s “red” locker.",
+        ),
+        ("How many apples has Tom? He bought 3 - 1.", "How\u200b many apples has Tom?\u200b He bought 3 − 1."),
+        ("รถไฟวิ่งด้วยความเร็ว 60 กิโลเมตรต่อชั่วโมง", "โจทย์: รถไฟวิ่งด้วยความเร็ว 60 กิโลเมตรต่อชั่วโมง"),
+    ],
+)
+def test_other_spellings_and_scripts_without_blanks_hide_no_eval_problem(
+    evaluated: str, trained: str, tmp_path: Path
+) -> None:
+    _, grams = table(
+        [evaluated, trained, "An altogether other question of some 12 words and signs, is it not?"], tmp_path, 8
+    )
+    row, like, overlap = dedup.contaminated(np.array([0]), np.array([1, 2]), grams, 0.5)
+    assert (row.tolist(), like.tolist()) == ([1], [0])
+    assert overlap[0] > 0.7
+
+
+def test_signs_that_are_not_ascii_tell_questions_apart_and_stand_alone() -> None:
+    assert len(set(ids("3×4?", "3÷4?", "3 4?"))) == 3
+    assert len(set(ids("3×4?", "3 × 4?"))) == 1
+    assert len(set(ids("3² = 9?", "32 = 9?"))) == 2
+
+
 def test_grams_are_read_back_row_by_row_and_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prints, grams = table(some_questions(30), tmp_path)
     ends = np.cumsum(prints.counts)

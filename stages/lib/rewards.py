@@ -293,6 +293,9 @@ def _is_math_equal(answer: str, true: str) -> bool:
         return True
     if len(answer) > _MATH_MAX_CHARACTERS:
         return False
+    # A division left to do; and words that change a number, which math-verify passes over.
+    if true_number is not None and (number != answers.canonical(answer) or "\\text" in answer):
+        return False
     answer, true = _without_math_marks(answer), _without_math_marks(true)
     # Two blocks are two answers, of which math-verify would take the one that fits; and it takes the right-hand side
     # of an equation for its value, so that 43 = 42 would be worth 42.

@@ -124,6 +124,7 @@ def write_recipe(path: Path, model: Path, rows: Path, max_prompt_tokens: int) ->
     save = json.dumps(tables.pop("save"))
     tables["model"]["name"] = str(model)
     tables["sft"]["max_tokens"] = 1024
+    tables["merge"]["prompts"] = tables["gguf"]["prompts"] = 1  # of the run with a tight limit few eval rows are left
     tables["data"] = {
         "max_prompt_tokens": max_prompt_tokens,
         "ngram_words": 8,

@@ -147,9 +147,13 @@ def hub_cache(in_container: bool) -> Path:
     """Return where huggingface_hub keeps what it fetched: by the variables it goes by, or as docker/run sets them."""
     if in_container:
         return CONTAINER_CACHE / "huggingface" / "hub"
+    return Path(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub").expanduser()
+
+
+def hub_home() -> Path:
+    """Return the folder of huggingface_hub's cache and login, by the variables it goes by."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    home = Path(os.environ.get("HF_HOME") or home)
-    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    return Path(os.environ.get("HF_HOME") or home)
 
 
 def local_model(recipe: Recipe, cache: Path) -> Path | None:
@@ -572,8 +576,7 @@ def hub_token() -> str:
     """Return the token in HF_TOKEN or, which no container would see, that of `hf auth login`; "" if there is none."""
     if os.environ.get("HF_TOKEN") or os.environ.get("RUNTIME") != "local":
         return os.environ.get("HF_TOKEN", "")
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    stored = Path(os.environ.get("HF_TOKEN_PATH") or home / "token")
+    stored = Path(os.environ.get("HF_TOKEN_PATH") or hub_home() / "token").expanduser()
     return stored.read_text().strip() if stored.is_file() else ""
 
 

@@ -138,7 +138,7 @@ def refuse_what_llama_cpp_can_not_take() -> None:
         llama_cpp.llama_sampler_chain_add(self.sampler, sampler)
 
     def refused(request: Any, match: re.Match) -> tuple[int, dict[str, Any]]:
-        return 400, {"message": match.string, "type": "invalid_request_error", "param": None, "code": None}
+        return 400, invalid_request(match.string)
 
     LlamaSampler.add_grammar = add_grammar
     known = "grammar|logprobs is not supported|Tool choice|invalid literal for int"
@@ -232,20 +232,25 @@ async def answer(app: Callable[..., Awaitable[None]], scope: dict[str, Any], rec
         for start in held:  # an answer with nothing in it
             await send(start)
             await send({"type": "http.response.body"})
-    except Exception as error:
-        if not held:
+    except Exception as error:  # as it is, or within the groups of the tasks that write a stream
+        reason = error
+        while isinstance(reason, ExceptionGroup):
+            reason = reason.exceptions[0]
+        if not held or not isinstance(reason, ValueError):  # what llama-cpp-python raises for a request
             raise
-        while isinstance(error, ExceptionGroup):
-            error = error.exceptions[0]
-        await refuse(str(error))(scope, receive, send)
+        await refuse(str(reason))(scope, receive, send)
 
 
 def refuse(message: str, code: str | None = None) -> Callable[..., Awaitable[None]]:
     """Return the ASGI answer with status 400 that OpenAI's clients read."""
     from starlette.responses import JSONResponse
 
-    said = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return JSONResponse({"error": said}, status_code=400)
+    return JSONResponse({"error": invalid_request(message, code)}, status_code=400)
+
+
+def invalid_request(message: str, code: str | None = None) -> dict[str, Any]:
+    """Return what OpenAI says of a request that it does not take."""
+    return {"message": message, "type": "invalid_request_error", "param": None, "code": code}
 
 
 def completed(body: bytes, setting: Setting) -> dict[str, Any]:

@@ -41,7 +41,7 @@ _MULTIPLIERS = np.random.Generator(np.random.PCG64(0)).integers(0, 1 << 31, BAND
 
 
 class _Plain(dict):
-    """What `str.translate` makes of each character that is not ASCII, found when it is first met."""
+    """What `str.translate` makes of each character, by its code, found when it is first met."""
 
     SIGNS = (
         dict.fromkeys((0x2018, 0x2019, 0x201A), "'")
@@ -55,17 +55,19 @@ class _Plain(dict):
     )  # fmt: skip
 
     def __missing__(self, code: int) -> str:
-        character = chr(code)
+        plain = chr(code)
+        category = unicodedata.category(plain)
         if code in self.SIGNS:
             plain = self.SIGNS[code]
         elif 0xFF01 <= code <= 0xFF5E:  # full-width ASCII
             plain = chr(code - 0xFEE0).lower()
-        elif code < 128 or unicodedata.category(character) == "Cf":  # Cf: marks that are not seen
-            plain = character if code < 128 else ""
-        elif any(first <= code <= last for first, last in self.UNSPACED):
-            plain = f" {character} "
-        else:
-            plain = character if character.isalnum() or unicodedata.category(character)[0] == "M" else f" {character} "
+        elif category == "Cf":  # not seen
+            plain = ""
+        elif code > 127 and (
+            any(first <= code <= last for first, last in self.UNSPACED)
+            or not (plain.isalnum() or category.startswith("M"))  # M: the accents and vowels of the letter before
+        ):
+            plain = f" {plain} "
         self[code] = plain
         return plain
 

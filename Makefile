@@ -106,7 +106,7 @@ ifneq ($(filter-out help clean setup test lock doctor,$(or $(MAKECMDGOALS),help)
 endif
 
 out := artifacts/$(RECIPE)
-lib := $(wildcard stages/lib/*.py)
+lib := $(wildcard stages/lib/*.py stages/lib/*/*.py)
 ifeq ($(RUNTIME),docker)
   IMAGE_FILE := data/cache/image-$(IMAGE)
   ready := $(IMAGE_FILE)

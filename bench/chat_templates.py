@@ -11,8 +11,10 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from stages.lib import go_render, go_template
 from stages.lib.errors import UserError
+from stages.lib.ollama.derive import derive_template, jinja_render
+from stages.lib.ollama.go import go_helper
+from stages.lib.ollama.proof import compare_renderings
 
 TEMPLATES = Path(sys.prefix) / "llama.cpp" / "models" / "templates"
 RESULT = Path(__file__).parent / "results" / "chat-templates.md"
@@ -26,7 +28,7 @@ def main() -> None:
         taken += verdict.startswith("the same")
         rows.append(f"| {path.stem} | {verdict} | {system} | {end} |")
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "jinja2", "llama-cpp-python"))
-    by = "Go's text/template and stages.lib.go_render" if go_render.helper() else "stages.lib.go_render"
+    by = "Go's text/template and stages.lib.go_render" if go_helper() else "stages.lib.go_render"
     text = [
         "# Chat templates in Go",
         "",
@@ -47,14 +49,14 @@ def main() -> None:
 def judge(chat_template: str) -> tuple[str, str, str]:
     """Give three cells: the verdict, whether the template takes a system prompt, and what it ends a turn with."""
     try:
-        render = go_template.jinja_render(chat_template, {"bos_token": "<bos>", "eos_token": "</s>"})
-        derived = go_template.derive(render, "<bos>")
+        render = jinja_render(chat_template, {"bos_token": "<bos>", "eos_token": "</s>"})
+        derived = derive_template(render, "<bos>")
     except UserError as error:
         return cell(f"refused: {error.message}"), "", ""
     system = "taken" if derived.takes_system else "refused"
     end = f"`{cell(derived.turn_end.strip())}`" if derived.turn_end.strip() else ""
     try:
-        _, count = go_render.compare(Path("Modelfile"), derived.template, render, derived.bos)
+        _, count = compare_renderings(Path("Modelfile"), derived.template, render, derived.bos)
     except UserError as error:
         conversation = error.message.splitlines()[1].split(":", 1)[1].strip()
         return cell(f"refused: differs on `{conversation}`"), system, end

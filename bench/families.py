@@ -1,7 +1,7 @@
 """Measure how close each family's GGUF files are to their merged model: real vocabularies, random weights.
 
-`python -m bench.families` writes bench/results/families.md. It takes the models of tests/family_models.py through
-merge, gguf and their gates, with more prompts and types than the tests.
+`python -m bench.families` writes bench/results/families.md. It takes the models of tests/support/family_models.py
+through merge, gguf and their gates, with more prompts and types than the tests.
 """
 
 import datetime
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from tests import family_models
+from tests.support import family_models
 
 RESULTS = Path(__file__).parent / "results" / "families.md"
 TYPES = ["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from stages.lib import artifact
+from stages.lib.artifact.manifest import read_manifest
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
@@ -19,7 +19,7 @@ COLUMNS = (
 @click.command(help=__doc__)
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def main(run: Path) -> None:
-    merge, gguf = (artifact.read(run / stage, stage) for stage in ("merge", "gguf"))
+    merge, gguf = (read_manifest(run / stage, stage) for stage in ("merge", "gguf"))
     merged, reference, files = merge["metrics"], gguf["metrics"]["reference"], gguf["metrics"]["files"]
     where, wall = gguf["environment"], gguf["wall"]
     packages = ", ".join(f"{name} {where['packages'][name]}" for name in ("llama-cpp-python", "torch", "transformers"))

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import click
 
-from stages.lib import artifact
-from tests import family_models, tiny_models
+from stages.lib.artifact.folder import write_artifact
+from tests.support import family_models, tiny_models
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "fidelity_memory.md"
@@ -61,9 +61,9 @@ def main(prompts: int, out: Path) -> None:
 def make(folder: str) -> None:
     """Write model, adapter and problems under `folder`, as the stages before merge would. In a process of its own."""
     model = family_models.base(family_models.FAMILIES["qwen3"], Path(folder) / "model", **SHAPE)
-    with artifact.writing(Path(folder) / "grpo", "grpo", {}, {}) as run:
+    with write_artifact(Path(folder) / "grpo", "grpo", {}, {}) as run:
         tiny_models.adapter(model, run.folder, steps=0, init_lora_weights=False, r=32, lora_alpha=64)
-    with artifact.writing(Path(folder) / "prepare-data", "prepare-data", {}, {}) as run:
+    with write_artifact(Path(folder) / "prepare-data", "prepare-data", {}, {}) as run:
         for name, seed in (("eval", 3), ("sft", 2)):
             rows = (json.dumps(row) + "\n" for row in tiny_models.rows(PROMPTS, seed))
             (run.folder / f"{name}.jsonl").write_text("".join(rows))

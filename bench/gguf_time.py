@@ -21,9 +21,12 @@ from types import SimpleNamespace
 import click
 
 from stages import gguf
-from stages.lib import artifact, llama
-from stages.lib.recipe import Gguf
-from tests import family_models
+from stages.lib.artifact.folder import Run
+from stages.lib.artifact.manifest import sha256_of
+from stages.lib.gguf.convert import HOME, type_number
+from stages.lib.gguf.library import threads_for
+from stages.lib.recipe.tables import Gguf
+from tests.support import family_models
 
 RESULTS = Path(__file__).parent / "results" / "gguf_time.md"
 LIMIT = 1.3
@@ -45,7 +48,7 @@ def processor_seconds() -> float:
 
 def by_stage(base: Path, folder: Path) -> dict[str, float]:
     """Return the seconds of each step of the stage's own way, of the whole, and of the processors."""
-    run = artifact.Run(folder)
+    run = Run(folder)
     run.checkpoints.mkdir(parents=True)
     recipe = SimpleNamespace(path=Path("bench.toml"), model=SimpleNamespace(name="random"), gguf=Gguf(TYPES))
     started, used = time.monotonic(), processor_seconds()
@@ -60,14 +63,14 @@ def by_hand(base: Path, folder: Path) -> dict[str, float]:
     folder.mkdir()
     source = folder / "model.f16.gguf"
     started, used = time.monotonic(), processor_seconds()
-    command = [sys.executable, str(llama.HOME / "convert_hf_to_gguf.py"), str(base), "--outfile", str(source)]
+    command = [sys.executable, str(HOME / "convert_hf_to_gguf.py"), str(base), "--outfile", str(source)]
     subprocess.run([*command, "--outtype", "f16", "--model-name", "random bench"], check=True, capture_output=True)
     seconds = {"convert": time.monotonic() - started}
     for kind in TYPES[1:]:
         begun = time.monotonic()
         parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.ftype = llama.type_number(kind)
-        parameters.nthread = llama.threads(source)
+        parameters.ftype = type_number(kind)
+        parameters.nthread = threads_for(source)
         out = folder / f"model.{kind}.gguf"
         if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(parameters)):
             raise click.ClickException(f"{out}: llama.cpp could not quantize to {kind}")
@@ -85,7 +88,7 @@ def main(out: Path) -> None:
         stage = by_stage(folder / "base", folder / "stage")
         hand = by_hand(folder / "base", folder / "hand")
         same = all(
-            artifact.sha256(folder / "stage" / name) == artifact.sha256(folder / "hand" / name)
+            sha256_of(folder / "stage" / name) == sha256_of(folder / "hand" / name)
             for name in (f"model.{kind}.gguf" for kind in TYPES)
         )
     rows = "\n".join(

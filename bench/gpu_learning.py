@@ -21,9 +21,9 @@ from pathlib import Path
 import click
 
 from stages import base_model
-from stages.lib import formats
-from stages.lib.recipe import read_recipe
-from stages.lib.stats import p_text, wilson
+from stages.lib.answers import formats
+from stages.lib.answers.stats import p_text, wilson
+from stages.lib.recipe.read import read_recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -47,7 +47,7 @@ def make_base(folder: Path, problems: Path) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-    from tests import family_models
+    from tests.support import family_models
 
     knobs = read_recipe(ROOT / "recipes" / "tiny.toml").base_model
     knobs = replace(knobs, corpus_problems=60_000, eval_problems=2000)

@@ -25,13 +25,19 @@ from typing import Any
 
 import click
 
-from stages import doctor, grpo
-from stages.lib import artifact, ladder, models
-from stages.lib.recipe import Recipe, Vllm, read_recipe
+from stages import grpo
+from stages.lib.artifact.folder import Run
+from stages.lib.machine.copies import shape_of_model
+from stages.lib.machine.memory import gpu_estimates
+from stages.lib.model import unsloth
+from stages.lib.model.engine import import_engine
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Recipe, Vllm
+from stages.lib.train import ladder
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "grpo_throughput.jsonl"
-# shape: (family of tests/family_models.py, recipe, sizes)
+# shape: (family of tests/support/family_models.py, recipe, sizes)
 SHAPES = {
     "qwen3-1.7b": ("qwen3", "qwen3-1.7b-dapo", {
         "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
@@ -51,7 +57,7 @@ COMPLETION_TOKENS, PROMPT_TOKENS = 768, 128
 
 def make_model(shape: str, work: Path) -> Path:
     """Write a random-weight model of a published shape, once; return its folder."""
-    from tests import family_models
+    from tests.support import family_models
 
     family, _, sizes = SHAPES[shape]
     folder = work / shape
@@ -205,7 +211,7 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     threading.Thread(target=look, daemon=True).start()
     started = time.monotonic()
     if engine == "unsloth":
-        models.start(recipe)
+        import_engine(recipe)
     import torch
     from transformers import TrainerCallback, trainer
     from trl import GRPOTrainer
@@ -242,12 +248,12 @@ def measure(run: str, work: Path) -> dict[str, Any]:
         )
         grpo.settle_heap = TrainerCallback
     if "scoring" in words:
-        models.scores_first = lambda recipe: True
+        unsloth.needs_scoring_pass = grpo.needs_scoring_pass = lambda recipe: True
     watch(VLLMGeneration, "sync_weights", spent, "weight transfer")
     watch(GRPOTrainer, "_calculate_rewards", spent, "scoring")
     folder = work / "run"
     subprocess.run(["rm", "-rf", str(folder)], check=True)
-    made = artifact.Run(folder)
+    made = Run(folder)
     made.checkpoints.mkdir(parents=True)
     if engine == "unsloth":
         longer = replace(recipe, grpo=replace(recipe.grpo, steps=recipe.grpo.steps + bool(profile)))
@@ -260,7 +266,7 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     if profile:
         profile.write(run, RESULTS.with_name("grpo_profile.md"))
     total = torch.cuda.get_device_properties(0).total_memory
-    stages = doctor.estimates(recipe, doctor.shape_of(recipe, work / shape)[0], total)
+    stages = gpu_estimates(recipe, shape_of_model(recipe, work / shape)[0], total)
     medians = {name: round(statistics.median(step[name] for step in counted), 2) for name in counted[0]}
     return {
         "run": run,
@@ -273,7 +279,7 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     }
 
 
-def plain_trl(recipe: Recipe, problems: Path, run: artifact.Run) -> None:
+def plain_trl(recipe: Recipe, problems: Path, run: Run) -> None:
     """Train with TRL's own trainer and its colocated vLLM, the same recipe otherwise."""
     from datasets import load_dataset
     from peft import LoraConfig

@@ -25,9 +25,10 @@ from typing import Any
 
 import click
 
-from stages import base_model, prepare_data
-from stages.lib.recipe import read_recipe
-from tests import micro
+from stages import base_model
+from stages.lib.data.rows import problem_of
+from stages.lib.recipe.read import read_recipe
+from tests.support import micro
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny.toml"
@@ -166,7 +167,7 @@ def gsm8k_table(folder: Path) -> list[str]:
     for name in ("train.jsonl", "test.jsonl"):
         rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
         finals = [row["answer"].rpartition("####")[2] for row in rows]
-        read = [prepare_data.problem_of(row["question"], row["answer"], None, "gsm8k")[1] for row in rows]
+        read = [problem_of(row["question"], row["answer"], None, "gsm8k")[1] for row in rows]
         negative = sum(answer.startswith("-") for answer in read)
         lines.append(
             f"| {name} | {len(rows):,} | {sum(',' in final for final in finals)} | {negative} | {len(read):,} |"

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import click
 
-from stages.lib.formats import FORMATS, XML, Answer, Format
-from stages.lib.rewards import SUITES, Reward, load
+from stages.lib.answers.formats import FORMATS, XML, Answer, Format
+from stages.lib.rewards.judge import Reward
+from stages.lib.rewards.names import SUITES, load_rewards
 
 RESULTS = Path(__file__).parent / "results" / "rewards.md"
 
@@ -53,10 +54,10 @@ def main(completions: int, max_tokens: int, seed: int) -> None:
     columns = "fuzzed|completions|median|99.9%|longest|limit|timed again|over it|longest, processor|raised".split("|")
     lines += ["", f"| {' | '.join(columns)} |", "|---|" + "---:|" * 9]
     for name in SUITES:
-        suite = load(list(SUITES[name]), FORMATS[name], Path())
+        suite = load_rewards(list(SUITES[name]), FORMATS[name], Path())
         fuzzed = Fuzz(FORMATS[name], max_tokens, ANSWERS, random.Random(seed))
         lines.append(bounds(f"suite {name}", suite, fuzzed, completions, SUITE_LIMIT_SECONDS))
-    math_correct = load(["math_correct"], XML, Path())
+    math_correct = load_rewards(["math_correct"], XML, Path())
     fuzzed = Fuzz(XML, max_tokens, MATH, random.Random(seed))
     lines.append(bounds("math_correct", math_correct, fuzzed, completions, MATH_LIMIT_SECONDS))
     RESULTS.write_text("\n".join(lines) + "\n")

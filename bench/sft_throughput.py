@@ -20,8 +20,11 @@ import click
 
 from bench.grpo_throughput import ROOT, make_model, note, run_apart
 from stages import sft
-from stages.lib import artifact, ladder, models
-from stages.lib.recipe import Recipe, read_recipe
+from stages.lib.artifact.folder import Run
+from stages.lib.model.engine import import_engine
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Recipe
+from stages.lib.train import ladder
 
 RESULTS = ROOT / "bench" / "results" / "sft_throughput.jsonl"
 SHAPE, STEPS, BATCH, MICRO_BATCH, TOKENS, WARM_UP = "qwen3-1.7b", 13, 32, 8, 2048, 3
@@ -38,7 +41,7 @@ def write_examples(path: Path) -> None:
             file.write(json.dumps(dict(zip(("prompt", "completion"), turns, strict=True))) + "\n")
 
 
-def plain_trl(recipe: Recipe, examples: Path, run: artifact.Run) -> None:
+def plain_trl(recipe: Recipe, examples: Path, run: Run) -> None:
     """Train with TRL's own trainer, the same recipe otherwise."""
     from datasets import load_dataset
     from peft import LoraConfig
@@ -74,7 +77,7 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     recipe = replace(recipe, model=model, sft=knobs)
     write_examples(work / "examples.jsonl")
     if engine == "unsloth":
-        models.start(recipe)
+        import_engine(recipe)
     import torch
     from transformers import Trainer, TrainerCallback, trainer
 
@@ -100,7 +103,7 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     trainer.DEFAULT_CALLBACKS.append(Timer)
     folder = work / "sft-run"
     subprocess.run(["rm", "-rf", str(folder)], check=True)
-    made = artifact.Run(folder)
+    made = Run(folder)
     made.checkpoints.mkdir(parents=True)
     if engine == "unsloth":
         sft.train(recipe, work / "examples.jsonl", None, made)

@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 from stages.base_model import conversations
-from stages.lib.recipe import read_recipe
+from stages.lib.recipe.read import read_recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "tiny_seeds.md"

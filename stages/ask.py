@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
-from stages.lib import options, serving
+from stages.lib import options
 from stages.lib.errors import UserError
-from stages.lib.recipe import read_recipe
+from stages.lib.recipe.read import read_recipe
+from stages.lib.serve.setting import answer_with, open_model, read_setting
 
 
 @click.command(help=__doc__)
@@ -19,10 +20,10 @@ def main(recipe: Path, ollama_modelfile: Path, question: str) -> None:
         raise UserError('--question is empty; expected one, as in: make ask Q="What is 17 + 25?"')
     if any("\ud800" <= sign <= "\udfff" for sign in question):  # how Python holds bytes that are no text
         raise UserError("--question is not UTF-8; expected text in the terminal's encoding")
-    setting = serving.read(ollama_modelfile)
-    with serving.opened(setting) as file:
+    setting = read_setting(ollama_modelfile)
+    with open_model(setting) as file:
         messages = [{"role": "user", "content": question}]
-        for piece in serving.answer(file, setting, messages, max_tokens, temperature=0.0):
+        for piece in answer_with(file, setting, messages, max_tokens, temperature=0.0):
             click.echo(piece, nl=False)
     click.echo()
 

@@ -8,8 +8,13 @@ from typing import Any
 
 import click
 
-from stages.lib import artifact, formats, llama, options, word_problems
-from stages.lib.recipe import BaseModel, read_recipe
+from stages.lib import options
+from stages.lib.answers import formats
+from stages.lib.artifact.folder import write_artifact
+from stages.lib.data import word_problems
+from stages.lib.gguf.tokens import save_tokenizer
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import BaseModel
 
 # Gemma's own template, less its image branch: the system prompt is folded into the first user turn.
 CHAT_TEMPLATE = """\
@@ -46,7 +51,7 @@ def main(recipe: Path, out: Path) -> None:
     knobs = run_recipe.base_model
     if knobs is None:
         raise click.UsageError(f"{recipe} has no [base_model] table: it starts from {run_recipe.model.name}")
-    with artifact.writing(out, "base-model", run_recipe.tables("base_model"), {}, room_bytes=ROOM_BYTES) as run:
+    with write_artifact(out, "base-model", run_recipe.tables("base_model"), {}, room_bytes=ROOM_BYTES) as run:
         write_problems(knobs, run.folder / "problems")
         corpus = conversations(knobs)
         make_tokenizer(knobs, corpus, run.folder / "model")
@@ -129,7 +134,7 @@ def make_tokenizer(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path
         chat_template=CHAT_TEMPLATE,
         model_max_length=knobs.max_position_tokens,
     )
-    llama.save_tokenizer(tokenizer, folder, folder)
+    save_tokenizer(tokenizer, folder, folder)
 
 
 def tokenize(knobs: BaseModel, corpus: list[tuple[str, str]], tokenizer: Any) -> list[tuple[list[int], list[int]]]:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stages.lib import llama, options, serving
+from stages.lib import options
 from stages.lib.errors import nearest
-from stages.lib.recipe import read_recipe
-from stages.lib.serving import Setting
+from stages.lib.gguf.tokens import Vocabulary
+from stages.lib.recipe.read import read_recipe
+from stages.lib.serve.setting import Setting, answer_with, open_model, read_setting
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -25,8 +26,8 @@ Message = dict[str, str]
 @options.reads("ollama-modelfile")
 def main(recipe: Path, ollama_modelfile: Path) -> None:
     max_tokens = read_recipe(recipe).infer.max_completion_tokens
-    setting = serving.read(ollama_modelfile)
-    with contextlib.closing(llama.Vocabulary(setting.path)) as vocabulary, serving.opened(setting) as file:
+    setting = read_setting(ollama_modelfile)
+    with contextlib.closing(Vocabulary(setting.path)) as vocabulary, open_model(setting) as file:
 
         def count(messages: list[Message]) -> int:
             return len(vocabulary.tokenize(vocabulary.render(setting.with_system(messages))))
@@ -69,7 +70,7 @@ def converse(file: "Llama", setting: Setting, max_tokens: int, count: Callable[[
             click.echo(f"(the context is full: without the oldest {dropped} of {len(asked) // 2} turns)", err=True)
         written = ""
         try:
-            for piece in serving.answer(file, setting, kept, room):
+            for piece in answer_with(file, setting, kept, room):
                 written += piece
                 click.echo(piece, nl=False)
         except KeyboardInterrupt:

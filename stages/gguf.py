@@ -10,10 +10,24 @@ from typing import Any
 
 import click
 
-from stages.lib import artifact, formats, imatrix, llama, models, options, parity, stats, weights
+from stages.lib import options
+from stages.lib.answers import formats, stats
+from stages.lib.answers.grade import mark
+from stages.lib.artifact.folder import Run, write_artifact
+from stages.lib.artifact.manifest import read_manifest, write_json
+from stages.lib.distance import Text, compare_logits, spread_positions, store_logits
 from stages.lib.errors import UserError
-from stages.lib.marks import mark
-from stages.lib.recipe import GGUF_TYPES, Gguf, Recipe, read_recipe
+from stages.lib.gguf import imatrix
+from stages.lib.gguf.convert import convert_lora, convert_model, quantize
+from stages.lib.gguf.file import Loaded
+from stages.lib.gguf.tokens import Vocabulary, verify_end, verify_prompt
+from stages.lib.gguf.types import GGUF_TYPES
+from stages.lib.jsonl import first_rows
+from stages.lib.model.files import refuse_quantized, vocabulary_size, whole_model_folder
+from stages.lib.model.locate import locate_model
+from stages.lib.model.reference import load_reference, model_greedy, model_logits, stated_ends
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Gguf, Recipe
 
 SEQUENCES = 8  # completions at once
 ADAPTER = "adapter-f16.gguf"
@@ -41,7 +55,7 @@ COLUMNS = (
 @options.out
 def main(recipe: Path, merge: Path, prepare_data: Path, grpo: Path, base_model: Path | None, out: Path) -> None:
     run_recipe = read_recipe(recipe)
-    merged = artifact.read(merge, "merge")
+    merged = read_manifest(merge, "merge")
     lora = grpo / "adapter" if "lora" in run_recipe.save else None
     room = room_bytes(run_recipe.gguf, merged["metrics"]["parameters"], merge / "model", lora)
     tables = run_recipe.tables("format", "gguf") | {
@@ -52,13 +66,13 @@ def main(recipe: Path, merge: Path, prepare_data: Path, grpo: Path, base_model: 
     if lora:
         tables |= {"save": ["lora"], "merge": {"max_mean_kl": run_recipe.merge.max_mean_kl}}
         inputs |= {"grpo": grpo, **({"base-model": base_model} if base_model else {})}
-        base, revision = models.locate(run_recipe.model, base_model)
-    with artifact.writing(out, "gguf", tables, inputs, room_bytes=room) as run:
-        weights.refuse_quantized(merge / "model", "gguf")
-        rows = parity.first_rows(prepare_data / "eval.jsonl", run_recipe.gguf.prompts, "[gguf] prompts")
+        base, revision = locate_model(run_recipe.model, base_model)
+    with write_artifact(out, "gguf", tables, inputs, room_bytes=room) as run:
+        refuse_quantized(merge / "model", "gguf")
+        rows = first_rows(prepare_data / "eval.jsonl", run_recipe.gguf.prompts, "[gguf] prompts")
         run.checkpoints.mkdir(exist_ok=True)
         paths = make_files(merge / "model", prepare_data / "sft.jsonl", run_recipe, run)
-        adapter = make_adapter(weights.whole_folder(base, revision), lora, run_recipe, run) if lora else None
+        adapter = make_adapter(whole_model_folder(base, revision), lora, run_recipe, run) if lora else None
         run.metrics.update(prove(merge / "model", paths, rows, run_recipe, run, adapter))
 
 
@@ -84,7 +98,7 @@ def room_bytes(gguf: Gguf, parameters: int, model: Path, lora: Path | None = Non
     digits = {name: int(re.search(r"\d+", name)[0]) for name in kept}
     bits = [digit if digit > 8 else min(digit + 3, 9) for digit in digits.values()]
     files = parameters * 2 + sum(parameters * count // 8 for count in bits)
-    reference = gguf.prompts * gguf.positions_per_prompt * weights.vocabulary_size(model) * 4
+    reference = gguf.prompts * gguf.positions_per_prompt * vocabulary_size(model) * 4
     if lora and lora.is_dir():
         files += parameters * 2 + sum(path.stat().st_size for path in lora.iterdir()) + tokenizer + 1_000_000
     return files + reference + (len(kept) + 1) * (tokenizer + 1_000_000)
@@ -98,7 +112,7 @@ def source_kind(gguf: Gguf) -> str:
     return "bf16" if "bf16" in kinds(gguf) and "f16" not in kinds(gguf) else "f16"
 
 
-def make_files(model: Path, training: Path, recipe: Recipe, run: artifact.Run) -> dict[str, Path]:
+def make_files(model: Path, training: Path, recipe: Recipe, run: Run) -> dict[str, Path]:
     """Convert the model in the folder `model` to 16 bits once, and that to every type asked for. Return paths by type.
 
     `training` is prepare-data's sft.jsonl, for the importance matrix where the recipe asks for one. The 16-bit file
@@ -108,18 +122,18 @@ def make_files(model: Path, training: Path, recipe: Recipe, run: artifact.Run) -
     paths = {kind: run.folder / f"model.{kind}.gguf" for kind in wanted}
     source_path = paths.get(source, run.checkpoints / f"model.{source}.gguf")
     started = time.monotonic()
-    llama.convert(model, source_path, source, name_of(recipe), run.checkpoints / "convert.log")
+    convert_model(model, source_path, source, name_of(recipe), run.checkpoints / "convert.log")
     run.seconds["convert"] = time.monotonic() - started
     importance = None
     if recipe.gguf.importance_prompts:
         started = time.monotonic()
-        rows = parity.first_rows(training, recipe.gguf.importance_prompts, "[gguf] importance_prompts")
+        rows = first_rows(training, recipe.gguf.importance_prompts, "[gguf] importance_prompts")
         importance = weigh(model, source_path, rows)
         run.seconds["importance"] = time.monotonic() - started
     for kind in wanted:
         if kind != source:
             started = time.monotonic()
-            llama.quantize(source_path, paths[kind], kind, importance)
+            quantize(source_path, paths[kind], kind, importance)
             run.seconds[f"quantize {kind}"] = time.monotonic() - started
     return paths
 
@@ -133,15 +147,15 @@ def name_of(recipe: Recipe) -> str:
     return f"{recipe.model.name.rsplit('/', 1)[-1]} {recipe.path.stem}"
 
 
-def make_adapter(base: Path, lora: Path, recipe: Recipe, run: artifact.Run) -> tuple[Path, Path]:
+def make_adapter(base: Path, lora: Path, recipe: Recipe, run: Run) -> tuple[Path, Path]:
     """Convert the adapter in the folder `lora`, and for its proof the model in the folder `base`; return both files.
 
     The base's, which comes first, lies with the checkpoints, which go at the end.
     """
     started = time.monotonic()
     base_path = run.checkpoints / "base.f16.gguf"
-    llama.convert(base, base_path, "f16", name_of(recipe), run.checkpoints / "convert-base.log")
-    llama.convert_lora(lora, base, run.folder / ADAPTER, run.checkpoints / "convert-lora.log")
+    convert_model(base, base_path, "f16", name_of(recipe), run.checkpoints / "convert-base.log")
+    convert_lora(lora, base, run.folder / ADAPTER, run.checkpoints / "convert-lora.log")
     run.seconds["convert lora"] = time.monotonic() - started
     return base_path, run.folder / ADAPTER
 
@@ -152,9 +166,9 @@ def weigh(model: Path, source: Path, rows: Sequence[dict]) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     texts = [template_tokens(tokenizer, row["prompt"] + row["completion"]) for row in rows]
-    with contextlib.closing(llama.Vocabulary(source)) as file:
+    with contextlib.closing(Vocabulary(source)) as file:
         architecture = file.metadata("general.architecture")
-    return imatrix.collect(parity.load(model), texts, architecture)
+    return imatrix.collect(load_reference(model), texts, architecture)
 
 
 @dataclass(frozen=True)
@@ -164,7 +178,7 @@ class Reference:
     tokenizer: Any
     rows: list[dict[str, Any]]
     prompts: list[list[int]]  # token ids
-    texts: list[parity.Text]  # prompts with their reference completions
+    texts: list[Text]  # prompts with their reference completions
     logits: Path
     completions: list[str]  # greedy, without the end token
     right: list[bool]
@@ -183,7 +197,7 @@ def prove(
     paths: dict[str, Path],
     rows: list[dict],
     recipe: Recipe,
-    run: artifact.Run,
+    run: Run,
     adapter: tuple[Path, Path] | None = None,
 ) -> dict[str, Any]:
     """Hold every GGUF file against the merged model; write parity.json and parity.png; return what they say.
@@ -216,7 +230,7 @@ def prove(
         figures["lora"] = examine_adapter(*adapter, reference) | {"max_mean_kl": limit}
         run.seconds["examine lora"] = time.monotonic() - started
     reference.logits.unlink()
-    artifact.write_json(run.folder / "parity.json", figures)
+    write_json(run.folder / "parity.json", figures)
     draw(figures["files"], run.folder / "parity.png")
     click.echo(table(figures))
     missed = [line for kind in paths for line in misses(kind, figures, recipe.gguf.max_lost_ends)]
@@ -231,21 +245,21 @@ def refer(model: Path, rows: list[dict], recipe: Recipe, scratch: Path) -> Refer
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    loaded = parity.load(model)
-    ends = parity.end_tokens(loaded.generation_config)
-    llama.verify_end(tokenizer, ends, str(model / "generation_config.json"))
+    loaded = load_reference(model)
+    ends = stated_ends(loaded.generation_config)
+    verify_end(tokenizer, ends, str(model / "generation_config.json"))
     prompts = [template_tokens(tokenizer, row["prompt"], add_generation_prompt=True) for row in rows]
     max_tokens = recipe.infer.max_completion_tokens
-    generated = parity.model_greedy(loaded, prompts, max_tokens, ends, SEQUENCES)
+    generated = model_greedy(loaded, prompts, max_tokens, ends, SEQUENCES)
     texts = []
     for row, prompt, tokens in zip(rows, prompts, generated, strict=True):
         if "completion" in row:
             whole = template_tokens(tokenizer, row["prompt"] + row["completion"])
         else:
             whole = prompt + tokens
-        texts.append(parity.Text(whole, parity.spread(len(whole), recipe.gguf.positions_per_prompt)))
+        texts.append(Text(whole, spread_positions(len(whole), recipe.gguf.positions_per_prompt)))
     logits = scratch / "merged.npy"
-    parity.store(logits, texts, loaded.config.get_text_config().vocab_size, parity.model_logits(loaded, texts))
+    store_logits(logits, texts, loaded.config.get_text_config().vocab_size, model_logits(loaded, texts))
     completions = [written(tokenizer, tokens, ends) for tokens in generated]
     return Reference(
         tokenizer=tokenizer,
@@ -287,11 +301,11 @@ def examine(path: Path, reference: Reference, recipe: Recipe) -> dict[str, Any]:
 
     Raises `UserError` when it can't be loaded or does not read the prompts as the tokens the model was trained with.
     """
-    with llama.Loaded(path, reference.context_tokens, SEQUENCES) as file:
+    with Loaded(path, reference.context_tokens, SEQUENCES) as file:
         for row in reference.rows:
-            llama.verify_prompt(file, reference.tokenizer, row["prompt"], f"{path}, problem {row['id']}")
-        llama.verify_end(reference.tokenizer, [n for n in range(file.size) if file.is_end(n)], str(path))
-        difference = parity.compare(reference.logits, reference.texts, file.logits(reference.texts))
+            verify_prompt(file, reference.tokenizer, row["prompt"], f"{path}, problem {row['id']}")
+        verify_end(reference.tokenizer, [n for n in range(file.size) if file.is_end(n)], str(path))
+        difference = compare_logits(reference.logits, reference.texts, file.logits(reference.texts))
         generated = file.greedy(reference.prompts, reference.max_tokens)
         ends = {tokens[-1] for tokens in generated if file.is_end(tokens[-1])}
         ended = sum(file.is_end(tokens[-1]) for tokens in generated)
@@ -316,8 +330,8 @@ def examine_adapter(base: Path, adapter: Path, reference: Reference) -> dict[str
 
     Only distributions are compared: the base has the chat template and the end tokens that it had before training.
     """
-    with llama.Loaded(base, reference.context_tokens, adapter=adapter) as file:
-        difference = parity.compare(reference.logits, reference.texts, file.logits(reference.texts))
+    with Loaded(base, reference.context_tokens, adapter=adapter) as file:
+        difference = compare_logits(reference.logits, reference.texts, file.logits(reference.texts))
     return {"bytes": adapter.stat().st_size, **difference}
 
 

@@ -9,9 +9,21 @@ from typing import Any
 
 import click
 
-from stages.lib import artifact, formats, ladder, models, options, rewards, training
+from stages.lib import options
+from stages.lib.answers import formats
+from stages.lib.artifact.folder import Run, write_artifact
+from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
-from stages.lib.recipe import Recipe, read_recipe
+from stages.lib.model.engine import close_engine, import_engine
+from stages.lib.model.load import load_trainable
+from stages.lib.model.tokenizer import end_ids, load_tokenizer
+from stages.lib.model.unsloth import needs_scoring_pass, skip_scoring_pass
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Recipe
+from stages.lib.rewards.names import load_rewards
+from stages.lib.rewards.own import own_reward_files
+from stages.lib.train import ladder
+from stages.lib.train.run import configure, keep_logs, read_rows, run_trainer, save_adapter
 
 ROOM_BYTES = 500_000_000
 
@@ -33,8 +45,8 @@ def main(
     # Not [health]: it stops a run and changes none, so one that it stopped goes on under other bounds.
     tables = run_recipe.tables("model", "vllm", "format", "lora", "rewards", "grpo")
     problems = subset(score_base) if score_base else prepare_data / "grpo.jsonl"
-    sources = rewards.own_files(run_recipe.rewards.functions, run_recipe.path.parent)
-    with artifact.writing(out, "grpo", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
+    sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent)
+    with write_artifact(out, "grpo", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
         run.metrics.update(train(run_recipe, problems, sft / "adapter", base_model, run))
 
 
@@ -43,7 +55,7 @@ def subset(score_base: Path) -> Path:
 
     Raises `UserError` when it chose none, as its bounds are 0 and 1, or found a reason not to train.
     """
-    metrics = artifact.read(score_base, "score-base")["metrics"]
+    metrics = read_manifest(score_base, "score-base")["metrics"]
     if metrics["advice"]:
         found = "\n".join(f"- {line}" for line in metrics["advice"])
         raise UserError(f"{score_base}: score-base advises against GRPO, so it is not run:\n{found}")
@@ -169,37 +181,35 @@ def unsloth_arguments(recipe: Recipe, rung: ladder.Rung) -> dict[str, int]:
     """Return the fields of GRPOConfig that only Unsloth's has, and that it would otherwise derive from free memory.
 
     `unsloth_grpo_mini_batch` is the number of parts, not their size: of a micro-batch for the pass with gradients, and
-    of all completions for the scoring pass before it, where there is one (`models.scores_first`): that keeps no
+    of all completions for the scoring pass before it, where there is one (`needs_scoring_pass`): that keeps no
     activations and so takes four micro-batches at once. `unsloth_logit_chunk_multiplier` is the number of chunks of
     logits a completion.
     """
     completions = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt
-    parts = -(-completions // (4 * rung.micro_batch_size)) if models.scores_first(recipe) else 1
+    parts = -(-completions // (4 * rung.micro_batch_size)) if needs_scoring_pass(recipe) else 1
     return {"unsloth_grpo_mini_batch": parts, "unsloth_logit_chunk_multiplier": 1}
 
 
-def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None, run: artifact.Run) -> dict[str, Any]:
+def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None, run: Run) -> dict[str, Any]:
     """Go on training the SFT `adapter` on `problems`, save it under `run.folder`, return what it came to.
 
     Metrics: what `learn` says, and `memory_ladder`, which lists what was given up for lack of GPU memory.
     """
-    models.start(recipe)
-    training.keep_logs(run.checkpoints)
+    import_engine(recipe)
+    keep_logs(run.checkpoints)
     rung, steps_down = ladder.read(run.checkpoints, top(recipe))
-    tokenizer = models.load_tokenizer(recipe, base_model)
+    tokenizer = load_tokenizer(recipe, base_model)
     with ladder.stepping_down(run.checkpoints, rung, recipe.grpo.min_completion_tokens):
         max_tokens = recipe.data.max_prompt_tokens + rung.max_completion_tokens
-        model = models.load_trainable(recipe, base_model, adapter, max_tokens, rung.memory_share)
+        model = load_trainable(recipe, base_model, adapter, max_tokens, rung.memory_share)
     try:
         return {**learn(recipe, problems, model, tokenizer, rung, run), "memory_ladder": steps_down}
     finally:  # also when a check or a signal ends the run
-        models.close(getattr(getattr(model, "vllm_engine", None), "llm_engine", None))
+        close_engine(getattr(getattr(model, "vllm_engine", None), "llm_engine", None))
 
 
-def learn(
-    recipe: Recipe, problems: Path, model: Any, tokenizer: Any, rung: ladder.Rung, run: artifact.Run
-) -> dict[str, Any]:
-    """Train `model` and save its adapter and completions under `run.folder`. `models.start` comes first.
+def learn(recipe: Recipe, problems: Path, model: Any, tokenizer: Any, rung: ladder.Rung, run: Run) -> dict[str, Any]:
+    """Train `model` and save its adapter and completions under `run.folder`. `import_engine` comes first.
 
     Returns the means over the first and over the last tenth of the steps, in log entries: `reward`, `reward_std` (over
     all completions of a step), `completion_tokens`, `cut_off` (share that did not end), every reward function by its
@@ -209,9 +219,9 @@ def learn(
     from trl import GRPOConfig, GRPOTrainer
 
     knobs = recipe.grpo
-    ends = models.end_ids(model.generation_config, tokenizer)
-    rows = training.read_rows(problems, run)
-    functions = rewards.load(
+    ends = end_ids(model.generation_config, tokenizer)
+    rows = read_rows(problems, run)
+    functions = load_rewards(
         recipe.rewards.functions,
         formats.get(recipe.format.name),
         recipe.path.parent,
@@ -223,18 +233,18 @@ def learn(
     with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens):
         trainer = GRPOTrainer(
             model=model,
-            args=training.configure(GRPOConfig, arguments(recipe, run.checkpoints, rung, ends)),
+            args=configure(GRPOConfig, arguments(recipe, run.checkpoints, rung, ends)),
             reward_funcs=functions,
             train_dataset=rows.select_columns(["prompt", "answer"]),
             processing_class=tokenizer,
         )
-    models.spare_scoring(recipe, trainer)
+    skip_scoring_pass(recipe, trainer)
     kept = keep_completions(trainer, run.checkpoints / "completions.jsonl", knobs.show_completions_steps)
     bar = ("loss", "reward", "completions/mean_length")
     callbacks = kept, settle_heap()
     with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens, trainer):
-        training.train(trainer, run.checkpoints, bar, recipe.health, callbacks, round_steps=knobs.num_iterations)
-    training.save_adapter(trainer, tokenizer, run)
+        run_trainer(trainer, run.checkpoints, bar, recipe.health, callbacks, round_steps=knobs.num_iterations)
+    save_adapter(trainer, tokenizer, run)
     shutil.copyfile(run.checkpoints / "completions.jsonl", run.folder / "completions.jsonl")
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     names = {

@@ -6,9 +6,13 @@ from typing import Any
 
 import click
 
-from stages.lib import artifact, formats, generate, options, stats
-from stages.lib.marks import mark
-from stages.lib.recipe import Recipe, read_recipe
+from stages.lib import options
+from stages.lib.answers import formats, stats
+from stages.lib.answers.grade import mark
+from stages.lib.artifact.folder import write_artifact
+from stages.lib.model.generate import Sampling, generate_completions, open_generator
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Recipe
 
 ROOM_BYTES = 100_000_000
 MODELS = ("base", "sft", "grpo")
@@ -26,7 +30,7 @@ def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Pa
     inputs = {"prepare-data": prepare_data, "sft": sft, "grpo": grpo}
     inputs |= {"base-model": base_model} if base_model else {}
     tables = run_recipe.tables("model", "vllm", "format", "infer")
-    with artifact.writing(out, "infer", tables, inputs, room_bytes=ROOM_BYTES) as run:
+    with write_artifact(out, "infer", tables, inputs, room_bytes=ROOM_BYTES) as run:
         with (prepare_data / "eval.jsonl").open() as file:
             problems = [json.loads(line) for _, line in zip(range(run_recipe.infer.problems), file, strict=False)]
         adapters = {"sft": sft / "adapter", "grpo": grpo / "adapter"}
@@ -49,10 +53,10 @@ def answer(
 
     knobs = recipe.infer
     answer_format = formats.get(recipe.format.name)
-    sampling = generate.Sampling(knobs.max_completion_tokens)
+    sampling = Sampling(knobs.max_completion_tokens)
     rows = []
     with (
-        generate.load(recipe, base_model, adapters, knobs.max_completion_tokens, seed=0) as generator,
+        open_generator(recipe, base_model, adapters, knobs.max_completion_tokens, seed=0) as generator,
         tqdm(total=len(MODELS) * len(problems), desc="infer", unit="answer", dynamic_ncols=True) as bar,
     ):
         tokenizer = generator.tokenizer
@@ -62,7 +66,7 @@ def answer(
         ]
         for name in MODELS:
             adapter = name if name in adapters else None
-            made = generate.completions(
+            made = generate_completions(
                 generator, prompts, sampling, knobs.batch_size, adapter=adapter, advance=bar.update
             )
             for problem, ids in zip(problems, made, strict=True):

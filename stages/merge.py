@@ -9,9 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stages.lib import artifact, llama, models, options, parity, weights
+from stages.lib import options
+from stages.lib.artifact.folder import write_artifact
+from stages.lib.distance import Text, compare_logits, spread_positions, store_logits
 from stages.lib.errors import UserError
-from stages.lib.recipe import GGUF_TYPES, Merge, read_recipe
+from stages.lib.gguf.tokens import save_tokenizer, turn_end, verify_end
+from stages.lib.gguf.types import GGUF_TYPES
+from stages.lib.jsonl import first_rows
+from stages.lib.model.files import (
+    local_model_folder,
+    model_config,
+    model_folder,
+    parameter_count,
+    refuse_quantized,
+    vocabulary_size,
+    weight_shapes,
+    whole_model_folder,
+)
+from stages.lib.model.locate import locate_model
+from stages.lib.model.reference import load_reference, model_logits, stated_ends
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Merge
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -29,20 +47,20 @@ NF4_MAX_MEAN_KL = GGUF_TYPES["q4_0"]  # nats; the plain 4-bit type's
 @options.out
 def main(recipe: Path, grpo: Path, prepare_data: Path, base_model: Path | None, out: Path) -> None:
     run_recipe = read_recipe(recipe)
-    name, revision = models.locate(run_recipe.model, base_model)
+    name, revision = locate_model(run_recipe.model, base_model)
     inputs = {"grpo": grpo, "prepare-data": prepare_data, **({"base-model": base_model} if base_model else {})}
     four_bits = "merged_4bit" in run_recipe.save
-    room = room_bytes(weights.local_folder(name, revision), run_recipe.merge, four_bits=four_bits)
+    room = room_bytes(local_model_folder(name, revision), run_recipe.merge, four_bits=four_bits)
     tables = run_recipe.tables("model", "merge") | ({"save": ["merged_4bit"]} if four_bits else {})
-    with artifact.writing(out, "merge", tables, inputs, room_bytes=room) as run:
+    with write_artifact(out, "merge", tables, inputs, room_bytes=room) as run:
         knobs = run_recipe.merge
         if four_bits:
             require_nf4(recipe)
-        rows = parity.first_rows(prepare_data / "eval.jsonl", knobs.prompts, "[merge] prompts")
-        base = weights.folder(name, revision)
+        rows = first_rows(prepare_data / "eval.jsonl", knobs.prompts, "[merge] prompts")
+        base = model_folder(name, revision)
         if revision and not any(base.glob("*.safetensors")):  # trained on another machine, or the cache was emptied
-            base = weights.whole_folder(name, revision)
-        weights.refuse_quantized(base, "merge")
+            base = whole_model_folder(name, revision)
+        refuse_quantized(base, "merge")
         fold(base, grpo, knobs.dtype, run.folder / "model")
         run.checkpoints.mkdir(exist_ok=True)
         run.metrics.update(verify(base, grpo, run.folder / "model", rows, knobs, run.checkpoints))
@@ -63,8 +81,8 @@ def room_bytes(base: Path | None, knobs: Merge, *, four_bits: bool = False) -> i
     if base is None or not any(base.glob("*.safetensors")):
         return 0
     tokenizer = sum(path.stat().st_size for path in base.iterdir() if path.is_file() and path.suffix != ".safetensors")
-    logits = 2 * knobs.prompts * knobs.positions_per_prompt * weights.vocabulary_size(base) * 4
-    model = 2 * weights.parameter_count(base) + 2 * tokenizer + 1_000_000
+    logits = 2 * knobs.prompts * knobs.positions_per_prompt * vocabulary_size(base) * 4
+    model = 2 * parameter_count(base) + 2 * tokenizer + 1_000_000
     return model * (2 if four_bits else 1) + logits
 
 
@@ -117,7 +135,7 @@ def four_bit_cost(base: Path, grpo: Path, rows: Sequence[dict], knobs: Merge, sc
     tokenizer = AutoTokenizer.from_pretrained(grpo / "tokenizer", trust_remote_code=False)
     texts = [text_of(tokenizer, row, knobs.positions_per_prompt) for row in rows]
     model = PeftModel.from_pretrained(load_nf4(base, knobs.dtype), grpo / "adapter").eval()
-    difference = parity.compare(scratch / REFERENCE, texts, parity.model_logits(model, texts))
+    difference = compare_logits(scratch / REFERENCE, texts, model_logits(model, texts))
     return {name: difference[name] for name in ("mean_kl", "max_kl", "same_top")}
 
 
@@ -144,7 +162,7 @@ def verify_nf4(folder: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) 
     model = AutoModelForCausalLM.from_pretrained(
         folder, device_map={"": 0}, trust_remote_code=False, use_safetensors=True
     ).eval()
-    difference = parity.compare(scratch / REFERENCE, texts, parity.model_logits(model, texts))
+    difference = compare_logits(scratch / REFERENCE, texts, model_logits(model, texts))
     if not difference["mean_kl"] <= NF4_MAX_MEAN_KL:
         raise UserError(
             f"{folder}: mean KL {difference['mean_kl']:.2e} nats from the adapter on its base; limit "
@@ -164,14 +182,14 @@ def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(grpo / "tokenizer", trust_remote_code=False)
-    model = PeftModel.from_pretrained(parity.load(base), grpo / "adapter").merge_and_unload(safe_merge=True)
+    model = PeftModel.from_pretrained(load_reference(base), grpo / "adapter").merge_and_unload(safe_merge=True)
     for parameter in reversed(list(model.parameters())):  # the embedding last: it is the largest, and needs a copy
         parameter.data = parameter.data.to(getattr(torch, dtype))
     model.config.dtype = getattr(torch, dtype)
-    model.generation_config.eos_token_id = end_tokens(parity.end_tokens(model.generation_config), tokenizer)
+    model.generation_config.eos_token_id = end_tokens(stated_ends(model.generation_config), tokenizer)
     model.generation_config = savable(model.generation_config)
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
-    llama.save_tokenizer(tokenizer, base, out)
+    save_tokenizer(tokenizer, base, out)
 
 
 def savable(stated: "GenerationConfig") -> "GenerationConfig":
@@ -192,7 +210,7 @@ def savable(stated: "GenerationConfig") -> "GenerationConfig":
 
 def end_tokens(stated: Sequence[int], tokenizer: Any) -> list[int]:
     """Return the ids that end a generation: those the base states, the tokenizer's eos and the template's turn end."""
-    ends = [*stated, tokenizer.eos_token_id, llama.turn_end(tokenizer, tokenizer.name_or_path)]
+    ends = [*stated, tokenizer.eos_token_id, turn_end(tokenizer, tokenizer.name_or_path)]
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 
@@ -209,18 +227,16 @@ def verify(
 
     tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
     verify_tokenizer(AutoTokenizer.from_pretrained(base, trust_remote_code=False), tokenizer, merged)
-    llama.verify_end(
-        tokenizer, parity.end_tokens(GenerationConfig.from_pretrained(merged)), str(merged / "generation_config.json")
-    )
+    verify_end(tokenizer, stated_ends(GenerationConfig.from_pretrained(merged)), str(merged / "generation_config.json"))
     texts = [text_of(tokenizer, row, knobs.positions_per_prompt) for row in rows]
     if cause := untied_cause(base, merged):
         raise UserError(f"{merged}: is not the model that was trained. Cause: {cause}")
 
     stored = scratch / REFERENCE
-    adapted = PeftModel.from_pretrained(parity.load(base), grpo / "adapter").eval()
-    parity.store(stored, texts, adapted.config.get_text_config().vocab_size, parity.model_logits(adapted, texts))
+    adapted = PeftModel.from_pretrained(load_reference(base), grpo / "adapter").eval()
+    store_logits(stored, texts, adapted.config.get_text_config().vocab_size, model_logits(adapted, texts))
     with adapted.disable_adapter():
-        from_base = parity.compare(stored, texts, parity.model_logits(adapted, texts))
+        from_base = compare_logits(stored, texts, model_logits(adapted, texts))
     del adapted  # before the next one is loaded: together they may not fit
     difference = compare_merged(merged, stored, texts)
 
@@ -245,23 +261,23 @@ def verify(
         "merged_max_kl": difference["max_kl"],
         "merged_same_top": difference["same_top"],
         "base_mean_kl": from_base["mean_kl"],
-        "parameters": weights.parameter_count(merged),
+        "parameters": parameter_count(merged),
         "bytes": sum(path.stat().st_size for path in merged.glob("*.safetensors")),
     }
 
 
-def compare_merged(merged: Path, stored: Path, texts: Sequence[parity.Text]) -> dict[str, float | int]:
-    """Return `parity.compare` of the model saved in `merged`, loaded as any user would, with the reference `stored`."""
-    return parity.compare(stored, texts, parity.model_logits(parity.load(merged), texts))
+def compare_merged(merged: Path, stored: Path, texts: Sequence[Text]) -> dict[str, float | int]:
+    """Return `compare_logits` of the model saved in `merged`, loaded as any user would, with the reference `stored`."""
+    return compare_logits(stored, texts, model_logits(load_reference(merged), texts))
 
 
-def text_of(tokenizer: Any, row: dict, positions: int) -> parity.Text:
+def text_of(tokenizer: Any, row: dict, positions: int) -> Text:
     """Return an eval row's prompt, and completion where it has one, with at most so many positions."""
     completion = row.get("completion")
     tokens = tokenizer.apply_chat_template(
         row["prompt"] + (completion or []), add_generation_prompt=completion is None, return_dict=False
     )
-    return parity.Text(tokens, parity.spread(len(tokens), positions))
+    return Text(tokens, spread_positions(len(tokens), positions))
 
 
 def verify_tokenizer(base: Any, merged: Any, folder: Path) -> None:
@@ -276,7 +292,7 @@ def verify_tokenizer(base: Any, merged: Any, folder: Path) -> None:
             )
 
 
-def find_cause(base: Path, grpo: Path, merged: Path, texts: Sequence[parity.Text], limit: float, scratch: Path) -> str:
+def find_cause(base: Path, grpo: Path, merged: Path, texts: Sequence[Text], limit: float, scratch: Path) -> str:
     """Say why `merged` is not the adapter on its base, by trying what usually goes wrong."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
@@ -284,17 +300,17 @@ def find_cause(base: Path, grpo: Path, merged: Path, texts: Sequence[parity.Text
     if cause := touched_cause(base, grpo):
         return cause
     stored = scratch / "merged.npy"
-    model = parity.load(merged)
-    parity.store(stored, texts, model.config.get_text_config().vocab_size, parity.model_logits(model, texts))
+    model = load_reference(merged)
+    store_logits(stored, texts, model.config.get_text_config().vocab_size, model_logits(model, texts))
     del model
-    adapted = PeftModel.from_pretrained(parity.load(base), grpo / "adapter").eval()
+    adapted = PeftModel.from_pretrained(load_reference(base), grpo / "adapter").eval()
     with adapted.disable_adapter():
-        if parity.compare(stored, texts, parity.model_logits(adapted, texts))["mean_kl"] <= limit:
+        if compare_logits(stored, texts, model_logits(adapted, texts))["mean_kl"] <= limit:
             return "the adapter was not applied: merged equals the base"
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             module.scaling = {name: 2 * scale for name, scale in module.scaling.items()}
-    if parity.compare(stored, texts, parity.model_logits(adapted, texts))["mean_kl"] <= limit:
+    if compare_logits(stored, texts, model_logits(adapted, texts))["mean_kl"] <= limit:
         return "the adapter was applied twice"
     return (
         "unknown; likely an adapter trained on another base or revision, a base trained in 4 bits and merged in 16, or "
@@ -307,9 +323,9 @@ def untied_cause(base: Path, merged: Path) -> str | None:
 
     Looked at in the files: transformers may tie them again when it loads, and llama.cpp's converter does not.
     """
-    if has_output_layer(base) or not weights.config(base).get("tie_word_embeddings", True):
+    if has_output_layer(base) or not model_config(base).get("tie_word_embeddings", True):
         return None
-    if has_output_layer(merged) or not weights.config(merged).get("tie_word_embeddings", True):
+    if has_output_layer(merged) or not model_config(merged).get("tie_word_embeddings", True):
         return (
             "tied embeddings broken: the base has one matrix for input and output embedding, and merged an output "
             "layer of its own"
@@ -332,7 +348,7 @@ def touched_cause(base: Path, grpo: Path) -> str | None:
 
 def has_output_layer(folder: Path) -> bool:
     """Say whether the weights in `folder` hold an output layer of their own."""
-    return any(name.endswith("lm_head.weight") for name in weights.shapes(folder))
+    return any(name.endswith("lm_head.weight") for name in weight_shapes(folder))
 
 
 def show(metrics: dict[str, Any]) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from stages.lib import artifact, options
+from stages.lib import options
+from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
-from stages.lib.recipe import read_recipe
+from stages.lib.recipe.read import read_recipe
 
 QUESTION = "A baker makes 12 rolls a tray and fills 7 trays. She sells 50 rolls. How many are left?"
 
@@ -20,7 +21,7 @@ QUESTION = "A baker makes 12 rolls a tray and fills 7 trays. She sells 50 rolls.
 @click.option("--question", default=QUESTION, show_default=True, help="What to ask it.")
 def main(recipe: Path, ollama_modelfile: Path, question: str) -> None:
     read_recipe(recipe)
-    artifact.read(ollama_modelfile, "ollama-modelfile")
+    read_manifest(ollama_modelfile, "ollama-modelfile")
     create_and_ask(recipe.stem, ollama_modelfile, question)
 
 

@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stages.lib import artifact, formats, go_render, llama, modelfile, options
+from stages.lib import options
+from stages.lib.answers import formats
+from stages.lib.artifact.folder import write_artifact
 from stages.lib.errors import UserError
-from stages.lib.go_template import Derived, Render, of_tokenizer, refuse_unused_system
-from stages.lib.recipe import Ollama, Recipe, read_recipe
+from stages.lib.gguf.tokens import Vocabulary
+from stages.lib.ollama import modelfile
+from stages.lib.ollama.derive import Derived, Render, of_tokenizer, refuse_unused_system
+from stages.lib.ollama.proof import compare_renderings, first_difference, render_go
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Ollama, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +36,7 @@ def main(recipe: Path, merge: Path, gguf: Path, out: Path) -> None:
     inputs = {"merge": merge, "gguf": gguf}
     tables = run_recipe.tables("format", "ollama")
     room = sum(path.stat().st_size for path in recommended(gguf, run_recipe.ollama.quantization))
-    with artifact.writing(out, "ollama-modelfile", tables, inputs, room_bytes=room) as run:
+    with write_artifact(out, "ollama-modelfile", tables, inputs, room_bytes=room) as run:
         run.metrics.update(make(run_recipe, merge / "model", gguf, run.folder))
 
 
@@ -53,7 +59,7 @@ def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> dict[str, Any
     check_gguf(files[0], tokenizer.chat_template, derived)
 
     answers = formats.get(recipe.format.name)
-    system = recipe.format.prompt
+    system = recipe.format.system_prompt
     stops = stop_strings(end_tokens(model, tokenizer), turn_end(derived.turn_end, tokenizer), answers)
     path = folder / "Modelfile"
     path.write_text(written(files[0].name, derived.template, system, stops, recipe.ollama), encoding="utf-8")
@@ -78,7 +84,7 @@ def check_gguf(file: Path, chat_template: str, derived: Derived) -> None:
 
     Ollama puts the BOS before the prompt itself if the GGUF asks for one, so that the Go template must not hold it.
     """
-    vocabulary = llama.Vocabulary(file)
+    vocabulary = Vocabulary(file)
     try:
         carried = vocabulary.llama_cpp.llama_model_chat_template(vocabulary.model, None)
         adds_bos = vocabulary.adds_bos
@@ -88,7 +94,7 @@ def check_gguf(file: Path, chat_template: str, derived: Derived) -> None:
     if carried != chat_template:
         raise UserError(
             f"{file}: carries another chat template than the merged model's tokenizer; "
-            f"{go_render.first_difference(carried, chat_template)}. "
+            f"{first_difference(carried, chat_template)}. "
             "One of the two was changed after training. Run: make merge gguf"
         )
     if adds_bos != bool(derived.bos):
@@ -179,7 +185,7 @@ def prove(
         if modelfile.values(commands, f"parameter {name}") != [str(getattr(knobs, name))]:
             raise UserError(f"{path}: PARAMETER {name} is not {getattr(knobs, name)}, as the recipe has it")
     (template,) = modelfile.values(commands, "template")
-    rendered_by, compared = go_render.compare(path, template, render, derived.bos)
+    rendered_by, compared = compare_renderings(path, template, render, derived.bos)
     return {
         "conversations": compared,
         "rendered_by": rendered_by,
@@ -197,7 +203,7 @@ def earlier_answers_agree(template: str, render: Render, bos: str, answers: form
     turns = ("1 + 1?", answers.write(formats.Answer("1 + 1 = 2", "2")), "2 + 2?")
     roles = ("user", "assistant", "user")
     conversation = [{"role": role, "content": content} for role, content in zip(roles, turns, strict=True)]
-    return go_render.render(template, conversation) == render(conversation, True).removeprefix(bos)
+    return render_go(template, conversation) == render(conversation, True).removeprefix(bos)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stages.lib import artifact, model_card, modelfile, options
+from stages.lib import options
+from stages.lib.artifact.manifest import LOGS, MANIFEST, manifest_digest, read_manifest, sha256_of
 from stages.lib.errors import UserError, nearest
-from stages.lib.model_card import File
-from stages.lib.recipe import Recipe, is_hub_name, read_recipe
+from stages.lib.ollama import modelfile
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Recipe, is_hub_name
+from stages.lib.report.card import KINDS, File, repositories, write
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -52,7 +55,7 @@ class Upload:
 def main(recipe: Path, hub: str, what: str | None, public: bool, yes: bool, **folders: Path) -> None:
     run_recipe = read_recipe(recipe)
     kinds = chosen(run_recipe.save if what is None else what.split(","))
-    names = model_card.repositories(checked_name(hub), kinds)
+    names = repositories(checked_name(hub), kinds)
     token = read_token()
     inputs = {name.replace("_", "-"): folder for name, folder in folders.items()}
     push(prepare(names, inputs, run_recipe), token, public=public, yes=yes)
@@ -63,20 +66,20 @@ def prepare(names: Mapping[str, str], folders: Mapping[str, Path], recipe: Recip
 
     Raises `UserError` when they are not of one run of this recipe, or hold what is not to be uploaded.
     """
-    manifests = {stage: artifact.read(folder, stage) for stage, folder in folders.items()}
+    manifests = {stage: read_manifest(folder, stage) for stage, folder in folders.items()}
     verify_chain(manifests, folders)
     verify_recipe(recipe, manifests)
     uploads = []
     for kind, repository in names.items():
         files = collect(kind, folders, manifests, recipe)
-        card = model_card.write(kind, names, recipe, manifests, files)
+        card = write(kind, names, recipe, manifests, files)
         uploads.append(Upload(repository, (*files, of_text("README.md", card))))
     return uploads
 
 
 def chosen(kinds: Sequence[str]) -> list[str]:
     """Return what to upload, in the order of `model_card.KINDS`. Raises `UserError` for an unknown word."""
-    known = tuple(model_card.KINDS)
+    known = tuple(KINDS)
     for kind in kinds:
         if kind not in known:
             raise UserError(f"--what: {kind!r} is not known{nearest(kind, known)}; known: {', '.join(known)}")
@@ -107,7 +110,7 @@ def read_token() -> str:
 def verify_chain(manifests: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> None:
     """Raise `UserError` unless all artifacts come from one run: whatever two of them were made from is the same."""
     stated: dict[str, tuple[str, str]] = {
-        name: (artifact.digest(manifest), str(folders[name])) for name, manifest in manifests.items()
+        name: (manifest_digest(manifest), str(folders[name])) for name, manifest in manifests.items()
     }
     for stage, manifest in manifests.items():
         for name, claimed in manifest["inputs"].items():
@@ -143,14 +146,14 @@ def collect(
     manifest does not state, for a suffix that is not in SUFFIXES, and when a file is not what the manifest says.
     """
     chosen: dict[str, tuple[str, str]] = {}  # name in the repository: stage, name in its artifact
-    for stage, prefix in model_card.KINDS[kind].sources:
+    for stage, prefix in KINDS[kind].sources:
         refuse_unknown(folders[stage], stage, manifests[stage])
         for name in manifests[stage]["files"]:
             short = name.removeprefix(prefix)
             if name.startswith(prefix) and "/" not in short and takes(kind, stage, short):
                 chosen[short] = (stage, name)
-    if not any(stage == model_card.KINDS[kind].sources[0][0] for stage, _ in chosen.values()):
-        stage, prefix = model_card.KINDS[kind].sources[0]
+    if not any(stage == KINDS[kind].sources[0][0] for stage, _ in chosen.values()):
+        stage, prefix = KINDS[kind].sources[0]
         raise UserError(
             f"{folders[stage] / prefix}: there is no {kind} there; expected it as save in the recipe asks for it "
             f"(merged_4bit needs an NVIDIA GPU). Add {kind!r} to save and run: make {stage}"
@@ -164,7 +167,7 @@ def collect(
                 f"leave {kind} out with --what"
             )
         described = manifests[stage]["files"][name]
-        if artifact.sha256(path) != described["sha256"]:
+        if sha256_of(path) != described["sha256"]:
             raise UserError(
                 f"{path}: is not the file that {stage} wrote: its sha256 is another than the manifest's. "
                 f"Delete {folders[stage]} and run: make {stage}"
@@ -189,12 +192,10 @@ def refuse_unknown(folder: Path, stage: str, manifest: Mapping[str, Any]) -> Non
     """Raise `UserError` when an artifact holds a symbolic link, or a file that its manifest does not state."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        known = path.is_dir() or name == artifact.MANIFEST or name.startswith(f"{artifact.LOGS}/")
+        known = path.is_dir() or name == MANIFEST or name.startswith(f"{LOGS}/")
         if path.is_symlink() or not (known or name in manifest["files"]):
             found = "is a symbolic link" if path.is_symlink() else f"was not written by {stage}"
-            raise UserError(
-                f"{path}: {found}; expected only files that {folder / artifact.MANIFEST} states. Move it away"
-            )
+            raise UserError(f"{path}: {found}; expected only files that {folder / MANIFEST} states. Move it away")
 
 
 def of_text(name: str, text: str) -> File:

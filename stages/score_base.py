@@ -9,10 +9,17 @@ from typing import Any
 
 import click
 
-from stages.lib import artifact, formats, generate, options, rewards
+from stages.lib import options
+from stages.lib.answers import formats
+from stages.lib.answers.grade import mark
+from stages.lib.artifact.folder import write_artifact
+from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
-from stages.lib.marks import mark
-from stages.lib.recipe import Recipe, ScoreBase, read_recipe
+from stages.lib.model.generate import Sampling, generate_completions, open_generator
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Recipe, ScoreBase
+from stages.lib.rewards.names import load_rewards
+from stages.lib.rewards.own import own_reward_files
 
 ROOM_BYTES = 100_000_000
 # Of [grpo]: how completions are sampled, and how many problems a subset must have. Other keys may change without this
@@ -39,8 +46,8 @@ def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | 
     inputs |= {"base-model": base_model} if base_model else {}
     tables = run_recipe.tables("model", "vllm", "format", "rewards", "score_base")
     tables["grpo"] = {name: getattr(run_recipe.grpo, name) for name in GRPO_KNOBS}
-    sources = rewards.own_files(run_recipe.rewards.functions, run_recipe.path.parent)
-    writing = artifact.writing(out, "score-base", tables, inputs, sources=sources, room_bytes=ROOM_BYTES)
+    sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent)
+    writing = write_artifact(out, "score-base", tables, inputs, sources=sources, room_bytes=ROOM_BYTES)
     with contextlib.suppress(SystemExit), writing as run:  # the exit of what is up to date: its advice still holds
         with (prepare_data / "grpo.jsonl").open() as file:
             problems = draw([json.loads(line) for line in file], knobs)
@@ -53,7 +60,7 @@ def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | 
             write(run.folder / "grpo.jsonl", chosen)
             run.metrics["subset"] = len(chosen)
         run.metrics["advice"] = advise(run.metrics, run_recipe.grpo.prompts_per_step)
-    metrics = artifact.read(out, "score-base")["metrics"]
+    metrics = read_manifest(out, "score-base")["metrics"]
     click.echo(table(metrics))
     if metrics["advice"]:
         found = "\n".join(f"- {line}" for line in metrics["advice"])
@@ -78,7 +85,7 @@ def sample(
     from tqdm import tqdm
 
     answer_format = formats.get(recipe.format.name)
-    functions = rewards.load(
+    functions = load_rewards(
         recipe.rewards.functions,
         answer_format,
         recipe.path.parent,
@@ -88,7 +95,7 @@ def sample(
         repetition_max_penalty=recipe.rewards.repetition_max_penalty,
     )
     knobs = recipe.score_base
-    sampling = generate.Sampling(
+    sampling = Sampling(
         recipe.grpo.max_completion_tokens,
         temperature=recipe.grpo.temperature,
         top_p=recipe.grpo.top_p,
@@ -99,14 +106,14 @@ def sample(
     adapters = {"sft": adapter} if adapter else {}
     each = [problem for problem in problems for _ in range(knobs.completions_per_problem)]
     with (
-        generate.load(recipe, base_model, adapters, sampling.max_completion_tokens, knobs.seed) as generator,
+        open_generator(recipe, base_model, adapters, sampling.max_completion_tokens, knobs.seed) as generator,
         tqdm(total=len(each), desc="score-base", unit="completion", dynamic_ncols=True) as bar,
     ):
         prompts = [
             generator.tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
             for problem in each
         ]
-        completion_ids = generate.completions(
+        completion_ids = generate_completions(
             generator, prompts, sampling, knobs.batch_size, adapter="sft" if adapter else None, advance=bar.update
         )
     texts = generator.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)

@@ -5,8 +5,15 @@ from typing import Any
 
 import click
 
-from stages.lib import artifact, ladder, models, options, training
-from stages.lib.recipe import Recipe, read_recipe
+from stages.lib import options
+from stages.lib.artifact.folder import Run, write_artifact
+from stages.lib.model.engine import import_engine
+from stages.lib.model.load import load_trainable
+from stages.lib.model.tokenizer import load_tokenizer
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Recipe
+from stages.lib.train import ladder
+from stages.lib.train.run import configure, keep_logs, read_rows, run_trainer, save_adapter
 
 ROOM_BYTES = 500_000_000
 
@@ -20,7 +27,7 @@ def main(recipe: Path, prepare_data: Path, base_model: Path | None, out: Path) -
     run_recipe = read_recipe(recipe)
     inputs = {"prepare-data": prepare_data, **({"base-model": base_model} if base_model else {})}
     tables = run_recipe.tables("model", "format", "lora", "sft")
-    with artifact.writing(out, "sft", tables, inputs, room_bytes=ROOM_BYTES) as run:
+    with write_artifact(out, "sft", tables, inputs, room_bytes=ROOM_BYTES) as run:
         run.metrics.update(train(run_recipe, prepare_data / "sft.jsonl", base_model, run))
 
 
@@ -88,22 +95,22 @@ def arguments(recipe: Recipe, output: Path, rung: ladder.Rung) -> dict[str, Any]
     }
 
 
-def train(recipe: Recipe, examples: Path, base_model: Path | None, run: artifact.Run) -> dict[str, Any]:
+def train(recipe: Recipe, examples: Path, base_model: Path | None, run: Run) -> dict[str, Any]:
     """Train a LoRA adapter on `examples`, save it under `run.folder`, return what it came to.
 
     Metrics: `examples` used, `dropped_too_long`, `loss` (mean nats a completion token over the last tenth of the
     steps) and `trainable_parameters`.
     """
-    models.start(recipe)
+    import_engine(recipe)
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
     set_seed(recipe.sft.seed)  # the trainer does so only after PEFT has drawn the adapter's first weights
-    training.keep_logs(run.checkpoints)
+    keep_logs(run.checkpoints)
     rung, steps_down = ladder.read(run.checkpoints, top(recipe))
-    tokenizer = models.load_tokenizer(recipe, base_model)
-    model = models.load_trainable(recipe, base_model, None, recipe.sft.max_tokens)
-    rows = training.read_rows(examples, run).select_columns(["prompt", "completion"])
+    tokenizer = load_tokenizer(recipe, base_model)
+    model = load_trainable(recipe, base_model, None, recipe.sft.max_tokens)
+    rows = read_rows(examples, run).select_columns(["prompt", "completion"])
 
     def fits(row: dict[str, Any]) -> bool:
         ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
@@ -116,13 +123,13 @@ def train(recipe: Recipe, examples: Path, base_model: Path | None, run: artifact
         )
     trainer = SFTTrainer(
         model=model,
-        args=training.configure(SFTConfig, arguments(recipe, run.checkpoints, rung)),
+        args=configure(SFTConfig, arguments(recipe, run.checkpoints, rung)),
         train_dataset=kept,
         processing_class=tokenizer,
     )
     with ladder.stepping_down(run.checkpoints, rung, None, trainer):
-        training.train(trainer, run.checkpoints, ("loss",), recipe.health)
-    training.save_adapter(trainer, tokenizer, run)
+        run_trainer(trainer, run.checkpoints, ("loss",), recipe.health)
+    save_adapter(trainer, tokenizer, run)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     last = losses[-max(1, len(losses) // 10) :]
     return {

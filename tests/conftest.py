@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import micro
+from tests.support import micro
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 
 from stages import grpo, merge
-from stages.lib import generate, ladder, models
-from tests.arguments import RECIPES, STAGES, UNSLOTH_ONLY, passed, rungs
+from stages.lib.model.generate import load_vllm, transformers_batch, vllm_batch
+from stages.lib.model.unsloth import load_unsloth
+from stages.lib.train import ladder
+from tests.support.arguments import RECIPES, STAGES, UNSLOTH_ONLY, passed, rungs
 
 # ---- TRL's configurations -----------------------------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ def test_a_scoring_pass_takes_four_micro_batches_at_once(completions_per_step, m
 def test_generation_is_told_only_what_it_knows():
     from transformers import GenerationConfig
 
-    names = passed(generate.transformers_batch, "GenerationConfig")
+    names = passed(transformers_batch, "GenerationConfig")
     assert {"max_new_tokens", "do_sample", "temperature", "min_p", "eos_token_id", "disable_compile"} <= names
     assert names - set(vars(GenerationConfig())) == set()
     assert GenerationConfig(temprature=0.5).temprature == 0.5  # it takes a slip without a word
@@ -94,11 +96,11 @@ def test_quantization_is_told_only_what_it_knows():
 @pytest.mark.parametrize(
     ("function", "callee", "some"),
     [
-        (models.load_unsloth, "FastLanguageModel.from_pretrained",
+        (load_unsloth, "FastLanguageModel.from_pretrained",
          {"model_name", "gpu_memory_utilization", "max_num_seqs", "trust_remote_code"}),
-        (models.load_unsloth, "FastLanguageModel.get_peft_model", {"r", "target_modules", "random_state"}),
-        (generate.load_vllm, "LLM", {"model", "enable_lora", "max_model_len"}),
-        (generate.vllm_batch, "SamplingParams", {"max_tokens", "min_p", "stop_token_ids"}),
+        (load_unsloth, "FastLanguageModel.get_peft_model", {"r", "target_modules", "random_state"}),
+        (load_vllm, "LLM", {"model", "enable_lora", "max_model_len"}),
+        (vllm_batch, "SamplingParams", {"max_tokens", "min_p", "stop_token_ids"}),
     ],
 )  # fmt: skip
 def test_the_names_in_a_call_are_found(function, callee, some):

@@ -5,7 +5,7 @@ import re
 from click.testing import CliRunner, Result
 
 from stages import ask
-from tests import tiny_models
+from tests.support import tiny_models
 
 
 def asked(question: str) -> Result:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from stages import base_model
-from stages.lib import artifact, formats
-from stages.lib.recipe import BaseModel, read_recipe
-from tests import micro
+from stages.lib.answers import formats
+from stages.lib.artifact.manifest import manifest_digest, read_manifest
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import BaseModel
+from tests.support import micro
 
 ROOT = Path(__file__).parents[1]
 
@@ -204,15 +206,15 @@ def test_two_runs_give_the_same_bytes_whatever_was_drawn_before(finished, tmp_pa
 
     torch.manual_seed(12345)
     assert micro.run("base-model", finished, tmp_path / "base-model").exit_code == 0
-    first, second = (artifact.read(folder / "base-model", "base-model") for folder in (finished, tmp_path))
+    first, second = (read_manifest(folder / "base-model", "base-model") for folder in (finished, tmp_path))
     assert first["files"] == second["files"]
-    assert artifact.digest(first) == artifact.digest(second)
+    assert manifest_digest(first) == manifest_digest(second)
 
 
 def test_another_seed_is_other_problems_and_another_network(finished, tmp_path):
     recipe = micro.write_recipe(tmp_path, base_model={"seed": 2})
     assert micro.run("base-model", finished, tmp_path / "base-model", recipe).exit_code == 0
-    first, second = (artifact.read(folder / "base-model", "base-model")["files"] for folder in (finished, tmp_path))
+    first, second = (read_manifest(folder / "base-model", "base-model")["files"] for folder in (finished, tmp_path))
     for name in ("model/model.safetensors", "model/tokenizer.model", "problems/eval.jsonl", "problems/train.jsonl"):
         assert first[name]["sha256"] != second[name]["sha256"], name
 

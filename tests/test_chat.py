@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stages import chat
-from stages.lib import serving
-from tests import tiny_models
+from stages.lib.serve.setting import Setting
+from tests.support import tiny_models
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,7 +65,7 @@ def words(messages: list[dict[str, str]]) -> int:
 
 def conversation(lines: list[str], context: int, max_tokens: int = 4) -> tuple[Recorded, str]:
     """Return what a file with so many words of context was asked, and what the terminal showed."""
-    file, setting = Recorded(), serving.Setting(Path("x.gguf"), "", [], context, {"temperature": 0.0})
+    file, setting = Recorded(), Setting(Path("x.gguf"), "", [], context, {"temperature": 0.0})
 
     @click.command()
     def command() -> None:

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.lib import models
 from stages.lib.errors import UserError
-from stages.lib.recipe import read_recipe
+from stages.lib.model.engine import require_engine
+from stages.lib.recipe.read import read_recipe
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["apt", "common", "install", "llama", "lock", "run"]
@@ -148,7 +148,7 @@ def test_what_a_stage_compiles_it_keeps_where_the_container_may_write(checkout, 
     monkeypatch.chdir(after("--workdir", words)[0])
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False)))
     with pytest.raises(UserError, match="torch sees none"):
-        models.require_gpu(read_recipe(Path("recipes/gemma3-1b-gsm8k.toml")))
+        require_engine(read_recipe(Path("recipes/gemma3-1b-gsm8k.toml")))
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "UNSLOTH_COMPILE_LOCATION"):
         assert Path(os.environ[name]).parent == checkout / "data" / "cache", name
     assert f"type=bind,source={checkout}/data,target={checkout}/data" in after("--mount", words)

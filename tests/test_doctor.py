@@ -9,6 +9,7 @@ import email.utils
 import json
 import re
 import shutil
+import subprocess
 import threading
 import time
 import tomllib
@@ -19,8 +20,15 @@ import pytest
 from click.testing import CliRunner
 
 from stages import doctor
-from stages.lib import memory
-from stages.lib.recipe import Gguf, Grpo, Lora, Merge, Model, Ollama, Sft, Vllm
+from stages.lib.machine.copies import local_model, start_tokenizer_check, tokenizer_finding
+from stages.lib.machine.disk import recipe_rooms
+from stages.lib.machine.findings import Finding
+from stages.lib.machine.hub import endpoint
+from stages.lib.machine.memory import gpu_estimates
+from stages.lib.machine.room import most_room
+from stages.lib.machine.shape import SHAPES
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Gguf, Grpo, Lora, Merge, Model, Ollama, Sft, Vllm
 
 ROOT = Path(__file__).parents[1]
 H200 = "NVIDIA H200, 580.95.05, 143771, 143151, 9.0"
@@ -62,14 +70,15 @@ class Machine:
         monkeypatch.setenv("HF_HOME", str(folder / "hf"))
         for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "RUNTIME", "GPUS", "DATA", "DOCKER", "http_proxy"):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(doctor, "ARTIFACTS", folder / "artifacts")
-        monkeypatch.setattr(doctor, "CONTAINER_CACHE", folder / "cache")
-        monkeypatch.setattr(doctor, "SHARED_MEMORY", folder / "shm")
-        monkeypatch.setattr(doctor, "MEMINFO", folder / "meminfo")
-        monkeypatch.setattr(doctor, "CGROUP_LIMIT", folder / "memory.max")
-        monkeypatch.setattr(doctor, "CDI_FOLDERS", (folder / "cdi",))
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(0, 0, self.free_at(Path(path))))
-        monkeypatch.setattr(doctor, "start_tokenizer_check", lambda recipe, model, cache: None)
+        for module in ("disk", "hub", "copies"):
+            monkeypatch.setattr(f"stages.lib.machine.{module}.ARTIFACTS", folder / "artifacts")
+        monkeypatch.setattr("stages.lib.machine.copies.CONTAINER_CACHE", folder / "cache")
+        monkeypatch.setattr("stages.lib.machine.containers.SHARED_MEMORY", folder / "shm")
+        monkeypatch.setattr("stages.lib.machine.containers.MEMINFO", folder / "meminfo")
+        monkeypatch.setattr("stages.lib.machine.containers.CGROUP_LIMIT", folder / "memory.max")
+        monkeypatch.setattr("stages.lib.machine.containers.CDI_FOLDERS", (folder / "cdi",))
+        monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, self.free_at(Path(path))))
+        monkeypatch.setattr("stages.doctor.start_tokenizer_check", lambda recipe, model, cache: None)
         self.memory(128_000_000, 120_000_000)
         self.program("nvidia-smi", H200)
         self.program("docker", json.dumps(DOCKER))
@@ -299,7 +308,7 @@ def early_clock_without_network(machine):
     hub_is_away(machine)
     machine.cached(LLAMA)
     # Only the sight of files: time goes on for everything else.
-    machine.monkeypatch.setattr(doctor.time, "time", lambda: 1_000_000.0)
+    machine.monkeypatch.setattr("time.time", lambda: 1_000_000.0)
 
 
 def capability(text):
@@ -325,7 +334,7 @@ def gpus(value):
 
 def runtime_local(machine):
     machine.env(RUNTIME="local")
-    machine.monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    machine.monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +456,7 @@ def test_another_docker_client_and_gpus_by_cdi(machine):
 def test_without_docker_the_environment_itself_will_do_if_it_has_everything(machine):
     (machine.folder / "bin" / "docker").unlink()
     machine.program("cc", "")
-    machine.monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    machine.monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     code, lines = machine.look()
     assert lines["Docker"][0].startswith("ok    Docker: not needed: no Docker engine answers")
     assert code == 0
@@ -530,7 +539,7 @@ def test_for_a_dataset_without_revision_the_newest_commit_is_named(machine, stat
     code, lines = machine.look()
     assert code == 1
     assert lines["data"] == [
-        f"fail  data: openai/gsm8k: {doctor.endpoint()} has it, and the recipe states no revision. To do: write "
+        f"fail  data: openai/gsm8k: {endpoint()} has it, and the recipe states no revision. To do: write "
         f'revision = "{"c" * 40}", the newest commit there, below its name in the recipe; or make ... DATA=FOLDER'
     ]
     assert ("/datasets/openai/gsm8k/resolve/main/.gitattributes", "HEAD", None) in machine.asked
@@ -565,7 +574,7 @@ def test_a_cpu_recipe_needs_no_gpu_no_docker_and_no_shared_memory(machine):
 
 
 def test_a_program_that_hangs_is_given_up_on(machine):
-    machine.monkeypatch.setattr(doctor, "COMMAND_SECONDS", 0.3)
+    machine.monkeypatch.setattr("stages.lib.machine.findings.COMMAND_SECONDS", 0.3)
     path = machine.folder / "bin" / "nvidia-smi"
     path.write_text("#!/bin/sh\nwhile :; do :; done\n")
     code, lines = machine.look()
@@ -582,11 +591,11 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_fails(finished, tmp_path, mo
     shutil.copytree(finished / "base-model", base)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
-    run = doctor.read_recipe(recipe)
+    run = read_recipe(recipe)
 
-    def look() -> doctor.Finding:
-        process = doctor.start_tokenizer_check(run, doctor.local_model(run, tmp_path), tmp_path)
-        return doctor.tokenizer_finding(process, run, time.monotonic() + 120)
+    def look() -> Finding:
+        process = start_tokenizer_check(run, local_model(run, tmp_path), tmp_path)
+        return tokenizer_finding(process, run, time.monotonic() + 120)
 
     assert (look().status, look().name) == ("ok", "tokenizer")
     path = base / "model" / "tokenizer_config.json"
@@ -602,10 +611,10 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_fails(finished, tmp_path, mo
 
 
 def test_a_tokenizer_check_that_takes_too_long_is_ended_and_said(machine, monkeypatch):
-    process = doctor.subprocess.Popen(
-        ["/bin/sh", "-c", "while :; do :; done"], stdout=doctor.subprocess.PIPE, text=True, start_new_session=True
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", "while :; do :; done"], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    finding = doctor.tokenizer_finding(process, doctor.read_recipe(machine.recipe()), time.monotonic() - 60)
+    finding = tokenizer_finding(process, read_recipe(machine.recipe()), time.monotonic() - 60)
     assert finding.status == "warn" and "make prepare-data RECIPE=big" in finding.remedy
     assert process.returncode == -9
 
@@ -647,8 +656,8 @@ def test_the_gpus_and_disks_on_the_page_follow_from_the_estimate(name):
     )
     whole, alone, disk = (int(number or 0) for number in match.groups())
     recipe = tomllib.loads((ROOT / "recipes" / f"{name}.toml").read_text())
-    run = doctor.read_recipe(ROOT / "recipes" / "tiny.toml")
-    shape = memory.SHAPES[recipe["model"]["name"]]
+    run = read_recipe(ROOT / "recipes" / "tiny.toml")
+    shape = SHAPES[recipe["model"]["name"]]
     # Only the tables that count: a recipe may have a revision to fill in.
     run = dataclasses.replace(
         run,
@@ -669,7 +678,7 @@ def test_the_gpus_and_disks_on_the_page_follow_from_the_estimate(name):
         save=recipe["save"],
     )
     for size, stages in ((whole, ("sft", "grpo", "merge and gguf")), (alone, ("sft", "grpo"))):
-        needs = doctor.estimates(run, shape, size << 30)
+        needs = gpu_estimates(run, shape, size << 30)
         assert not size or max(needs[stage].peak_bytes for stage in stages) < 0.97 * (size << 30)
-    room = memory.most_room(doctor.rooms(run, shape))
+    room = most_room(recipe_rooms(run, shape))
     assert disk - 1 < room / 1e9 <= disk

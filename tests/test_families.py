@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.lib import llama
 from stages.lib.errors import UserError
-from tests import family_models, tiny_models
+from stages.lib.gguf.tokens import check_conversion
+from tests.support import family_models, tiny_models
 
 
 @pytest.mark.parametrize("name", family_models.FAMILIES)
@@ -41,19 +41,19 @@ def test_an_unknown_bpe_pre_tokenizer_is_refused_before_training_with_a_remedy(t
     with pytest.raises(
         UserError, match=r"BPE pre-tokenizer is unknown to llama.cpp.* Use another base model, or a llama"
     ):
-        llama.check_tokenizer(tokenizer, tmp_path, "unknown")
+        check_conversion(tokenizer, tmp_path, "unknown")
 
 
 def test_an_architecture_llama_cpp_does_not_know_is_refused_before_training(tmp_path):
     made = tiny_models.made()
     (tmp_path / "config.json").write_text('{"architectures": ["UnheardOfForCausalLM"], "vocab_size": 384}')
     with pytest.raises(UserError, match=r"llama.cpp can't convert it(.|\n)*UnheardOfForCausalLM is not supported"):
-        llama.check_tokenizer(tokenizer_of(made / "grpo" / "tokenizer"), tmp_path, "unheard-of")
+        check_conversion(tokenizer_of(made / "grpo" / "tokenizer"), tmp_path, "unheard-of")
 
 
 def test_a_known_tokenizer_passes_the_check_before_training():
     made = tiny_models.made()
-    llama.check_tokenizer(tokenizer_of(made / "grpo" / "tokenizer"), made / "base-model" / "model", "base-model")
+    check_conversion(tokenizer_of(made / "grpo" / "tokenizer"), made / "base-model" / "model", "base-model")
 
 
 def tokenizer_of(folder: Path):

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from stages import gguf
-from stages.lib import llama, parity
 from stages.lib.errors import UserError
-from stages.lib.recipe import GGUF_TYPES, Gguf, read_recipe
-from tests import tiny_models
+from stages.lib.gguf.convert import quantize
+from stages.lib.gguf.file import Loaded
+from stages.lib.gguf.types import GGUF_TYPES
+from stages.lib.model.reference import load_reference
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Gguf
+from tests.support import tiny_models
 
 
 def figures() -> dict:
@@ -152,7 +156,7 @@ def test_the_room_asked_for_covers_the_files(types):
 def test_the_smallest_types_need_an_importance_matrix_and_are_refused_without(tmp_path):
     source = tiny_models.quantized() / "model.f16.gguf"
     with pytest.raises(UserError, match=r"(?s)could not quantize model.f16.gguf to iq2_xs:.*imatrix"):
-        llama.quantize(source, tmp_path / "model.iq2_xs.gguf", "iq2_xs")
+        quantize(source, tmp_path / "model.iq2_xs.gguf", "iq2_xs")
 
 
 def test_an_importance_matrix_is_the_mean_square_of_every_layers_inputs(tmp_path):
@@ -171,7 +175,7 @@ def first_layer_inputs(model: Path, rows: list[dict]):
     import torch
     from transformers import AutoTokenizer
 
-    network = parity.load(model).model
+    network = load_reference(model).model
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokens = [token for row in rows for token in gguf.template_tokens(tokenizer, row["prompt"] + row["completion"])]
     with torch.inference_mode():
@@ -182,8 +186,8 @@ def first_layer_inputs(model: Path, rows: list[dict]):
 def test_the_smallest_types_can_be_made_with_an_importance_matrix(tmp_path):
     model, source = tiny_models.merged() / "model", tiny_models.quantized() / "model.f16.gguf"
     importance = gguf.weigh(model, source, tiny_models.rows(20, seed=2))
-    llama.quantize(source, tmp_path / "model.iq2_xs.gguf", "iq2_xs", importance)
-    with llama.Loaded(tmp_path / "model.iq2_xs.gguf", context_tokens=64) as file:
+    quantize(source, tmp_path / "model.iq2_xs.gguf", "iq2_xs", importance)
+    with Loaded(tmp_path / "model.iq2_xs.gguf", context_tokens=64) as file:
         assert file.metadata("general.architecture") == "gemma3"
     assert (tmp_path / "model.iq2_xs.gguf").stat().st_size < (
         tiny_models.quantized() / "model.q4_k_m.gguf"

@@ -5,9 +5,12 @@ import json
 import pytest
 
 from stages import infer
-from stages.lib import artifact, formats, models
-from stages.lib.marks import mark
-from stages.lib.recipe import read_recipe
+from stages.lib.answers import formats
+from stages.lib.answers.grade import mark
+from stages.lib.artifact.manifest import read_manifest
+from stages.lib.model.load import load_model
+from stages.lib.model.tokenizer import load_tokenizer
+from stages.lib.recipe.read import read_recipe
 
 XML = formats.get("xml")
 THINK = formats.get("think")
@@ -115,7 +118,7 @@ def test_the_stage_keeps_every_answer_of_every_model_to_the_same_problems(finish
         assert {key: each[key] for key in ("well_formed", "given", "right")} == marked
         assert 1 <= each["tokens"] <= 12
         assert each["ended"] or each["tokens"] == 12
-    metrics = artifact.read(folder, "infer")["metrics"]
+    metrics = read_manifest(folder, "infer")["metrics"]
     assert metrics == json.loads(json.dumps(infer.examine(answers)))
 
 
@@ -126,11 +129,11 @@ def test_each_model_is_the_one_it_is_called_and_the_batch_does_not_change_its_an
     recipe = read_recipe(finished / "micro.toml")
     told = [json.loads(line) for line in (finished / "infer" / "answers.jsonl").read_text().split("\n")[:-1]]
     problems = [json.loads(line) for line in (finished / "prepare-data" / "eval.jsonl").read_text().split("\n")[:20]]
-    tokenizer = models.load_tokenizer(recipe, finished / "base-model")
+    tokenizer = load_tokenizer(recipe, finished / "base-model")
     texts = {}
     for name in ("base", "sft", "grpo"):
         adapter = None if name == "base" else finished / name / "adapter"
-        model = models.load_model(recipe, finished / "base-model").eval()
+        model = load_model(recipe, finished / "base-model").eval()
         model = PeftModel.from_pretrained(model, adapter) if adapter else model
         limit = recipe.infer.max_completion_tokens
         texts[name] = [greedy(model, tokenizer, problem["prompt"], limit) for problem in problems]

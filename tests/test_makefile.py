@@ -90,7 +90,7 @@ def test_the_first_run_sets_up_and_runs_every_stage_in_order_and_the_second_runs
         ("stages/ollama_modelfile.py", ["ollama_modelfile"]),
         ("stages/grpo.py", ["grpo", "infer", "merge", "gguf", "ollama_modelfile"]),
         ("stages/ask.py", []),
-        ("stages/lib/stats.py", ALL),
+        ("stages/lib/answers/stats.py", ALL),
         ("recipes/tiny.toml", ALL),
         ("recipes/gemma3-1b-gsm8k.toml", []),
         ("Makefile", []),
@@ -401,7 +401,7 @@ def asked(*variables: str) -> dict[str, list[list[str]]]:
 
 def test_the_makefiles_options_are_exactly_the_stages():
     every: dict[str, set[str]] = {}
-    with_all = ["RECIPE=tiny-gsm8k", "DATA=tests/data/gsm8k", "SUBSET=1", "PUBLIC=1", "YES=1", "WHAT=gguf"]
+    with_all = ["RECIPE=tiny-gsm8k", "DATA=tests/support/gsm8k", "SUBSET=1", "PUBLIC=1", "YES=1", "WHAT=gguf"]
     with_all += ["RUNTIME=docker", "GPUS=none"]
     for variables in (["RECIPE=tiny"], ["RECIPE=gemma3-1b-gsm8k"], with_all):
         for stage, calls in asked(*variables).items():

@@ -6,10 +6,11 @@ import json
 import pytest
 
 from stages import merge
-from stages.lib import parity, weights
 from stages.lib.errors import UserError
-from stages.lib.recipe import Merge
-from tests import tiny_models
+from stages.lib.jsonl import first_rows
+from stages.lib.model.files import weight_shapes
+from stages.lib.recipe.tables import Merge
+from tests.support import tiny_models
 
 
 def test_the_stage_writes_16_bit_safetensors_with_every_tokenizer_file():
@@ -17,7 +18,7 @@ def test_the_stage_writes_16_bit_safetensors_with_every_tokenizer_file():
     names = {path.name for path in model.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model",
             "tokenizer_config.json", "chat_template.jinja"} <= names  # fmt: skip
-    assert {dtype for dtype, _ in weights.shapes(model).values()} == {"F16"}
+    assert {dtype for dtype, _ in weight_shapes(model).values()} == {"F16"}
     base = tiny_models.made() / "base-model" / "model"
     assert (model / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
 
@@ -72,7 +73,7 @@ def test_fewer_problems_than_prompts_are_refused_before_anything_is_merged(tmp_p
     path = tmp_path / "eval.jsonl"
     path.write_text('{"id": "1"}\n')
     with pytest.raises(UserError, match=r"eval.jsonl: has 1 problems; \[merge\] prompts = 50"):
-        parity.first_rows(path, 50, "[merge] prompts")
+        first_rows(path, 50, "[merge] prompts")
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,17 @@ import pytest
 from click.testing import CliRunner
 
 from stages import ollama, ollama_modelfile
-from stages.lib import artifact, formats, go_render, go_template, llama, modelfile
+from stages.lib.answers import formats
+from stages.lib.artifact.folder import write_artifact
+from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
-from stages.lib.recipe import Format, Ollama
-from tests import chat_templates, gotemplate, tiny_models
+from stages.lib.gguf.convert import run_converter
+from stages.lib.ollama import modelfile
+from stages.lib.ollama.derive import derive_template, jinja_render, rejects
+from stages.lib.ollama.go import render_by_go
+from stages.lib.ollama.proof import CONVERSATIONS
+from stages.lib.recipe.tables import Format, Ollama
+from tests.support import chat_templates, gotemplate, tiny_models
 
 KNOBS = Ollama(
     quantization="q4_k_m", num_ctx=512, temperature=0.5, top_p=0.9, top_k=40, min_p=0.05, license="Apache-2.0"
@@ -38,7 +45,7 @@ def inputs(folder: Path, chat_template: str) -> SimpleNamespace:
     Gemma3TextConfig(vocab_size=len(tokenizer), architectures=["Gemma3ForCausalLM"]).save_pretrained(model)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]}))
     file = gguf / "model.q4_k_m.gguf"
-    llama.run_converter([str(model), "--vocab-only", "--outfile", str(file)], folder / "log")
+    run_converter([str(model), "--vocab-only", "--outfile", str(file)], folder / "log")
     return SimpleNamespace(model=model, gguf=gguf, file=file)
 
 
@@ -49,12 +56,12 @@ def gemma(tmp_path_factory):
 
 @pytest.fixture
 def by_go(monkeypatch):
-    monkeypatch.setattr(go_render, "helper", gotemplate.program)
+    monkeypatch.setattr("stages.lib.ollama.proof.go_helper", gotemplate.program)
 
 
 @pytest.fixture
 def without_go(monkeypatch):
-    monkeypatch.setattr(go_render, "helper", lambda: None)
+    monkeypatch.setattr("stages.lib.ollama.proof.go_helper", lambda: None)
 
 
 def test_the_modelfile_holds_what_the_tokenizer_the_format_and_the_recipe_say(gemma, tmp_path, by_go):
@@ -86,7 +93,7 @@ def test_the_modelfile_holds_what_the_tokenizer_the_format_and_the_recipe_say(ge
     assert "<bos>" not in template
     asked = [{"role": "system", "content": "Think."}, {"role": "user", "content": " 6 * 7? "}]
     expected = "<start_of_turn>user\nThink.\n\n6 * 7?<end_of_turn>\n<start_of_turn>model\n"
-    assert go_render.render_by_go(gotemplate.program(), template, [asked]) == [expected]
+    assert render_by_go(gotemplate.program(), template, [asked]) == [expected]
 
 
 def test_without_the_helper_the_proof_is_made_here_and_the_manifest_says_so(gemma, tmp_path, without_go):
@@ -114,7 +121,7 @@ def test_the_stage_writes_a_finished_artifact_once(gemma, tmp_path, without_go, 
     folders = {}
     for stage, content in (("merge", gemma.model), ("gguf", gemma.file)):
         folders[stage] = tmp_path / stage
-        with artifact.writing(folders[stage], stage, {}, {}) as run:
+        with write_artifact(folders[stage], stage, {}, {}) as run:
             if content.is_dir():
                 shutil.copytree(content, run.folder / "model")
             else:
@@ -127,7 +134,7 @@ def test_the_stage_writes_a_finished_artifact_once(gemma, tmp_path, without_go, 
     first = CliRunner().invoke(ollama_modelfile.main, asked, catch_exceptions=False)
     assert first.exit_code == 0
     assert f"ollama-modelfile: finished {out}" in first.output
-    manifest = artifact.read(out, "ollama-modelfile")
+    manifest = read_manifest(out, "ollama-modelfile")
     assert sorted(manifest["files"]) == ["Modelfile", "model.q4_k_m.gguf"]
     assert sorted(manifest["recipe"]) == ["format", "ollama"]
     assert manifest["metrics"]["conversations"] == 48
@@ -150,11 +157,11 @@ def made(gemma, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     ollama_modelfile.make(RECIPE, gemma.model, gemma.gguf, folder)
     tokens = {"bos_token": "<bos>", "eos_token": "<end_of_turn>"}
-    render = go_template.jinja_render(GEMMA, tokens)
-    return SimpleNamespace(path=folder / "Modelfile", render=render, derived=go_template.derive(render, "<bos>"))
+    render = jinja_render(GEMMA, tokens)
+    return SimpleNamespace(path=folder / "Modelfile", render=render, derived=derive_template(render, "<bos>"))
 
 
-CHATML = go_template.derive(go_template.jinja_render(chat_templates.CHATML, {})).template
+CHATML = derive_template(jinja_render(chat_templates.CHATML, {})).template
 
 
 @pytest.mark.parametrize(
@@ -179,7 +186,7 @@ CHATML = go_template.derive(go_template.jinja_render(chat_templates.CHATML, {}))
 )
 @pytest.mark.parametrize("renderer", [None, "go"])
 def test_a_damaged_modelfile_is_caught_and_the_cause_is_named(made, monkeypatch, old, new, message, renderer):
-    monkeypatch.setattr(go_render, "helper", gotemplate.program if renderer else lambda: None)
+    monkeypatch.setattr("stages.lib.ollama.proof.go_helper", gotemplate.program if renderer else lambda: None)
     text = made.path.read_text()
     assert old in text
     if new == "CHATML":
@@ -218,7 +225,7 @@ def test_a_difference_is_shown_with_the_conversation_and_both_texts(made, withou
     ],
 )
 def test_a_chat_template_changed_after_the_gguf_was_made_is_caught(gemma, chat_template, message):
-    found = go_template.derive(go_template.jinja_render(chat_template, {"bos_token": "<bos>"}), "<bos>")
+    found = derive_template(jinja_render(chat_template, {"bos_token": "<bos>"}), "<bos>")
     with pytest.raises(UserError, match=message):
         ollama_modelfile.check_gguf(gemma.file, chat_template, found)
 
@@ -352,18 +359,18 @@ def converted(tmp_path_factory):
 @pytest.mark.parametrize("name", ALIKE)
 def test_a_second_opinion_agrees_where_it_claims_to_hold(converted, name):
     chat_template, theirs = converted[name]
-    render = go_template.jinja_render(chat_template, {"bos_token": "<bos>", "eos_token": "</s>"})
-    found = go_template.derive(render, "<bos>")
+    render = jinja_render(chat_template, {"bos_token": "<bos>", "eos_token": "</s>"})
+    found = derive_template(render, "<bos>")
     kinds: dict[str, list] = {"none": [], "system": []}
-    for conversation in go_render.CONVERSATIONS:
+    for conversation in CONVERSATIONS:
         plain = all(message["content"].strip() == message["content"] != "" for message in conversation)
-        if plain and not go_template.rejects(render, conversation):
+        if plain and not rejects(render, conversation):
             kinds["system" if conversation[0]["role"] == "system" else "none"].append(conversation)
     assert [len(conversations) for conversations in kinds.values()] == [12, 10 if found.takes_system else 0]
     alike = set()
     for kind, conversations in kinds.items():
-        by_us = go_render.render_by_go(gotemplate.program(), found.template, conversations)
-        by_them = go_render.render_by_go(gotemplate.program(), theirs["template"], conversations)
+        by_us = render_by_go(gotemplate.program(), found.template, conversations)
+        by_them = render_by_go(gotemplate.program(), theirs["template"], conversations)
         if conversations and [text.removeprefix("<bos>") for text in by_them] == by_us:
             alike.add(kind)
     assert alike == ALIKE[name]

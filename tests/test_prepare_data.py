@@ -14,13 +14,18 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stages import prepare_data
-from stages.lib import dedup, sources, weights
+from stages.lib.data.files import read_batches
+from stages.lib.data.fingerprint import BAND_ROWS, BANDS
+from stages.lib.data.rows import Unusable, completion_of, most_tokens, problem_of
+from stages.lib.data.sets import helpers
 from stages.lib.errors import UserError
-from stages.lib.recipe import Source, build, read_recipe
-from tests import micro
+from stages.lib.model.files import refuse_quantized_base
+from stages.lib.recipe.read import build_table, read_recipe
+from stages.lib.recipe.tables import Source
+from tests.support import micro
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT / "tests" / "data"
+DATA = ROOT / "tests" / "support"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 GSM8K = {"name": "openai/gsm8k", "revision": REVISION, "config": "main", "style": "gsm8k"}
 COLUMNS = {"question": "question", "answer": "answer"}
@@ -87,7 +92,7 @@ def prepare(folder: Path, sources: list[dict[str, Any]], located: list[list[Path
     out = folder / "out"
     out.mkdir()
     located = located or [[Path(source["name"])] for source in sources]
-    with prepare_data.helpers(located) as pool:
+    with helpers(located) as pool:
         return prepare_data.prepare(recipe, located, Letters(), out, pool)
 
 
@@ -193,9 +198,9 @@ def test_every_answer_of_gsm8k_is_read(folder: Path) -> None:
     for path in (folder / "train.jsonl", folder / "test.jsonl"):
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            _, answer, worked = prepare_data.problem_of(row["question"], row["answer"], None, "gsm8k")
+            _, answer, worked = problem_of(row["question"], row["answer"], None, "gsm8k")
             assert Fraction(answer) == Fraction(row["answer"].rpartition("####")[2].strip().replace(",", ""))
-            written = prepare_data.completion_of(worked, answer, "gsm8k", prepare_data.formats.get("xml"))
+            written = completion_of(worked, answer, "gsm8k", prepare_data.formats.get("xml"))
             assert "<<" not in written and "####" not in written
 
 
@@ -311,13 +316,13 @@ def test_a_row_without_a_solution_still_goes_to_grpo(tmp_path: Path) -> None:
 
 
 def test_a_thought_that_was_cut_off_is_not_learnt(tmp_path: Path) -> None:
-    with pytest.raises(prepare_data.Unusable, match="cut off"):
-        prepare_data.completion_of("<think>\nlet me see", "1", "think", prepare_data.formats.get("think"))
+    with pytest.raises(Unusable, match="cut off"):
+        completion_of("<think>\nlet me see", "1", "think", prepare_data.formats.get("think"))
 
 
 def test_a_gsm8k_answer_without_its_mark_is_refused() -> None:
-    with pytest.raises(prepare_data.Unusable, match="no '####'"):
-        prepare_data.problem_of("q", "so it is 5", None, "gsm8k")
+    with pytest.raises(Unusable, match="no '####'"):
+        problem_of("q", "so it is 5", None, "gsm8k")
 
 
 # Duplicates and contamination
@@ -436,9 +441,9 @@ def test_max_rows_reads_the_first_rows_only(tmp_path: Path) -> None:
 def test_how_many_processes_share_the_work_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
-    monkeypatch.setattr(prepare_data, "LARGE_BYTES", 0 if processes > 1 else 1 << 40)
-    monkeypatch.setattr(prepare_data, "MAX_PROCESSES", processes)
-    monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
+    monkeypatch.setattr("stages.lib.data.sets.LARGE_BYTES", 0 if processes > 1 else 1 << 40)
+    monkeypatch.setattr("stages.lib.data.sets.MAX_PROCESSES", processes)
+    monkeypatch.setattr("stages.lib.data.files.BATCH_BYTES", 1000)
     metrics = three_sets(tmp_path, [*numbered(0, 300), *numbered(100, 200)])
     assert [row["answer"] for row in rows_of(tmp_path, "grpo")] == [str(i) for i in range(300)]
     assert metrics["sets"]["sft"]["dropped"] == {"exact duplicate": 100}
@@ -447,9 +452,9 @@ def test_how_many_processes_share_the_work_does_not_matter(
 
 
 def test_a_bad_row_ends_the_work_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_data, "LARGE_BYTES", 0)
-    monkeypatch.setattr(prepare_data, "MAX_PROCESSES", 2)
-    monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
+    monkeypatch.setattr("stages.lib.data.sets.LARGE_BYTES", 0)
+    monkeypatch.setattr("stages.lib.data.sets.MAX_PROCESSES", 2)
+    monkeypatch.setattr("stages.lib.data.files.BATCH_BYTES", 1000)
     before = set(multiprocessing.active_children())  # the worker of math_correct, where other tests started it
     with pytest.raises(UserError, match="line 101: no answer"):
         three_sets(tmp_path, [*numbered(0, 100), {"question": "q", "solution": "s"}, *numbered(100, 3000)])
@@ -484,9 +489,9 @@ def test_examples_over_the_limit_of_sft_are_dropped_from_sft_alone(tmp_path: Pat
 def test_what_is_surely_short_enough_is_not_tokenized_after_the_first_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_data, "MEASURED_BATCHES", 0)
-    monkeypatch.setattr(prepare_data, "LARGE_BYTES", 0)
-    monkeypatch.setattr(prepare_data, "MAX_PROCESSES", 1)
+    monkeypatch.setattr("stages.lib.data.sets.MEASURED_BATCHES", 0)
+    monkeypatch.setattr("stages.lib.data.sets.LARGE_BYTES", 0)
+    monkeypatch.setattr("stages.lib.data.sets.MAX_PROCESSES", 1)
     asked: list[str] = []
     monkeypatch.setattr(
         Letters, "tokens", lambda self, given: [asked.append(texts[0]) or sum(map(len, texts)) for texts in given]
@@ -509,7 +514,7 @@ def test_no_normal_form_has_more_bytes_than_the_bound(text: str) -> None:
     import unicodedata
 
     for form in ("NFC", "NFD", "NFKC", "NFKD"):
-        assert len(unicodedata.normalize(form, text).encode()) <= prepare_data.most_tokens(text)
+        assert len(unicodedata.normalize(form, text).encode()) <= most_tokens(text)
 
 
 # The whole stage
@@ -705,10 +710,10 @@ def test_the_example_of_the_documentation_is_read_as_it_says(tmp_path: Path) -> 
     page = (ROOT / "docs" / "recipes.md").read_text()
     table, text = re.search(r"```csv\n(.*?)```.*?```toml\n(.*?)```", page, re.DOTALL).groups()
     (tmp_path / "bakery.csv").write_text(table)
-    source = build(Source, tomllib.loads(text)["data"]["sources"][0], tmp_path, "data.sources")
-    (batch,) = [piece.parsed() for piece in sources.batches(source, [tmp_path / "bakery.csv"])]
+    source = build_table(Source, tomllib.loads(text)["data"]["sources"][0], tmp_path, "data.sources")
+    (batch,) = [piece.parsed() for piece in read_batches(source, [tmp_path / "bakery.csv"])]
     columns = zip(*(batch.columns[name] for name in ("Task", "Result", "Worked")), strict=True)
-    read = [prepare_data.problem_of(*values, source.style) for values in columns]
+    read = [problem_of(*values, source.style) for values in columns]
     assert [(answer, worked) for _, answer, worked in read] == [
         ("288", "12 * 24 = 288 rolls."),
         ("21", "4 * 0.75 = 3 and 18 + 3 = 21."),
@@ -749,7 +754,7 @@ def test_a_recipe_whose_data_contradict_themselves_is_refused(
 
 
 def test_the_bands_are_as_likely_to_meet_as_the_docstring_says() -> None:
-    assert [round(1 - (1 - s**dedup.BAND_ROWS) ** dedup.BANDS, 3) for s in (0.8, 0.7, 0.5)] == [0.997, 0.965, 0.656]
+    assert [round(1 - (1 - s**BAND_ROWS) ** BANDS, 3) for s in (0.8, 0.7, 0.5)] == [0.997, 0.965, 0.656]
 
 
 USER_ONLY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
@@ -834,6 +839,6 @@ def test_a_quantized_base_is_refused_with_the_name_of_the_whole_one(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "x"}}))
     with pytest.raises(UserError) as refused:
-        weights.refuse_quantized_base(tmp_path, name)
+        refuse_quantized_base(tmp_path, name)
     likely = f"Name that in [model] name, likely {whole!r};" if whole else "Name that in [model] name;"
     assert likely in refused.value.message

@@ -15,9 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stages import push
-from stages.lib import artifact, model_card
-from stages.lib.recipe import read_recipe
-from tests import hub_server, uploads
+from stages.lib.artifact.manifest import read_manifest
+from stages.lib.recipe.read import read_recipe
+from stages.lib.report.card import fidelity
+from tests.support import hub_server, uploads
 
 TOKEN = "hf_" + "s3cret" * 5
 TRANSFERS = ["xet", "lfs", "lfs in parts"]
@@ -361,10 +362,10 @@ def test_what_overrides_the_recipe_and_an_unknown_word_is_refused(hub, run):
 
 def test_the_card_says_what_training_in_4_bits_cost_where_that_was_measured(run):
     recipe = read_recipe(run / "tiny.toml")
-    manifests = {"merge": artifact.read(run / "merge", "merge")}
-    assert "4 bits" not in "\n".join(model_card.fidelity("merged_16bit", recipe, manifests))
+    manifests = {"merge": read_manifest(run / "merge", "merge")}
+    assert "4 bits" not in "\n".join(fidelity("merged_16bit", recipe, manifests))
     manifests["merge"]["metrics"]["trained_in_4bit"] = {"mean_kl": 0.0123, "max_kl": 1.5, "same_top": 0.9512}
-    said = "\n".join(model_card.fidelity("merged_16bit", recipe, manifests))
+    said = "\n".join(fidelity("merged_16bit", recipe, manifests))
     assert "trained on its base in 4 bits (NF4), and merged into the base in 16." in said
     assert "1.2e-02 nats (at most 1.5e+00) away, with the same top token at 95.12%." in said
 
@@ -388,14 +389,14 @@ def test_ollama_gets_template_system_and_params_of_the_modelfile(hub, run):
 @pytest.mark.parametrize("name", ["training_args.bin", "model.pt", "code.py", "README", ".env", "x.gguf.exe"])
 def test_a_kind_of_file_that_may_do_harm_is_refused_even_where_its_stage_wrote_it(run, name):
     (run / "merge/model" / name).write_bytes(b"x")
-    manifests = {"merge": artifact.read(run / "merge", "merge")}
+    manifests = {"merge": read_manifest(run / "merge", "merge")}
     manifests["merge"]["files"][f"model/{name}"] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     with pytest.raises(push.UserError, match=rf"{re.escape(name)}: is not uploaded; expected only \.gguf, \.jinja"):
         push.collect("merged_16bit", {"merge": run / "merge"}, manifests, read_recipe(run / "tiny.toml"))
 
 
 def test_a_kind_that_was_not_made_is_refused_with_what_makes_it(run):
-    manifests = {"merge": artifact.read(run / "merge", "merge")}
+    manifests = {"merge": read_manifest(run / "merge", "merge")}
     shutil.rmtree(run / "merge/model-4bit")
     files = manifests["merge"]["files"]
     manifests["merge"]["files"] = {name: file for name, file in files.items() if not name.startswith("model-4bit/")}

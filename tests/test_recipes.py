@@ -12,13 +12,17 @@ import pytest
 from click.testing import CliRunner
 
 from stages import prepare_data
-from stages.lib import artifact, formats, rewards, sources
+from stages.lib.answers import formats
+from stages.lib.artifact.folder import write_artifact
+from stages.lib.data.files import files_of_source
 from stages.lib.errors import UserError
-from stages.lib.recipe import BOUNDS, Recipe, is_hub_name, read_recipe
-from tests import family_models, micro, tiny_models
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import BOUNDS, Recipe, is_hub_name
+from stages.lib.rewards.names import load_rewards
+from tests.support import family_models, micro, tiny_models
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT / "tests" / "data"
+DATA = ROOT / "tests" / "support"
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.toml"))}
 TINY = RECIPES["tiny"].read_text()
 # No published commit of these is known, so their recipes ask for one before they run.
@@ -49,9 +53,9 @@ def test_a_dataset_is_fetched_only_at_a_commit_that_the_recipe_states(name: str,
             with pytest.raises(
                 UserError, match=f"name = '{source.name}' is fetched from the hub, and the recipe states no"
             ):
-                sources.files_of(source, None, None)
+                files_of_source(source, None, None)
             (tmp_path / f"{source.split}.jsonl").write_text("{}")
-            assert sources.files_of(source, None, tmp_path) == [tmp_path / f"{source.split}.jsonl"]
+            assert files_of_source(source, None, tmp_path) == [tmp_path / f"{source.split}.jsonl"]
         else:
             assert not is_hub_name(source.name) or re.fullmatch("[0-9a-f]{40}", source.revision)
 
@@ -59,7 +63,7 @@ def test_a_dataset_is_fetched_only_at_a_commit_that_the_recipe_states(name: str,
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_has_a_known_format_and_rewards_that_go_with_it(name: str, tmp_path: Path) -> None:
     recipe = read_recipe(RECIPES[name])
-    functions = rewards.load(
+    functions = load_rewards(
         recipe.rewards.functions,
         formats.get(recipe.format.name),
         recipe.path.parent,
@@ -163,7 +167,7 @@ def dapo(folder: Path) -> Path:
 
 def base_model(folder: Path) -> Path:
     """Write an artifact base-model/ as far as prepare-data reads it: problems and a tokenizer."""
-    with artifact.writing(folder, "base-model", {}, {}) as run:
+    with write_artifact(folder, "base-model", {}, {}) as run:
         (run.folder / "model").mkdir()
         (run.folder / "problems").mkdir()
         (run.folder / "model" / "config.json").write_text(json.dumps({"model_type": "gemma3_text"}))

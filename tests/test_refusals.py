@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tests import micro
+from tests.support import micro
 
 ROOT = Path(__file__).parents[1]
 TRAINING = list(micro.INPUTS)

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from stages import gguf, merge
-from stages.lib import artifact, llama, weights
+from stages.lib.artifact.folder import Run
 from stages.lib.errors import UserError
-from stages.lib.recipe import Gguf, Merge
-from tests import tiny_models
+from stages.lib.gguf.file import Loaded
+from stages.lib.model.files import refuse_quantized, weight_shapes
+from stages.lib.recipe.tables import Gguf, Merge
+from tests.support import tiny_models
 
 
 def base() -> Path:
@@ -38,7 +40,7 @@ def gguf_gate(merged: Path, folder: Path) -> None:
         infer=SimpleNamespace(max_completion_tokens=4),
         gguf=Gguf(["f16"], prompts=2),
     )
-    run = artifact.Run(folder / "gguf")
+    run = Run(folder / "gguf")
     run.checkpoints.mkdir(parents=True)
     gguf.prove(merged, gguf.make_files(merged, merged, recipe, run), tiny_models.rows(2, seed=5), recipe, run)
 
@@ -53,7 +55,7 @@ def lora_gate(folder: Path, lora: Path) -> None:
         gguf=Gguf(["f16"], prompts=2),
         merge=Merge("float16"),
     )
-    run = artifact.Run(folder / "gguf")
+    run = Run(folder / "gguf")
     run.checkpoints.mkdir(parents=True)
     model = tiny_models.merged() / "model"
     paths, files = gguf.make_files(model, model, recipe, run), gguf.make_adapter(base(), lora, recipe, run)
@@ -264,7 +266,7 @@ def test_weights_packed_in_bytes_are_refused_whatever_the_config_says(tmp_path):
     shutil.copyfile(base() / "config.json", tmp_path / "config.json")
     save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(8, dtype=torch.uint8)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"its weights are quantized \(U8\); gguf needs the 16-bit model"):
-        weights.refuse_quantized(tmp_path, "gguf")
+        refuse_quantized(tmp_path, "gguf")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.1, 0.5, 0.999])
@@ -273,7 +275,7 @@ def test_a_truncated_gguf_is_caught(tmp_path, kept):
     path = tmp_path / "model.q4_k_m.gguf"
     path.write_bytes(whole[: int(len(whole) * kept)])
     with pytest.raises(UserError, match=r"llama.cpp can't load it \([\d,]+ bytes\); a file cut short"):
-        llama.Loaded(path, context_tokens=64)
+        Loaded(path, context_tokens=64)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
@@ -281,7 +283,7 @@ def test_truncated_safetensors_are_caught(tmp_path, kept):
     whole = (tiny_models.merged() / "model" / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: int(len(whole) * kept)])
     with pytest.raises(UserError, match="is cut short"):
-        weights.shapes(tmp_path)
+        weight_shapes(tmp_path)
 
 
 @pytest.mark.parametrize("ends", [None, 1, [1]])

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from stages import grpo, score_base
-from stages.lib import artifact, generate
+from stages.lib.artifact.folder import write_artifact
 from stages.lib.errors import UserError
-from stages.lib.recipe import ScoreBase, read_recipe
-from tests import tiny_models
+from stages.lib.model.generate import until_end
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import ScoreBase
+from tests.support import tiny_models
 
 KNOBS = ScoreBase(problems=3, completions_per_problem=2, batch_size=2, seed=0, min_pass_rate=0.0, max_pass_rate=1.0)
 
@@ -173,7 +175,7 @@ def test_all_problems_are_taken_where_there_are_no_more():
     ("ids", "expected"), [([7, 5, 0, 0], [7, 5]), ([7, 8], [7, 8]), ([1, 5], [1]), ([5], [5]), ([7, 8, 1], [7, 8, 1])]
 )
 def test_a_completion_ends_with_its_first_end_token(ids, expected):
-    assert generate.until_end(ids, [1, 5]) == expected
+    assert until_end(ids, [1, 5]) == expected
 
 
 def test_the_table_has_a_line_a_reward_and_one_for_the_sum():
@@ -210,7 +212,7 @@ def test_a_table_that_makes_no_sense_is_refused(tmp_path, old, new, message):
 
 
 def scored(folder: Path, figures: dict) -> Path:
-    with artifact.writing(folder, "score-base", {}, {}) as run:
+    with write_artifact(folder, "score-base", {}, {}) as run:
         (run.folder / "grpo.jsonl").write_text("{}\n")
         run.metrics.update(figures)
     return folder
@@ -241,7 +243,7 @@ def base_model() -> Path:
     """Return a finished base-model/ of a network that has learned nothing, with its publisher's favourite sampling."""
     folder = Path(tempfile.mkdtemp(prefix="temper-test-")) / "base-model"
     atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
-    with artifact.writing(folder, "base-model", {}, {}) as run:
+    with write_artifact(folder, "base-model", {}, {}) as run:
         tiny_models.trained_gemma(run.folder / "model", steps=0)
         favourite = {"do_sample": True, "top_k": 1, "repetition_penalty": 9.0, "eos_token_id": [1, 5]}
         (run.folder / "model" / "generation_config.json").write_text(json.dumps(favourite))
@@ -259,7 +261,7 @@ def arrange(folder: Path, functions: list[str], **bounds: float) -> Path:
     text = re.sub(r"\[rewards\]\n.*?\n(?=\[)", lambda _: rewards, text, flags=re.DOTALL)
     (folder / "recipe.toml").write_text(text.replace("max_completion_tokens = 64", "max_completion_tokens = 24"))
     shutil.copytree(base_model(), folder / "base-model")
-    with artifact.writing(folder / "prepare-data", "prepare-data", {}, {}) as run:
+    with write_artifact(folder / "prepare-data", "prepare-data", {}, {}) as run:
         lines = [json.dumps(row) + "\n" for row in tiny_models.rows(20, seed=7)]
         (run.folder / "grpo.jsonl").write_text("".join(lines))
     return folder / "recipe.toml"
@@ -296,7 +298,7 @@ def test_a_run_that_fails_keeps_what_it_measured_and_fails_again_without_samplin
 
 
 def test_a_run_of_the_sft_model_samples_as_the_recipe_says_and_writes_the_subset(tmp_path):
-    with artifact.writing(tmp_path / "sft", "sft", {}, {}) as made:
+    with write_artifact(tmp_path / "sft", "sft", {}, {}) as made:
         tiny_models.adapter(base_model() / "model", made.folder, steps=0)
     (tmp_path / "own.py").write_text(
         "def vowels(completions, completion_ids, answer, prompts):\n"

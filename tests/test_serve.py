@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +17,12 @@ import pytest
 from click.testing import CliRunner
 
 from stages import serve
-from stages.lib import serving
-from tests import tiny_models
+from stages.lib.serve.server import AsModelfile, application, completed
+from stages.lib.serve.setting import Setting, read_setting
+from tests.support import tiny_models
 
 ROOT = Path(__file__).parents[1]
-SETTING = serving.Setting(
+SETTING = Setting(
     Path("x.gguf"), "Be brief.", ["<end>"], 64, {"temperature": 0.5, "top_p": 0.9, "top_k": 0, "min_p": 0.0}
 )
 QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
@@ -79,7 +79,7 @@ def test_without_a_system_message_the_prompt_is_that_of_training(client):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_models.merged() / "model")
-    system = serving.read(tiny_models.modelfile()).system
+    system = read_setting(tiny_models.modelfile()).system
     conversation = [{"role": "system", "content": system}, *QUESTION]
     expected = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     plain = client.chat.completions.create(model="tiny", messages=QUESTION)
@@ -175,7 +175,7 @@ def test_a_request_that_does_not_say_that_it_is_json_is_told_to(address):
 def test_text_in_parts_is_the_same_text(client):
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "17 + 25?"}]
     whole = client.chat.completions.create(model="tiny", messages=QUESTION)
-    system = [{"type": "text", "text": serving.read(tiny_models.modelfile()).system}]
+    system = [{"type": "text", "text": read_setting(tiny_models.modelfile()).system}]
     messages = [{"role": "system", "content": system}, {"role": "user", "content": parts}]
     answer = client.chat.completions.create(model="tiny", messages=messages)
     assert answer.usage.prompt_tokens == whole.usage.prompt_tokens
@@ -272,7 +272,7 @@ def test_all_addresses_are_listened_on_in_a_container_only(monkeypatch):
     assert result.exit_code == 1
     assert "--host 0.0.0.0: would offer the model to the whole network" in result.output
     monkeypatch.setenv("TEMPER_IMAGE_ID", "sha256:0")
-    monkeypatch.setattr(serve, "serve", lambda setting, name, listener: print(listener.getsockname()[0]))
+    monkeypatch.setattr(serve, "serve_app", lambda setting, name, listener: print(listener.getsockname()[0]))
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     assert CliRunner().invoke(serve.main, [*arguments(0), "--host", "0.0.0.0"]).output == "0.0.0.0\n"
 
@@ -291,9 +291,9 @@ def test_a_port_that_is_taken_is_refused_with_another():
 def test_a_file_that_is_cut_short_is_refused(tmp_path):
     path = tmp_path / "model.q8_0.gguf"
     path.write_bytes((tiny_models.quantized() / "model.q8_0.gguf").read_bytes()[:100_000])
-    setting = serving.Setting(path, "", [], 64, {})
+    setting = Setting(path, "", [], 64, {})
     with pytest.raises(serve.UserError, match=r"llama.cpp can't load it; delete its folder and run: make gguf"):
-        serve.application(setting, "tiny")
+        application(setting, "tiny")
 
 
 @pytest.mark.parametrize(
@@ -313,14 +313,14 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path):
     ],
 )
 def test_a_request_gets_what_it_does_not_state_from_the_modelfile(request_body, expected):
-    made = serve.completed(json.dumps(request_body).encode(), SETTING)
+    made = completed(json.dumps(request_body).encode(), SETTING)
     assert {key: made[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b'{"messages": 3}', b'{"messages": ["x"]}', b"\xff", b"{}"])
 def test_what_is_no_request_is_refused(body):
     with pytest.raises(ValueError):
-        serve.completed(body, SETTING)
+        completed(body, SETTING)
 
 
 def test_messages_that_the_chat_template_can_not_render_are_refused():
@@ -328,6 +328,6 @@ def test_messages_that_the_chat_template_can_not_render_are_refused():
         def render(self, messages):
             return "<user>" + messages[0]["content"]  # as a template does that adds texts
 
-    middleware = serve.AsModelfile(None, SETTING, Think())
+    middleware = AsModelfile(None, SETTING, Think())
     with pytest.raises(ValueError, match="the model's chat template can't render these messages"):
         middleware.check_room([{"role": "user", "content": None}])

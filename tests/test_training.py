@@ -15,10 +15,15 @@ from types import SimpleNamespace
 import pytest
 
 from stages import grpo, sft
-from stages.lib import artifact, models, training
+from stages.lib.artifact.folder import Run
+from stages.lib.artifact.manifest import manifest_digest, read_manifest, sha256_of
 from stages.lib.errors import UserError
-from stages.lib.recipe import BitsandbytesOptimizer, Sft, TorchOptimizer, read_recipe
-from tests import micro
+from stages.lib.model.engine import import_engine
+from stages.lib.model.lora import adapted_modules
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import BitsandbytesOptimizer, Sft, TorchOptimizer
+from stages.lib.train.run import configure, last_checkpoint, read_rows
+from tests.support import micro
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["sft", "grpo"]
@@ -158,10 +163,10 @@ def test_every_optimizer_that_a_recipe_may_name_is_one_of_transformers(tmp_path)
 
 
 def test_an_optimizer_without_its_package_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     recipe = read_recipe(micro.write_recipe(tmp_path, grpo={"optimizer": "paged_adamw_8bit"}))
     with pytest.raises(UserError, match=r"\[grpo\] optimizer = 'paged_adamw_8bit' needs the package bitsandbytes"):
-        models.start(recipe)
+        import_engine(recipe)
 
 
 @pytest.mark.parametrize(("batch", "micro_batch", "steps"), [(8, 8, 1), (8, 2, 4), (8, 1, 8)])
@@ -177,13 +182,13 @@ def test_the_batch_is_what_the_recipe_says_however_it_is_cut(tmp_path, batch, mi
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_the_bounds_of_the_health_checks_are_no_part_of_what_was_trained(finished, stage):
-    assert "health" not in artifact.read(finished / stage, stage)["recipe"]
+    assert "health" not in read_manifest(finished / stage, stage)["recipe"]
 
 
 def test_all_linear_is_pefts_word_and_a_list_stays_one(tmp_path):
-    assert models.adapted_modules(read_recipe(micro.write_recipe(tmp_path))) == "all-linear"
+    assert adapted_modules(read_recipe(micro.write_recipe(tmp_path))) == "all-linear"
     changes = {"lora": {"target_modules": ["q_proj", "v_proj"]}}
-    assert models.adapted_modules(read_recipe(micro.write_recipe(tmp_path, **changes))) == ["q_proj", "v_proj"]
+    assert adapted_modules(read_recipe(micro.write_recipe(tmp_path, **changes))) == ["q_proj", "v_proj"]
 
 
 # --- killed and carried on --------------------------------------------------------------------------------------------
@@ -216,14 +221,14 @@ def disturbed(stage: str, finished: Path, out: Path, number: signal.Signals) -> 
 def is_as_undisturbed(out: Path, finished: Path, stage: str) -> None:
     """Raise AssertionError unless `out` holds what an undisturbed run left in `finished`, byte for byte."""
     for name in ["adapter/adapter_model.safetensors"] + ["completions.jsonl"] * (stage == "grpo"):
-        assert artifact.sha256(out / name) == artifact.sha256(finished / stage / name), name
-    assert manifest_digest(out, stage) == manifest_digest(finished / stage, stage)
+        assert sha256_of(out / name) == sha256_of(finished / stage / name), name
+    assert digest(out, stage) == digest(finished / stage, stage)
     assert list((out / "logs").rglob("events.out.tfevents.*"))
     assert not (out / "checkpoints").exists()
 
 
-def manifest_digest(out: Path, stage: str) -> str:
-    return artifact.digest(artifact.read(out, stage))
+def digest(out: Path, stage: str) -> str:
+    return manifest_digest(read_manifest(out, stage))
 
 
 def checkpoints(out: Path) -> dict[int, Path]:
@@ -266,7 +271,7 @@ def test_killed_with_half_a_checkpoint_and_then_at_the_very_end_it_still_ends_wi
     (half.parent / "checkpoint-best").mkdir()  # a person's
 
     with monkeypatch.context() as patch:  # and once more, after training and before the manifest
-        patch.setattr(artifact, "describe_files", killed)
+        patch.setattr("stages.lib.artifact.folder.describe_files", killed)
         with pytest.raises(Killed):
             micro.run_uncaught(stage, finished, out)
     assert not out.exists()
@@ -304,13 +309,13 @@ def test_with_two_passes_over_a_batch_grpo_stops_only_where_it_can_be_carried_on
     assert max(checkpoints(out)) == 6
     monkeypatch.delenv("TERM_AT_CALL")
     assert micro.run("grpo", finished, out, recipe).exit_code == 0
-    assert manifest_digest(out, "grpo") == manifest_digest(tmp_path / "undisturbed", "grpo")
+    assert digest(out, "grpo") == manifest_digest(tmp_path / "undisturbed", "grpo")
     rows = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [step for step in (1, 3, 5, 7) for _ in range(8)]  # each is there once
 
 
 def test_with_several_gpus_in_sight_one_is_trained_on():
-    config = training.configure(lambda **fields: SimpleNamespace(n_gpu=2, **fields), {"max_steps": 1})
+    config = configure(lambda **fields: SimpleNamespace(n_gpu=2, **fields), {"max_steps": 1})
     assert (config._n_gpu, config.max_steps) == (1, 1)
 
 
@@ -325,7 +330,7 @@ def test_a_folder_named_like_a_pattern_is_read(tmp_path):
     folder = tmp_path / "run [1] of *"
     folder.mkdir()
     (folder / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
-    assert list(training.read_rows(folder / "rows.jsonl", artifact.Run(folder))["a"]) == [1, 2]
+    assert list(read_rows(folder / "rows.jsonl", Run(folder))["a"]) == [1, 2]
 
 
 def test_a_module_that_the_model_has_not_is_said_and_not_passed_over(finished, tmp_path):
@@ -339,7 +344,7 @@ def test_a_module_that_the_model_has_not_is_said_and_not_passed_over(finished, t
 
 def test_the_engine_is_closed_also_when_a_signal_ends_the_run(finished, tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr(models, "close", closed.append)
+    monkeypatch.setattr(grpo, "close_engine", closed.append)
     monkeypatch.setenv("TERM_AT_CALL", "2")
     assert micro.run("grpo", finished, tmp_path / "grpo").exit_code == 143
     assert closed == [None]  # there is no vLLM here
@@ -360,11 +365,11 @@ def test_the_artifacts_hold_what_later_stages_read(finished):
     for stage in STAGES:
         names = {path.name for path in (finished / stage).iterdir()}
         assert names == {"adapter", "tokenizer", "logs", "manifest.json"} | ({"completions.jsonl"} & names)
-        files = set(artifact.read(finished / stage, stage)["files"])
+        files = set(read_manifest(finished / stage, stage)["files"])
         assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "tokenizer/tokenizer.json"} <= files
         template = (finished / stage / "tokenizer" / "chat_template.jinja").read_text()
         assert template == (finished / "base-model" / "model" / "chat_template.jinja").read_text()
-    assert "loss" in artifact.read(finished / "sft", "sft")["metrics"]
+    assert "loss" in read_manifest(finished / "sft", "sft")["metrics"]
 
 
 def test_every_completion_is_kept_with_what_it_was_paid(finished):
@@ -413,10 +418,10 @@ def test_the_newest_complete_checkpoint_before_the_last_step_counts_and_others_o
         if complete:
             (folder / "complete").touch()
     (tmp_path / "logs").mkdir()
-    assert training.last_checkpoint(tmp_path, steps=20) == str(tmp_path / "checkpoint-10")
+    assert last_checkpoint(tmp_path, steps=20) == str(tmp_path / "checkpoint-10")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-8", "checkpoint-9", "logs"]
 
 
 def test_without_a_checkpoint_there_is_none(tmp_path):
-    assert training.last_checkpoint(tmp_path, steps=20) is None
-    assert training.last_checkpoint(tmp_path / "absent", steps=20) is None
+    assert last_checkpoint(tmp_path, steps=20) is None
+    assert last_checkpoint(tmp_path / "absent", steps=20) is None

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import micro
+from tests.support import micro
 
 ROOT = Path(__file__).parents[2]
 CLIENT = os.environ.get("DOCKER") or "docker"

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from stages import base_model
-from stages.lib.recipe import read_recipe
-from tests import micro
+from stages.lib.recipe.read import read_recipe
+from tests.support import micro
 
 if shutil.which("nvidia-smi") is None:
     pytest.skip("needs an NVIDIA GPU: make test-gpu", allow_module_level=True)
@@ -107,7 +107,7 @@ def gpu_mib() -> int:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     """Return a folder with the base, the problems, prepared data and the SFT adapter."""
-    from tests import family_models
+    from tests.support import family_models
 
     made = Work(tmp_path_factory.mktemp("gpu"))
     (made.folder / "own.py").write_text(micro.OWN)
@@ -182,7 +182,7 @@ def test_merge_hands_over_16_bits_and_nf4(work, trained):
 
 
 def test_sparing_the_scoring_pass_changes_no_gradient(work, trained):
-    keep = "from stages.lib import models; models.scores_first = lambda recipe: True"
+    keep = "from stages.lib import models; needs_scoring_pass = lambda recipe: True"
     metrics, _ = work.run("grpo", work.recipe("scoring", grpo__steps=1), "grpo-scoring", before=keep)
     assert completions(work.folder / "grpo-scoring", 1) == completions(work.folder / "grpo", 1)  # by the seed
     assert metrics["first"]["importance_ratio"] == pytest.approx(trained["first"]["importance_ratio"], abs=2e-3)
@@ -197,7 +197,7 @@ CAP = """
 import os, pathlib, torch
 from stages.lib import models
 limit = pathlib.Path(os.environ["CAP_FILE"])
-start = models.start
+start = import_engine
 
 def start_capped(recipe):
     start(recipe)
@@ -218,7 +218,7 @@ def start_capped(recipe):
 
     trainer.DEFAULT_CALLBACKS.append(Cap)
 
-models.start = start_capped
+import_engine = start_capped
 """
 
 
@@ -262,7 +262,7 @@ def test_term_saves_and_ends_and_the_same_command_carries_on(work, trained, monk
 # What is free of the GPU's memory after each step, while vLLM sleeps. Awake it has nine tenths, whatever it was told.
 FREE = """
 from stages.lib import models
-start = models.start
+start = import_engine
 
 def start_watched(recipe):
     start(recipe)
@@ -276,7 +276,7 @@ def start_watched(recipe):
 
     trainer.DEFAULT_CALLBACKS.append(Watch)
 
-models.start = start_watched
+import_engine = start_watched
 """
 
 

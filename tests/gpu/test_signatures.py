@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
-from stages.lib import generate, models
-from tests.arguments import RECIPES, STAGES, passed, rungs
+from stages.lib.model.engine import import_engine
+from stages.lib.model.generate import load_vllm, vllm_batch
+from stages.lib.model.unsloth import load_unsloth
+from tests.support.arguments import RECIPES, STAGES, passed, rungs
 
 if shutil.which("nvidia-smi") is None:
     pytest.skip("needs an NVIDIA GPU: make test-gpu", allow_module_level=True)
@@ -58,7 +60,7 @@ def look(folder: Path) -> None:
 
     This is for a process of its own: Unsloth changes trl and transformers for good.
     """
-    models.start(ONE)
+    import_engine(ONE)
     import trl
     from unsloth import FastLanguageModel
     from unsloth.models.vision import FastBaseModel
@@ -123,11 +125,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("function", "callee"),
     [
-        (models.load_unsloth, "FastLanguageModel.from_pretrained"),
-        (models.load_unsloth, "FastLanguageModel.get_peft_model"),
-        (generate.load_vllm, "LLM"),
-        (generate.vllm_batch, "SamplingParams"),
-        (generate.vllm_batch, "generator.model.generate"),
+        (load_unsloth, "FastLanguageModel.from_pretrained"),
+        (load_unsloth, "FastLanguageModel.get_peft_model"),
+        (load_vllm, "LLM"),
+        (vllm_batch, "SamplingParams"),
+        (vllm_batch, "generator.model.generate"),
     ],
 )
 def test_every_name_that_we_pass_is_one_that_is_taken(seen, function, callee):

@@ -1,0 +1,73 @@
+"""The digest of a stage's code: what can change its result, and nothing else."""
+
+import ast
+import hashlib
+import io
+import json
+import tokenize
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+# Modules that decide whether a stage runs and what a person reads, and not what comes out: of the recipe the identity
+# states the values themselves, and its tables and the limits in gguf/types.py count as code.
+FRAME = (
+    "stages/lib/artifact/", "stages/lib/errors.py", "stages/lib/options.py", "stages/lib/recipe/read.py",
+    "stages/lib/recipe/rules.py", "stages/lib/train/callbacks.py",
+)  # fmt: skip
+
+
+def code_digest(stage: str) -> str:
+    """Return a sha256 over the stage's own file and every module under `stages.lib` it reaches, less those of FRAME.
+
+    It is over the source text, less comments, docstrings and blank lines, by the module's path in the checkout: the
+    same on every Python, and a mended sentence never retrains a model.
+    """
+    todo = [f"stages/{stage.replace('-', '_')}.py"]
+    seen: dict[str, str] = {}
+    while todo:
+        name = todo.pop()
+        if name in seen or name.startswith(FRAME) or not (ROOT / name).is_file():
+            continue
+        source = (ROOT / name).read_text()
+        seen[name] = without_comments(source)
+        todo += imported_modules(source)
+    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
+
+
+def imported_modules(source: str) -> list[str]:
+    """Return the paths in the checkout of the modules of this project that `source` imports, at any depth."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "stages":
+            package = node.module.replace(".", "/")
+            module = f"{package}.py"
+            names = [module] if (ROOT / module).is_file() else [f"{package}/{alias.name}.py" for alias in node.names]
+            found += names
+    return found
+
+
+def without_comments(source: str) -> str:
+    """Return `source` less comments, docstrings, and the blank lines and trailing blanks that are in no string."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, column = token.start
+            lines[line - 1] = lines[line - 1][:column]
+    in_strings: set[int] = set()
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr) or isinstance(node, ast.Constant) and isinstance(node.value, str):
+            in_strings.update(range(node.lineno, node.end_lineno))  # its last line ends outside it
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            ast.get_docstring(node, clean=False) is not None
+        ):
+            docstring = node.body[0]
+            docstrings.update(range(docstring.lineno, docstring.end_lineno + 1))
+    in_strings -= docstrings
+    kept = []
+    for number, line in enumerate(lines, 1):
+        if number in in_strings:
+            kept.append(line)
+        elif line.strip() and number not in docstrings:
+            kept.append(line.rstrip())
+    return "\n".join(kept)

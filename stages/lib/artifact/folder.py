@@ -1,0 +1,213 @@
+"""What a stage hands to the next: a folder that is finished exactly when it holds `manifest.json`.
+
+A stage writes into `<out>.unfinished`, beside the folder it will become. When its work is done the manifest is
+written there, last and by rename, and the folder takes the place of the one before it. So a folder without the
+suffix is always whole, an older result stays usable until a newer one is, and a process killed at any moment leaves
+either the old result or the new one, plus at most an `.unfinished` folder that the next run carries on from.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stages.lib.artifact.code import code_digest
+from stages.lib.artifact.environment import environment_now
+from stages.lib.artifact.manifest import (
+    CHECKPOINTS,
+    IDENTITY,
+    LOGS,
+    MANIFEST,
+    TEMPORARY,
+    describe_files,
+    is_current,
+    manifest_digest,
+    read_manifest,
+    sha256_of,
+    stage_of,
+    write_json,
+)
+from stages.lib.errors import UserError
+
+
+@dataclass
+class Run:
+    """A stage at work: write files under `folder`, put figures into `metrics`, seconds into `seconds`."""
+
+    folder: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Path:
+        """A folder for training checkpoints: kept when the stage is killed, gone when it is finished."""
+        return self.folder / CHECKPOINTS
+
+
+@contextlib.contextmanager
+def write_artifact(
+    out: Path,
+    stage: str,
+    tables: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    *,
+    sources: Mapping[str, Path] | None = None,
+    room_bytes: int = 0,
+) -> Iterator[Run]:
+    """Open the artifact `out` of `stage` for writing; leave the process with exit code 0 if it is up to date.
+
+    `tables` are the recipe's tables that the stage reads, `inputs` the finished folders, by stage name, and `sources`
+    raw files from outside, by name: all three, and the code of the stage, decide whether there is anything to do.
+    `room_bytes` is what the stage will write at most. The body runs once, with a `Run`; if it returns, the artifact is
+    finished, and if it raises, whatever was finished before is still there, untouched.
+
+    Raises `UserError` when an input is not finished, when `out` holds something this stage did not write, when another
+    process is writing it, or when the disk has too little room.
+    """
+    identity = {
+        "stage": stage,
+        "recipe": json.loads(json.dumps(dict(tables))),
+        "inputs": {name: manifest_digest(read_manifest(folder, name)) for name, folder in sorted(inputs.items())},
+        "sources": {name: sha256_of(path) for name, path in sorted((sources or {}).items())},
+        "code": code_digest(stage),
+    }
+    if out.name in ("", ".."):
+        raise UserError(f"--out {out}: expected the name of a folder for {stage} to write, such as artifacts/{stage}")
+    folder = out.with_name(out.name + ".unfinished")
+    refuse_foreign(out, stage)
+    with lock_artifact(folder, stage):
+        if stage_of(folder / MANIFEST) == stage:  # killed after its last line: it only lacks its name
+            put_in_place(folder, out, stage)
+        if out.exists():
+            remove_replaced(out, stage)  # killed while it did so
+        if is_current(out, identity):
+            click.echo(f"{stage}: up to date, {out} already holds this recipe, these inputs and this code")
+            os.utime(out / MANIFEST)  # make decides by time
+            raise SystemExit(0)
+        check_room(out, stage, room_bytes)
+        checkpoints = take_over(folder, stage, identity)
+        started = time.time()
+        run = Run(folder)
+        if checkpoints:
+            click.echo(f"{stage}: carrying on from {folder / CHECKPOINTS}")
+        yield run
+        manifest = {
+            **identity,
+            "metrics": run.metrics,
+            "files": describe_files(folder),
+            "environment": environment_now(),
+            "wall": {
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+                "seconds": round(time.time() - started, 1),
+                **{name: round(value, 3) for name, value in run.seconds.items()},
+            },
+        }
+        write_json(folder / MANIFEST, manifest)
+        put_in_place(folder, out, stage)
+    click.echo(f"{stage}: finished {out} in {manifest['wall']['seconds']:.0f} s")
+
+
+def refuse_foreign(out: Path, stage: str) -> None:
+    """Raise `UserError` when `out` holds anything that `stage` did not write: it would be lost."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file; expected a folder for {stage} to write. Name another --out")
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if stage_of(out / MANIFEST) == stage:
+        found -= {MANIFEST, *json.loads((out / MANIFEST).read_text()).get("files", {})}
+        found = {name for name in found if not name.startswith(f"{LOGS}/")}
+    foreign = sorted(found)
+    if foreign:
+        raise UserError(
+            f"{out}: holds {foreign[0]!r}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}, which {stage} did "
+            f"not write and will not delete. Move it away or name another --out"
+        )
+
+
+def check_room(out: Path, stage: str, room_bytes: int) -> None:
+    """Raise `UserError` when the file system that will hold `out` has less than `room_bytes` free."""
+    parent = next(path for path in (out, *out.resolve().parents) if path.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < room_bytes:
+        raise UserError(
+            f"{out}: the disk has {free / 1e9:.2f} GB free; {stage} needs {room_bytes / 1e9:.2f} GB. "
+            f"Free some, or put artifacts/ on a larger disk; nothing was changed"
+        )
+
+
+@contextlib.contextmanager
+def lock_artifact(folder: Path, stage: str) -> Iterator[None]:
+    """Hold the lock of an artifact that is being written; the system releases it however the process ends."""
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("w")
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: {stage} can't write there ({error.strerror}); expected a folder of yours on a disk that "
+            f"can be written. Name another --out, or mend its owner or mount"
+        ) from error
+    with opened as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process is running {stage} there; wait for it or end it") from error
+        yield
+
+
+def take_over(folder: Path, stage: str, identity: Mapping[str, Any]) -> bool:
+    """Make `folder` ready to be written; return whether it holds checkpoints of this very identity, which are kept."""
+    marker = folder / IDENTITY
+    if folder.exists():
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+        if stage_of(marker) != stage and not found <= {IDENTITY + TEMPORARY}:
+            raise UserError(f"{folder}: was not made by {stage} and will not be emptied. Move it away")
+        same = marker.is_file() and json.loads(marker.read_text()) == identity
+        if not same:
+            write_json(marker, {"stage": stage})  # killed while it is emptied, it must not look like what it was
+        for path in list(folder.iterdir()):
+            if path.name == IDENTITY or (same and path.name == CHECKPOINTS):
+                continue
+            remove_folder(path)
+    folder.mkdir(exist_ok=True)
+    write_json(marker, identity)
+    return (folder / CHECKPOINTS).is_dir()
+
+
+def put_in_place(folder: Path, out: Path, stage: str) -> None:
+    """Let the whole artifact `folder` become `out`. A crash in between is mended by the next call of `writing`."""
+    refuse_foreign(out, stage)  # once more: hours may lie between
+    before = remove_replaced(out, stage)
+    remove_folder(folder / CHECKPOINTS)
+    (folder / IDENTITY).unlink(missing_ok=True)
+    if out.exists():
+        os.rename(out, before)
+    os.rename(folder, out)
+    remove_folder(before)
+
+
+def remove_replaced(out: Path, stage: str) -> Path:
+    """Delete the artifact that `out` took the place of, if it is still there; return its path."""
+    before = out.with_name(out.name + ".replaced")
+    refuse_foreign(before, stage)
+    remove_folder(before)
+    return before
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a file or an artifact, if there is one; its manifest goes last, and says until then whose the rest is."""
+    if path.is_dir() and not path.is_symlink():
+        for inside in sorted(path.iterdir(), key=lambda inside: inside.name == MANIFEST):
+            shutil.rmtree(inside) if inside.is_dir() and not inside.is_symlink() else inside.unlink()
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,63 @@
+"""A batch of rows, column by column, and the columns that a source names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.lib.errors import UserError, nearest
+
+BATCH_ROWS = 2000
+BATCH_BYTES = 1 << 20  # of a text file; also how much of a JSON list is looked at at once
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of one file, column by column. `where(i)` says where row `i` is from, for a message."""
+
+    origin: str  # the file, or the hub name and split
+    unit: str  # "line" or "row"
+    numbers: list[int]  # of each row in the file, from 1
+    columns: dict[str, list[Any]]  # None where a row has no such value
+
+    def where(self, index: int) -> str:
+        """Return the place of the batch's row `index`."""
+        return f"{self.origin}, {self.unit} {self.numbers[index]}"
+
+    def parsed(self) -> "Batch":
+        """Return itself: the rows of most kinds of file are parsed where they are read."""
+        return self
+
+
+def columns_of(path: Path, unit: str, numbers: list[int], rows: list[Any], wanted: list[str], is_start: bool) -> Batch:
+    """Return JSON values as a batch. Raises `UserError` for one that is no object or, at the start, lacks a column."""
+    for number, row in zip(numbers, rows, strict=True):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, {unit} {number}: a JSON {type(row).__name__}; expected an object with columns")
+    if is_start:
+        require_columns(str(path), wanted, list(rows[0]))
+    return Batch(str(path), unit, numbers, {name: [row.get(name) for row in rows] for name in wanted})
+
+
+def require_columns(origin: str, wanted: list[str], found: list[str]) -> None:
+    """Raise `UserError` for a column that the recipe names and the first row does not have."""
+    for name in wanted:
+        if name not in found:
+            raise UserError(
+                f"{origin}: has no column {name!r}{nearest(name, found)}; found: {', '.join(found) or 'none'}. "
+                f"Name the right one in [[data.sources]]"
+            )
+
+
+def values_of(column: Any) -> list[Any]:
+    """Return an Arrow array's values; floats of less than 64 bits as the shortest text that means them.
+
+    As a Python float, the float32 nearest to 0.1 would be 0.10000000149011612, an answer that nobody gives.
+    """
+    import numpy as np
+    import pyarrow
+
+    values = column.to_pylist()
+    if pyarrow.types.is_floating(column.type) and column.type.bit_width < 64:
+        number = column.type.to_pandas_dtype()
+        return [None if value is None else np.format_float_positional(number(value), trim="-") for value in values]
+    return values

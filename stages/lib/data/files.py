@@ -1,0 +1,344 @@
+"""Where the rows of a recipe come from: the hub, or JSONL, JSON, CSV and Parquet files, read a batch at a time.
+
+A bad file is the user's to mend, so every message names the file, the line or row, what was found and what was
+expected. Nothing is guessed: no encoding, no separator, no column.
+"""
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.lib.data.batch import BATCH_BYTES, BATCH_ROWS, Batch, columns_of, require_columns, values_of
+from stages.lib.data.hub import read_hub
+from stages.lib.errors import UserError
+from stages.lib.recipe.tables import DATA_SUFFIXES, Source, is_hub_name
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_ROW_CHARACTERS = 1 << 26  # more is a quote or a bracket that was never closed
+SPACE = re.compile(r"\s*")
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines of a JSONL file, to be read again and parsed by `parsed`, which may be in another process."""
+
+    path: Path
+    first: int  # line number of the first
+    start: int  # where they begin in the file, in bytes
+    size: int  # bytes
+    wanted: list[str]
+    is_start: bool  # whether the file's first row is in here
+
+    @property
+    def origin(self) -> str:
+        """Return the file, as `Batch` names it."""
+        return str(self.path)
+
+    def parsed(self) -> Batch:
+        """Return the rows, blank lines left out. Raises `UserError` for a line that is not one JSON object."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            lines = file.read(self.size).split(b"\n")
+        numbers = [number for number, text in enumerate(lines, self.first) if text and not text.isspace()]
+        kept = lines if len(numbers) == len(lines) else [lines[number - self.first] for number in numbers]
+        try:  # one call for all of them is half the work
+            rows = json.loads(f"[{b','.join(kept).decode('utf-8')}]")
+        except (ValueError, RecursionError):
+            rows = []
+        if len(rows) != len(kept):
+            rows = [parsed_line(self.path, number, text) for number, text in zip(numbers, kept, strict=True)]
+        return columns_of(self.path, "line", numbers, rows, self.wanted, self.is_start)
+
+
+def files_of_source(source: Source, base_model: Path | None, data: Path | None) -> list[Path]:
+    """Return the files of a source in the order they are read; none for a dataset that the hub is to be asked for.
+
+    `base_model` is the artifact that a source "base-model" is read from. `data` is a local copy, a file or a folder,
+    that stands in for what the recipe names on the hub. Raises `UserError` when there is no such file, and for a
+    dataset to be fetched at no stated revision.
+    """
+    if source.name == "base-model":
+        if base_model is None:
+            raise UserError(f"the recipe takes {source.split!r} problems from base-model; give --base-model FOLDER")
+        return files_in(base_model / "problems", source)
+    if is_hub_name(source.name):
+        if data is None:
+            if not source.revision:
+                raise UserError(
+                    f"[[data.sources]] name = {source.name!r} is fetched from the hub, and the recipe states no "
+                    f"revision: expected a commit (40 hex digits). Run: make doctor RECIPE=..., which asks the hub for "
+                    f"the newest. Or name a local copy: make ... DATA=FOLDER"
+                )
+            return []
+        owner, name = source.name.split("/")
+        inside = [folder for folder in (data / owner / name, data / name) if folder.is_dir()]
+        return files_in(inside[0] if inside else data, source)
+    return files_in(Path(source.name), source)
+
+
+def files_in(path: Path, source: Source) -> list[Path]:
+    """Return the files that hold the source's split in `path`: a file itself, or a folder laid out as on the hub."""
+    if path.is_file():
+        if path.suffix not in DATA_SUFFIXES:
+            raise UserError(
+                f"{path}: can't be read as a dataset; expected a name that ends in {', '.join(DATA_SUFFIXES)}"
+            )
+        return [path]
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: there is no such file or folder; the recipe (or --data) takes {source.name!r} from it"
+        )
+    shard = re.compile(re.escape(source.split) + r"-(\d{5})-of-(\d{5})")
+    places = [path / source.config] if source.config else []
+    for place in (*places, path / "data", path):
+        candidates = sorted(file for file in place.glob("*") if file.suffix in DATA_SUFFIXES and file.is_file())
+        found = [file for file in candidates if file.stem == source.split]
+        shards = [file for file in candidates if shard.fullmatch(file.stem)]
+        if len(found) > 1 or (found and shards):
+            names = ", ".join(file.name for file in (found + shards)[:4])
+            raise UserError(f"{place}: the split {source.split!r} is there more than once ({names}); name one file")
+        if shards:
+            numbers = [shard.fullmatch(file.stem).groups() for file in shards]
+            expected = int(numbers[0][1])
+            if [int(number) for number, _ in numbers] != list(range(expected)):
+                raise UserError(f"{place}: has {len(shards)} of the {expected} files of the split {source.split!r}")
+        if found or shards:
+            return found or shards
+    listing = sorted(file.relative_to(path).as_posix() for file in itertools.islice(path.rglob("*.*"), 1000))
+    shown = ", ".join(listing[:8]) + (", ..." if len(listing) > 8 else "")
+    raise UserError(
+        f"{path}: no file of the split {source.split!r}; expected {source.split}.jsonl, .json, .csv or .parquet, or "
+        f"{source.config or 'data'}/{source.split}-00000-of-00001.parquet; found {shown or 'nothing'}"
+    )
+
+
+def read_batches(source: Source, files: list[Path]) -> Iterator[Batch | Lines]:
+    """Yield the source's rows, only the columns it names, at most `max_rows` of them.
+
+    Raises `UserError`, here or in `parsed`, for a file that is not what its name says, a column that is not there, and
+    no rows at all.
+    """
+    wanted = list(dict.fromkeys(name for name in (source.question, source.answer, source.solution) if name))
+    read = (
+        itertools.chain.from_iterable(read_file(file, wanted) for file in files) if files else read_hub(source, wanted)
+    )
+    if not source.max_rows:
+        yield from read
+        return
+    left = source.max_rows
+    for piece in read:
+        batch = piece.parsed()
+        columns = {name: values[:left] for name, values in batch.columns.items()}
+        yield Batch(batch.origin, batch.unit, batch.numbers[:left], columns)
+        left -= len(batch.numbers)
+        if left <= 0:
+            return
+
+
+def read_file(path: Path, wanted: list[str]) -> Iterator[Batch | Lines]:
+    """Yield the named columns of one file. Raises `UserError` when it has no rows."""
+    if path.suffix == ".parquet":
+        read = read_parquet(path, wanted)
+    elif path.suffix == ".csv":
+        read = read_csv(path, wanted)
+    elif path.suffix == ".json" and first_character(path) == b"[":
+        read = read_json_list(path, wanted)
+    else:
+        read = read_json_lines(path, wanted)
+    empty = True
+    for piece in read:
+        empty = False
+        yield piece
+    if empty:
+        raise UserError(f"{path}: holds no rows")
+
+
+def first_character(path: Path) -> bytes:
+    """Return the first byte of a text file that is not white space."""
+    with path.open("rb") as file:
+        while piece := file.read(BATCH_BYTES):
+            if text := piece.removeprefix(BYTE_ORDER_MARK).lstrip():
+                return text[:1]
+    return b""
+
+
+def decoded(raw: bytes, path: Path, line: int) -> str:
+    """Return a line as text, or raise `UserError` naming the byte that is not UTF-8."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}). If it is "
+            f"another encoding, convert it first: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8{path.suffix}"
+        ) from error
+
+
+def read_json_lines(path: Path, wanted: list[str]) -> Iterator[Lines]:
+    """Yield the lines of a file with one JSON object a line, about `BATCH_BYTES` at a time."""
+    line, start, is_start = 1, 0, True
+    with path.open("rb") as file:
+        while raw := file.read(BATCH_BYTES):
+            raw += file.readline()
+            if start == 0 and raw.startswith(BYTE_ORDER_MARK):
+                start = len(BYTE_ORDER_MARK)
+                raw = raw[start:]
+            if raw and not raw.isspace():
+                yield Lines(path, line, start, len(raw), wanted, is_start)
+                is_start = False
+            line += raw.count(b"\n")
+            start += len(raw)
+
+
+def parsed_line(path: Path, line: int, raw: bytes) -> Any:
+    """Return the JSON value of one line, or raise `UserError`."""
+    text = decoded(raw, path, line)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        shown = text.strip()[:60]
+        raise UserError(
+            f"{path}, line {line}: not JSON ({error}); expected one object a line, found {shown!r}"
+        ) from error
+
+
+def read_json_list(path: Path, wanted: list[str]) -> Iterator[Batch]:
+    """Yield the named columns of a file that is one JSON list of objects, never holding all of it."""
+    decode = json.JSONDecoder().raw_decode
+    pieces = utf8_pieces(path)
+    text, position, line, row = "", 0, 1, 0
+    state = "start"  # then "first"; from there "next" and "value" take turns, up to "end"
+    values: list[Any] = []
+
+    def failed(problem: str) -> UserError:
+        return UserError(
+            f"{path}, line {line + text.count(chr(10), 0, position)}: {problem}; expected a list of objects"
+        )
+
+    def batch() -> Batch:
+        first = row - len(values) + 1
+        return columns_of(path, "row", list(range(first, row + 1)), values, wanted, first == 1)
+
+    while True:
+        position = SPACE.match(text, position).end()
+        mark = text[position : position + 1]
+        if mark and state == "end":
+            raise failed("text after the end of the list")
+        if mark and state == "start":
+            position, state = position + 1, "first"
+            continue
+        if mark == "]" and state != "value":
+            position, state = position + 1, "end"
+            continue
+        if mark == "," and state == "next":
+            position, state = position + 1, "value"
+            continue
+        if mark and state == "next":
+            raise failed(f"{mark!r} after row {row}, where a comma belongs")
+        if mark:
+            try:
+                value, end = decode(text, position)
+            except RecursionError as error:
+                raise failed(f"row {row + 1} is nested too deep") from error
+            except json.JSONDecodeError as error:
+                # Near the end of what was read, or in a string without its end, the rest may still be to come.
+                cut_off = error.pos > len(text) - 16 or error.msg.startswith("Unterminated")
+                if not cut_off or len(text) - position > MAX_ROW_CHARACTERS:
+                    raise failed(f"row {row + 1} is not JSON ({error.msg})") from error
+                end = len(text)
+            if end < len(text):
+                row, position, state = row + 1, end, "next"
+                values.append(value)
+                if len(values) == BATCH_ROWS:
+                    yield batch()
+                    values = []
+                continue
+        piece = next(pieces, None)
+        if piece is None:
+            break
+        line += text.count("\n", 0, position)
+        text, position = text[position:] + piece, 0
+    if state in ("first", "value") and position < len(text):
+        raise failed(f"row {row + 1} is not JSON, or the file ends in the middle of it")
+    if state != "end":
+        raise failed(f"the file ends after row {row} and the list does not")
+    if values:
+        yield batch()
+
+
+def utf8_pieces(path: Path) -> Iterator[str]:
+    """Yield a text file in pieces of about `BATCH_BYTES`, whole lines where there are any that short."""
+    line, start = 1, True
+    with path.open("rb") as file:
+        while lines := file.readlines(BATCH_BYTES):
+            if start:
+                lines[0], start = lines[0].removeprefix(BYTE_ORDER_MARK), False
+            try:
+                yield b"".join(lines).decode("utf-8")
+            except UnicodeDecodeError:
+                for number, raw in enumerate(lines, line):
+                    decoded(raw, path, number)
+            line += len(lines)
+
+
+def read_csv(path: Path, wanted: list[str]) -> Iterator[Batch]:
+    """Yield the named columns of a comma-separated file with a header line."""
+    csv.field_size_limit(MAX_ROW_CHARACTERS)
+    with path.open("rb") as file:
+        lines = (
+            decoded(raw.removeprefix(BYTE_ORDER_MARK) if n == 1 else raw, path, n) for n, raw in enumerate(file, 1)
+        )
+        reader = csv.reader(lines, strict=True)
+        try:
+            header = next(reader, [])
+            require_columns(str(path), wanted, header)
+            for name in wanted:
+                if header.count(name) > 1:
+                    raise UserError(f"{path}, line 1: the column {name!r} is there {header.count(name)} times")
+            positions = {name: header.index(name) for name in wanted}
+            numbers: list[int] = []
+            rows: list[list[str]] = []
+            start = reader.line_num + 1
+            for row in reader:
+                if row and len(row) != len(header):
+                    raise UserError(
+                        f"{path}, line {start}: {len(row)} fields; the header has {len(header)} ({', '.join(header)}). "
+                        f'A field with a comma or a line break in it belongs in double quotes ("...")'
+                    )
+                if row:
+                    numbers.append(start)
+                    rows.append(row)
+                start = reader.line_num + 1
+                if len(rows) == BATCH_ROWS:
+                    yield Batch(str(path), "line", numbers, {k: [row[i] for row in rows] for k, i in positions.items()})
+                    numbers, rows = [], []
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+        if rows:
+            yield Batch(str(path), "line", numbers, {k: [row[i] for row in rows] for k, i in positions.items()})
+
+
+def read_parquet(path: Path, wanted: list[str]) -> Iterator[Batch]:
+    """Yield the named columns of a Parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not a Parquet file ({error})") from error
+    row = 0
+    with file:
+        require_columns(str(path), wanted, file.schema_arrow.names)
+        try:
+            for part in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+                columns = {name: values_of(part.column(name)) for name in wanted}
+                numbers = list(range(row + 1, row + part.num_rows + 1))
+                row += part.num_rows
+                yield Batch(str(path), "row", numbers, columns)
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+            raise UserError(f"{path}, after row {row}: can't be read on ({error}). Fetch or make it again") from error

@@ -1,0 +1,209 @@
+"""A row of a source: its question, answer and solution read, or the reason it is left out."""
+
+import functools
+import itertools
+import json
+import os
+import re
+import unicodedata
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from stages.lib.answers import formats
+from stages.lib.answers.formats import Format
+from stages.lib.answers.number import canonical_number, gsm8k_final
+from stages.lib.data.batch import Batch
+from stages.lib.data.files import Lines
+from stages.lib.errors import UserError
+from stages.lib.recipe.tables import Source
+
+SETS = ("sft", "grpo", "eval")
+MEASURES = ("prompt_tokens", "example_tokens", "sft_bytes", "line_bytes")
+BIT = {name: 1 << place for place, name in enumerate(SETS)}
+SURROGATE = re.compile("[\ud800-\udfff]")
+CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
+encode = json.JSONEncoder(ensure_ascii=False).encode
+quote = json.encoder.encode_basestring  # what `encode` does with a string, without what it does before
+canonical = functools.lru_cache(1 << 16)(canonical_number)
+
+
+class Unusable(ValueError):
+    """A row that can't go into a set, and the reason it is counted under."""
+
+    def __init__(self, reason: str, found: str) -> None:
+        super().__init__(found)
+        self.reason = reason
+
+
+def label(source: Source, file: Path) -> str:
+    """Return what a source's file is called in the artifact: by what it is, not by where it lies."""
+    name = f"{source.name} {source.config}" if source.config else source.name
+    return f"{name} ({source.split}) {file.name}"
+
+
+def most_tokens(text: str) -> int:
+    """Return more tokens than `text` can have: each is at least one byte of it, however the tokenizer normalizes it."""
+    if text.isascii():
+        return len(text)
+    return max(len(text.encode()), len(unicodedata.normalize("NFKD", text).encode()))
+
+
+def problem_of(question: Any, answer: Any, solution: Any, style: str) -> tuple[str, str, str]:
+    """Return question, canonical answer and worked solution ("" if there is none; its marks still in it) of a row.
+
+    Raises `Unusable` when there is no question, or no answer that can be read.
+    """
+    question = question.strip() if isinstance(question, str) else ""
+    if not question:
+        raise Unusable("no question", "no text in the column of the question")
+    worked = solution if isinstance(solution, str) else ""
+    text = answer.strip() if isinstance(answer, str) else as_text(answer)
+    if not text:
+        raise Unusable("no answer", f"no answer: {answer!r}")
+    if style == "gsm8k":
+        worked = text.rpartition("####")[0]
+        try:
+            text = gsm8k_final(text)
+        except ValueError as error:
+            raise Unusable("unreadable answer", str(error)) from error
+    final = canonical(text)
+    if final is None:
+        raise Unusable("unreadable answer", f"can't be read as one number: {text[:80]!r}")
+    if not (question.isascii() and worked.isascii()) and SURROGATE.search(question + worked):
+        raise Unusable("not Unicode", "half of a surrogate pair, which no file can hold as UTF-8")
+    return question, final, worked.strip()
+
+
+def as_text(value: Any) -> str:
+    """Return a number, which is one in JSON and Parquet, as text; "" for what is none."""
+    return str(value) if isinstance(value, int | float | Decimal) and not isinstance(value, bool) else ""
+
+
+def completion_of(worked: str, answer: str, style: str, answer_format: Format) -> str:
+    """Return the SFT completion. Raises `Unusable` without a solution, or with one that can't be written."""
+    if style == "think":
+        if worked and "</think>" not in worked:
+            raise Unusable("unusable solution", "the thought has no end (</think>): it was cut off")
+        worked = worked.replace("<think>", "").replace("</think>", "").strip()
+    elif style == "gsm8k":
+        worked = CALCULATOR_MARK.sub("", worked).strip()
+    if not worked:
+        raise Unusable("no solution", "no worked solution, which sft needs")
+    try:
+        return answer_format.write(formats.Answer(worked, answer))
+    except ValueError as error:
+        raise Unusable("unusable solution", str(error)) from error
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What `check` needs to know of the recipe and the tokenizer."""
+
+    format_name: str
+    system_prompt: str
+    ngram_words: int
+    safe_prompt: int  # a question of at most so many bytes makes a prompt that is short enough
+    safe_example: int  # the same for question and completion together
+
+
+@dataclass
+class Checked:
+    """The good rows of a batch, column by column, where their lines for each set are, and what was left out."""
+
+    origin: str
+    rows: int  # read, good or not
+    unused: int  # good, but outside the source's shares
+    drafts: dict[str, tuple[Path, int]]  # of the lines of each set, and of the n-grams: the file, and where they begin
+    table: dict[str, Any]  # arrays: ids, counts, bands, sets, number, and the MEASURES; tokens are filled in later
+    to_measure: list[tuple[str, int, tuple[str, ...]]]  # column, row, the conversation
+    removed: list[tuple[str | None, str | None, str, int]]  # set, id, reason, number; None where it had none yet
+
+
+def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all: bool, folder: Path) -> Checked:
+    """Read the rows of a batch and add those that are good to this process's drafts in `folder`.
+
+    Raises `UserError`, naming file and row, for a row that is not good, unless the source has them dropped.
+    """
+    import numpy as np
+
+    from stages.lib.data import fingerprint
+
+    batch = piece.parsed()
+    answer_format = formats.get(rules.format_name)
+    removed: list[tuple[str | None, str | None, str, int]] = []
+
+    def leave_out(place: int, error: Unusable, name: str | None = None, row_id: str | None = None) -> None:
+        if source.unreadable == "refuse":
+            raise UserError(
+                f'{batch.where(place)}: {error.reason}: {error}. Mend the row, or set unreadable = "drop" for '
+                f"{source.name} in the recipe"
+            ) from error
+        removed.append((name, row_id, error.reason, batch.numbers[place]))
+
+    problems, places = [], []
+    solutions = batch.columns[source.solution] if source.solution else itertools.repeat(None)
+    columns = zip(batch.columns[source.question], batch.columns[source.answer], solutions, strict=False)
+    for place, (question, answer, solution) in enumerate(columns):
+        try:
+            problems.append(problem_of(question, answer, solution, source.style))
+            places.append(place)
+        except Unusable as error:
+            leave_out(place, error)
+    if not problems:
+        return Checked(batch.origin, len(batch.numbers), 0, {}, {}, [], removed)
+    questions = [question for question, _, _ in problems]
+    prints = fingerprint.fingerprint(questions, rules.ngram_words)
+    ids = [f"{number:016x}" for number in prints.ids.tolist()]
+    sets = sets_of(source, prints.ids)
+    unused = int((sets == 0).sum())
+
+    head = f'"prompt": [{{"role": "system", "content": {encode(rules.system_prompt)}}}, {{"role": "user", "content": '
+    lines: dict[str, list[bytes]] = {name: [] for name in SETS}
+    table = {name: np.zeros(len(ids), np.uint32) for name in MEASURES}
+    to_measure: list[tuple[str, int, tuple[str, ...]]] = []
+    for row, bits in enumerate(sets.tolist()):
+        question, answer, worked = problems[row]
+        line = f'{{"id": "{ids[row]}", {head}{quote(question)}}}], "answer": "{answer}"'
+        length = most_tokens(question)
+        if bits & BIT["sft"]:
+            try:
+                completion = completion_of(worked, answer, source.style, answer_format)
+            except Unusable as error:
+                leave_out(places[row], error, "sft", ids[row])
+                sets[row] = bits = bits & ~BIT["sft"]
+            else:
+                written = (
+                    f'{line}, "completion": [{{"role": "assistant", "content": {quote(completion)}}}]}}\n'.encode()
+                )
+                lines["sft"].append(written)
+                table["sft_bytes"][row] = len(written)
+                if measure_all or length + most_tokens(completion) > rules.safe_example:
+                    to_measure.append(("example_tokens", row, (question, completion)))
+        written = f"{line}}}\n".encode()
+        table["line_bytes"][row] = len(written)
+        for name in ("grpo", "eval"):
+            if bits & BIT[name]:
+                lines[name].append(written)
+        if bits and (measure_all or length > rules.safe_prompt):
+            to_measure.append(("prompt_tokens", row, (question,)))
+    table |= {"ids": prints.ids, "counts": prints.counts, "bands": prints.bands, "sets": sets}
+    table["number"] = np.array([batch.numbers[place] for place in places], np.uint32)
+    drafts = {}
+    for name, content in (*((name, b"".join(texts)) for name, texts in lines.items()), ("grams", prints.grams)):
+        path = folder / f"{name}.{os.getpid()}.draft"
+        with path.open("ab") as file:
+            drafts[name] = (path, file.tell())
+            file.write(content)
+    return Checked(batch.origin, len(batch.numbers), unused, drafts, table, to_measure, removed)
+
+
+def sets_of(source: Source, ids: Any) -> Any:
+    """Return, for each question's 64-bit hash, the sets it goes to as bits: all in `use`, or one by its share."""
+    import numpy as np
+
+    bits = np.array([BIT[name] for name in source.use] + [0], np.uint8)
+    if not source.shares:
+        return np.full(len(ids), bits.sum(), np.uint8)
+    return bits[np.searchsorted(np.cumsum(source.shares), ids / 2.0**64, side="right")]

@@ -1,0 +1,265 @@
+"""The sft, grpo and eval sets: drafted row by row, finished without duplicates, leaks and long rows."""
+
+import hashlib
+import importlib
+import os
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from stages.lib.data.files import read_batches
+from stages.lib.data.rows import BIT, SETS, Checked, Rules, check_batch, encode, label
+from stages.lib.errors import UserError
+from stages.lib.recipe.tables import Recipe, Source
+
+SLACK_TOKENS = 16  # where it meets the markup, a question may be cut into other tokens than the one that was measured
+# A source whose files have so many bytes is large: several processes share the work, and not all prompts are tokenized.
+LARGE_BYTES = 1 << 25
+MAX_PROCESSES = 4  # each takes memory, and the end of the work is one's alone
+MAX_WAITING = 2 * MAX_PROCESSES  # batches on their way to and from them: bounds the memory
+# Of a large source, the first batches (of 1 MB, or 2,000 rows) are tokenized for the length percentiles, and of the
+# rest what may be too long: a token is at least one byte, so what has few bytes has few tokens.
+MEASURED_BATCHES = 2
+
+
+class Ruler:
+    """Measures conversations in tokens of the model, as its chat template renders them."""
+
+    def __init__(self, tokenizer: Any, system_prompt: str) -> None:
+        self.tokenizer, self.system_prompt = tokenizer, system_prompt
+
+    def tokens(self, conversations: list[tuple[str, ...]]) -> list[int]:
+        """Return the tokens of each (question,), with the generation prompt, and of each (question, completion)."""
+        texts = [
+            self.tokenizer.apply_chat_template(
+                [
+                    {"role": role, "content": content}
+                    for role, content in zip(
+                        ("system", "user", "assistant"), (self.system_prompt, *texts), strict=False
+                    )
+                ],
+                tokenize=False,
+                add_generation_prompt=len(texts) == 1,
+            )
+            for texts in conversations
+        ]
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+
+def is_large(files: list[Path]) -> bool:
+    """Say whether a source's files, none for one from the hub, are worth several processes."""
+    return sum(file.stat().st_size for file in files) >= LARGE_BYTES
+
+
+def helpers(located: list[list[Path]]) -> AbstractContextManager[ProcessPoolExecutor | None]:
+    """Return the processes that share the work on large sources; None if there is none, or one processor alone."""
+    processes = min(os.cpu_count() or 1, MAX_PROCESSES)
+    if processes == 1 or not any(is_large(files) for files in located):
+        return nullcontext()
+    pool = ProcessPoolExecutor(
+        processes, get_context("spawn"), importlib.import_module, ("stages.lib.data.fingerprint",)
+    )
+    for _ in range(processes):
+        pool.submit(os.getpid)  # each starts when there is work for it
+    return pool
+
+
+def check_all(
+    source: Source, files: list[Path], rules: Rules, content: Any, folder: Path, pool: ProcessPoolExecutor | None
+) -> Iterator[Checked]:
+    """Yield every batch of a source, checked, in order; where it is large, `pool` shares the work.
+
+    `content` is a hash that is fed what comes from the hub; a file has a digest of its own.
+    """
+    large = is_large(files)
+    waiting: deque[Future[Checked]] = deque()
+    for number, batch in enumerate(read_batches(source, files)):
+        if not files:
+            content.update(repr(batch.columns).encode())
+        job = (source, batch, rules, not large or number < MEASURED_BATCHES, folder)
+        if pool and large:
+            waiting.append(pool.submit(check_batch, *job))
+            if len(waiting) == MAX_WAITING:
+                yield waiting.popleft().result()
+        else:
+            yield check_batch(*job)
+    while waiting:
+        yield waiting.popleft().result()
+
+
+class Draft:
+    """The sets before anything goes for the sake of other rows: files of their lines, and a table of all rows."""
+
+    def __init__(self, folder: Path, ruler: Ruler, recipe: Recipe) -> None:
+        self.folder, self.ruler, self.recipe = folder, ruler, recipe
+        self.removed = (folder / "removed.jsonl").open("w", encoding="utf-8")
+        self.origins: list[str] = []  # the files, as they are called in the artifact
+        self.parts: dict[str, list[Any]] = {}  # the table's columns, an array a batch
+        self.batches: list[tuple[int, dict[str, tuple[Path, int]]]] = []  # rows in the table, and where the drafts are
+        self.dropped = {name: Counter[str]() for name in SETS}
+        (prompt,), (example,) = ruler.tokens([("0",)]), ruler.tokens([("0", "0")])
+        self.rules = Rules(
+            recipe.format.name,
+            ruler.system_prompt,
+            recipe.data.ngram_words,
+            recipe.data.max_prompt_tokens - prompt - SLACK_TOKENS,
+            recipe.sft.max_tokens - example - SLACK_TOKENS,
+        )
+
+    def add_source(self, source: Source, files: list[Path], pool: ProcessPoolExecutor | None) -> dict[str, Any]:
+        """Read a source to its end. Return what the manifest says about it. Raises `UserError` for a row to refuse."""
+        dropped, content, origin = Counter[str](), hashlib.sha256(), ""
+        rows = unused = 0
+        for checked in check_all(source, files, self.rules, content, self.folder, pool):
+            if checked.origin != origin:
+                origin = checked.origin
+                self.origins.append(label(source, Path(origin)) if files else origin)
+            rows += checked.rows
+            unused += checked.unused
+            dropped.update(reason for name, _, reason, _ in checked.removed if name is None)
+            self.add(checked)
+        read = {"name": source.name, "split": source.split, "use": source.use, "rows": rows, "dropped": dict(dropped)}
+        read |= {"outside_shares": unused} if source.shares else {}
+        return read if files else {**read, "revision": source.revision, "sha256": content.hexdigest()}
+
+    def add(self, checked: Checked) -> None:
+        """Measure what has to be in a batch, and append it to the table."""
+        import numpy as np
+
+        for name, row_id, reason, number in checked.removed:
+            if name:
+                self.dropped[name][reason] += 1
+            line = {"id": row_id, "set": name, "reason": reason, "where": f"{self.origins[-1]}:{number}"}
+            self.removed.write(encode(line) + "\n")
+        if not checked.table:
+            return
+        measured = self.ruler.tokens([texts for _, _, texts in checked.to_measure])
+        for (column, row, _), tokens in zip(checked.to_measure, measured, strict=True):
+            checked.table[column][row] = tokens
+        rows = len(checked.table["ids"])
+        origin = np.full(rows, len(self.origins) - 1, np.uint16)
+        for name, values in {**checked.table, "origin": origin}.items():
+            self.parts.setdefault(name, []).append(values)
+        self.batches.append((rows, checked.drafts))
+
+    @contextmanager
+    def pieces(self, name: str) -> Iterator[list[tuple[BinaryIO, int, int]]]:
+        """Give, for each batch in order, (draft `name`, where the batch begins, its rows). Delete the drafts then."""
+        paths = {drafts[name][0] for _, drafts in self.batches}
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(path.open("rb")) for path in paths}
+            yield [(files[drafts[name][0]], drafts[name][1], rows) for rows, drafts in self.batches]
+        for path in paths:
+            path.unlink()
+
+    def finish(self) -> dict[str, Any]:
+        """Write the sets without what has to go, list that, return the manifest's part on the sets.
+
+        Raises `UserError` when a set has no rows left.
+        """
+        import numpy as np
+
+        from stages.lib.data import duplicates
+
+        if not self.batches:
+            raise UserError("no source has a row that can be used; nothing to train on")
+        data = self.recipe.data
+        table = {name: np.concatenate(self.parts.pop(name)) for name in list(self.parts)}
+        drafted = table["sets"].copy()
+
+        def rows_in(*names: str) -> Any:
+            return np.flatnonzero(table["sets"] & sum(BIT[name] for name in names))
+
+        def remove(name: str, reason: str, rows: Any, others: Any = None, likeness: Any = None) -> None:
+            table["sets"][rows] &= 255 - BIT[name]
+            self.list_removed(table, name, reason, rows, others, likeness)
+
+        with self.removed, self.pieces("grams") as pieces:
+            grams = duplicates.Grams(pieces, table["counts"])
+            for name in SETS:
+                rows = rows_in(name)
+                remove(name, "long prompt", rows[table["prompt_tokens"][rows] > data.max_prompt_tokens])
+                if name == "sft":
+                    rows = rows_in(name)
+                    remove(name, "long example", rows[table["example_tokens"][rows] > self.recipe.sft.max_tokens])
+                rows = rows_in(name)
+                first = duplicates.exact_duplicates(table["ids"][rows])
+                again = np.flatnonzero(first < np.arange(len(rows)))
+                remove(name, "exact duplicate", rows[again], rows[first[again]], np.ones(len(again)))
+                if data.near_duplicate_jaccard < 1:
+                    found = duplicates.near_duplicates(
+                        rows_in(name), table["bands"], grams, data.near_duplicate_jaccard
+                    )
+                    remove(name, "near duplicate", *found)
+            evaluated, trained = rows_in("eval"), rows_in("sft", "grpo")
+            if len(evaluated) and len(trained):
+                row, like, overlap = duplicates.contaminated(evaluated, trained, grams, data.contamination_overlap)
+                for name in ("sft", "grpo"):
+                    hit = (table["sets"][row] & BIT[name]) > 0
+                    remove(name, "too close to eval", row[hit], like[hit], overlap[hit])
+        return {name: self.finish_set(name, table, drafted) for name in SETS}
+
+    def finish_set(self, name: str, table: dict[str, Any], drafted: Any) -> dict[str, Any]:
+        """Copy what is left of a set out of its drafts; return what the manifest says.
+
+        `drafted` are the sets that each row was drafted for, as `table["sets"]` has those that it is left in.
+        """
+        import numpy as np
+
+        rows = np.flatnonzero(table["sets"] & BIT[name])
+        if not len(rows):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped[name].items()) or "no row came in"
+            raise UserError(f"the {name} set is empty: {reasons}. See [data] in {self.recipe.path}")
+        size = table["sft_bytes" if name == "sft" else "line_bytes"]
+        first = 0
+        with self.pieces(name) as pieces, (self.folder / f"{name}.jsonl").open("wb") as file:
+            for draft, begin, count in pieces:
+                there = first + np.flatnonzero(drafted[first : first + count] & BIT[name])
+                stays = (table["sets"][there] & BIT[name]) > 0
+                ends = begin + np.append(0, np.cumsum(size[there], dtype=np.int64))
+                edges = ends[np.flatnonzero(np.diff(np.concatenate([[False], stays, [False]]).astype(np.int8)))]
+                for start, stop in edges.reshape(-1, 2).tolist():  # from the first of a run of rows to its end
+                    draft.seek(start)
+                    file.write(draft.read(stop - start))
+                first += count
+        lengths = {"prompt_tokens": percentiles(table["prompt_tokens"][rows])}
+        if name == "sft":
+            lengths["example_tokens"] = percentiles(table["example_tokens"][rows])
+        return {"rows": len(rows), "dropped": dict(sorted(self.dropped[name].items())), **lengths}
+
+    def list_removed(
+        self, table: dict[str, Any], name: str, reason: str, rows: Any, others: Any, likeness: Any
+    ) -> None:
+        """Count and list `rows` of a set that go; `others` are the rows they are too like, if that is why."""
+
+        def place(row: int) -> str:
+            return f"{self.origins[table['origin'][row]]}:{table['number'][row]}"
+
+        if len(rows):
+            self.dropped[name][reason] += len(rows)
+        for index, row in enumerate(rows.tolist()):
+            line = {"id": f"{table['ids'][row]:016x}", "set": name, "reason": reason, "where": place(row)}
+            if others is not None:
+                other = int(others[index])
+                line |= {
+                    "like": f"{table['ids'][other]:016x}",
+                    "like_where": place(other),
+                    "likeness": round(float(likeness[index]), 4),
+                }
+            self.removed.write(encode(line) + "\n")
+
+
+def percentiles(tokens: Any) -> dict[str, int]:
+    """Return percentiles of the lengths that were measured, and of how many those are."""
+    import numpy as np
+
+    tokens = tokens[tokens > 0]
+    values = np.percentile(tokens, (50, 90, 99, 100), method="higher").tolist() if len(tokens) else [0] * 4
+    return {"measured": len(tokens), **dict(zip(("p50", "p90", "p99", "max"), map(int, values), strict=True))}

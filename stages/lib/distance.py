@@ -1,0 +1,109 @@
+"""The distance between two models: KL divergence of next-token distributions, against a reference on disk."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+CHUNK_VALUES = 4 * 1024 * 1024  # logits in a chunk: 32 MB as float64, in which they are compared
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt with its completion as token ids, and the positions at which two models are compared."""
+
+    tokens: list[int]
+    positions: list[int]  # ascending; at position p the distribution of token p + 1 is compared
+
+
+def spread_positions(length: int, count: int) -> list[int]:
+    """Return at most `count` positions, evenly spread over those of `length` tokens that have a next token.
+
+    The first and the last are among them. Raises `ValueError` for fewer than 2 tokens or a count below 2.
+    """
+    if length < 2 or count < 2:
+        raise ValueError(f"{length} tokens and {count} positions; both must be 2 or more")
+    last = length - 2
+    if last < count:
+        return list(range(last + 1))
+    return [round(number * last / (count - 1)) for number in range(count)]
+
+
+def store_logits(path: Path, texts: Sequence[Text], vocabulary_size: int, logits: Iterable["np.ndarray"]) -> None:
+    """Write the reference's logits to `path`: float32, a row a position of each of `texts`, in order.
+
+    `logits` gives arrays of shape (rows, vocabulary) whose rows add up to all positions. Raises `ValueError` if not.
+    """
+    import numpy as np
+
+    rows = sum(len(text.positions) for text in texts)
+    stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, vocabulary_size))
+    done = 0
+    for chunk in logits:
+        stored[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    stored.flush()
+    if done != rows:
+        raise ValueError(f"{done} rows of logits for {rows} positions")
+
+
+def compare_logits(path: Path, texts: Sequence[Text], logits: Iterable["np.ndarray"]) -> dict[str, float | int]:
+    """Return how the model that gave `logits` differs from the reference stored at `path`.
+
+    `logits` is as in `store`. The result: `positions`, `mean_kl`, `p99_kl` and `max_kl` (nats), `same_top` (share of
+    positions with the same most likely token), `perplexity` and `reference_perplexity` of the tokens that follow.
+    Raises `ValueError` when the shapes differ, as for a vocabulary of another size.
+    """
+    import numpy as np
+
+    stored = np.load(path, mmap_mode="r")
+    following = np.array([text.tokens[position + 1] for text in texts for position in text.positions])
+    divergences, same, losses, reference_losses = [], 0, 0.0, 0.0
+    done = 0
+    for chunk in logits:
+        if chunk.shape[1] != stored.shape[1]:
+            raise ValueError(f"a vocabulary of {chunk.shape[1]} against the reference's {stored.shape[1]}")
+        step = max(1, CHUNK_VALUES // chunk.shape[1])
+        for start in range(0, len(chunk), step):
+            other = log_softmax(chunk[start : start + step])
+            rows = slice(done, done + len(other))
+            reference = log_softmax(stored[rows])
+            divergences.append(kl_divergence(reference, other).numpy())
+            same += int((reference.argmax(dim=1) == other.argmax(dim=1)).sum())
+            index = (np.arange(len(other)), following[rows])
+            losses -= float(other[index].sum())
+            reference_losses -= float(reference[index].sum())
+            done += len(other)
+    if done != len(stored):
+        raise ValueError(f"{done} rows of logits for {len(stored)} positions")
+    divergence = np.concatenate(divergences)
+    return {
+        "positions": done,
+        "mean_kl": float(divergence.mean()),
+        "p99_kl": float(np.quantile(divergence, 0.99)),
+        "max_kl": float(divergence.max()),
+        "same_top": same / done,
+        "perplexity": float(np.exp(losses / done)),
+        "reference_perplexity": float(np.exp(reference_losses / done)),
+    }
+
+
+def log_softmax(logits: "np.ndarray") -> "torch.Tensor":
+    """Return log probabilities (nats) of `logits`, shape (rows, vocabulary), in float64.
+
+    In float32 the rounding of a 152k-wide sum is as large as the divergence of an f16 file.
+    """
+    import torch
+
+    return torch.log_softmax(torch.tensor(logits, dtype=torch.float64), dim=1)
+
+
+def kl_divergence(reference: "torch.Tensor", other: "torch.Tensor") -> "torch.Tensor":
+    """Return KL(reference || other) in nats, shape (rows,), of two tensors of log probabilities, (rows, vocabulary)."""
+    probabilities = reference.exp()
+    difference = (reference - other).masked_fill_(probabilities == 0, 0.0)  # 0 x log 0 is 0; -inf - -inf would be nan
+    return (probabilities * difference).sum(dim=1).clamp_(min=0.0)

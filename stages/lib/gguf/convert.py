@@ -1,0 +1,83 @@
+"""llama.cpp's converter and quantizer."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.lib.errors import UserError
+from stages.lib.gguf.library import LOG, llama_library, llama_said, threads_for
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HOME = Path(sys.prefix) / "llama.cpp"
+
+
+def convert_model(model: Path, out: Path, kind: str, name: str, log: Path) -> None:
+    """Convert the safetensors model in the folder `model` to the GGUF file `out` of `kind`, "f16" or "bf16".
+
+    `name` is what the file calls itself (general.name). The converter's output goes to the file `log`. Raises
+    `UserError` with its last lines when it fails.
+    """
+    run_converter([str(model), "--outfile", str(out), "--outtype", kind, "--model-name", name], log)
+
+
+def convert_lora(adapter: Path, base: Path, out: Path, log: Path) -> None:
+    """Convert the PEFT adapter in the folder `adapter`, of the model in the folder `base`, to the GGUF file `out`.
+
+    Its matrices are stored as float16. The converter's output goes to the file `log`. Raises `UserError` with its last
+    lines when it fails.
+    """
+    arguments = [str(adapter), "--base", str(base), "--outfile", str(out), "--outtype", "f16"]
+    run_converter(arguments, log, "convert_lora_to_gguf.py")
+
+
+def run_converter(arguments: list[str], log: Path, name: str = "convert_hf_to_gguf.py") -> None:
+    """Run llama.cpp's converter with `arguments`. Raises `UserError` with the end of its output when it fails."""
+    program = HOME / name
+    if not program.is_file():
+        raise UserError(f"{program}: llama.cpp's converter is not installed. Run: make setup")
+    # A clean path: on ours, a gguf.py would shadow the converter's gguf package.
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSTARTUP")}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, str(program), *arguments],
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=kept | offline, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        lines = log.read_text(errors="replace").strip().splitlines()[-12:]
+        raise UserError(f"{arguments[0]}: llama.cpp's converter failed ({done.returncode}):\n  " + "\n  ".join(lines))
+
+
+def quantize(source: Path, out: Path, kind: str, importance: Mapping[str, "np.ndarray"] | None = None) -> None:
+    """Quantize the 16-bit GGUF `source` to `out`, of llama.cpp's type `kind` ("q4_k_m").
+
+    `importance` is the importance matrix, by tensor name, as `imatrix.collect` gives it. Raises `UserError` with what
+    llama.cpp said when it refuses, as it does for some types of few bits without such a matrix (`NEED_IMPORTANCE`).
+    """
+    llama_cpp = llama_library()
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.nthread = threads_for(source)
+    parameters.ftype = type_number(kind)
+    entries = (llama_cpp.llama_model_imatrix_data * (len(importance or {}) + 1))()  # the last, without a name, ends it
+    for entry, (name, values) in zip(entries, (importance or {}).items(), strict=False):
+        entry.name = name.encode()
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        entry.size = values.size
+    if importance:
+        parameters.imatrix = entries
+    LOG.clear()
+    if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(parameters)):
+        raise UserError(f"{out}: llama.cpp could not quantize {source.name} to {kind}:\n{llama_said()}")
+
+
+def type_number(kind: str) -> int:
+    """Return llama.cpp's number (LLAMA_FTYPE) of a type's lower-case name."""
+    llama_cpp = llama_library()
+    name = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+    return getattr(llama_cpp, f"LLAMA_FTYPE_{name}")

@@ -1,0 +1,135 @@
+"""A GGUF file at work: token ids in, logits and greedy completions out."""
+
+import ctypes
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from stages.lib.distance import Text
+from stages.lib.errors import UserError
+from stages.lib.gguf.library import llama_said, threads_for
+from stages.lib.gguf.tokens import Vocabulary
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BATCH_TOKENS = 256  # a decode call; with a row of logits each it is 156 MB at a vocabulary of 152k
+
+
+class Loaded(Vocabulary):
+    """A GGUF file at work on the CPU: token ids in, logits and greedy completions out."""
+
+    def __init__(self, path: Path, context_tokens: int, sequences: int = 1, adapter: Path | None = None) -> None:
+        """Load `path` with room for `sequences` texts at once of `context_tokens` each, and the GGUF LoRA `adapter`.
+
+        Raises `UserError` as `Vocabulary` does, and when the adapter does not fit the file.
+        """
+        super().__init__(path, with_weights=True)
+        parameters = self.llama_cpp.llama_context_default_params()
+        parameters.n_ctx = context_tokens * sequences
+        parameters.n_seq_max = sequences
+        parameters.n_batch = parameters.n_ubatch = max(BATCH_TOKENS, sequences)
+        parameters.n_threads = parameters.n_threads_batch = threads_for(path)
+        parameters.no_perf = True
+        self.sequences = sequences
+        self.batch_tokens = parameters.n_batch
+        self.context = self.llama_cpp.llama_init_from_model(self.model, parameters)
+        if not self.context:
+            super().close()
+            raise UserError(f"{path}: no room for {context_tokens:,} x {sequences} tokens of context:\n{llama_said()}")
+        self.batch = self.llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
+        if adapter:
+            try:
+                self.apply(adapter)
+            except UserError:
+                self.close()
+                raise
+
+    def apply(self, adapter: Path) -> None:
+        """Put the GGUF LoRA `adapter` on the model, at its full strength; it is freed with the model."""
+        loaded = self.llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(adapter))
+        adapters = (self.llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded)
+        strength = (ctypes.c_float * 1)(1.0)
+        if not loaded or self.llama_cpp.llama_set_adapters_lora(self.context, adapters, 1, strength):
+            raise UserError(
+                f"{adapter}: llama.cpp can't put it on {self.path.name}; expected an adapter of that very base, on "
+                f"none of its tied embeddings ([lora] target_modules). Take 'lora' out of save to go on without it. "
+                f"llama.cpp said:\n{llama_said(1)}"
+            )
+
+    def close(self) -> None:
+        """Free batch, context and model."""
+        self.llama_cpp.llama_batch_free(self.batch)
+        self.llama_cpp.llama_free(self.context)
+        super().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def decode(self, items: Sequence[tuple[int, int, int, bool]]) -> "np.ndarray":
+        """Run `items` (token, position, sequence, whether its logits are wanted), at most `batch_tokens` of them.
+
+        Returns the wanted logits, float32, (rows, vocabulary). They are llama.cpp's memory: gone at the next call.
+        """
+        import numpy as np
+
+        for number, (token, position, sequence, wanted) in enumerate(items):
+            self.batch.token[number] = token
+            self.batch.pos[number] = position
+            self.batch.n_seq_id[number] = 1
+            self.batch.seq_id[number][0] = sequence
+            self.batch.logits[number] = wanted
+        self.batch.n_tokens = len(items)
+        code = self.llama_cpp.llama_decode(self.context, self.batch)
+        if code:
+            raise UserError(f"{self.path}: llama.cpp could not run {len(items)} tokens (code {code}):\n{llama_said()}")
+        rows = sum(wanted for *_, wanted in items)
+        if not rows:
+            return np.empty((0, self.size), np.float32)
+        return np.ctypeslib.as_array(self.llama_cpp.llama_get_logits(self.context), shape=(rows, self.size))
+
+    def forget(self) -> None:
+        """Empty the context."""
+        self.llama_cpp.llama_memory_clear(self.llama_cpp.llama_get_memory(self.context), False)
+
+    def logits(self, texts: Iterable[Text]) -> Iterator["np.ndarray"]:
+        """Yield the logits at each text's positions, in order, in chunks that are valid until the next."""
+        for text in texts:
+            self.forget()
+            wanted = set(text.positions)
+            items = [(token, n, 0, n in wanted) for n, token in enumerate(text.tokens[: text.positions[-1] + 1])]
+            for start in range(0, len(items), self.batch_tokens):
+                yield self.decode(items[start : start + self.batch_tokens])
+
+    def greedy(self, prompts: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
+        """Return the greedy completion of each prompt as token ids, with the end token if it was reached.
+
+        A generation ends at a token that the file itself marks as an end, or after `max_tokens`.
+        """
+        completions: list[list[int]] = [[] for _ in prompts]
+        by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        for start in range(0, len(by_length), self.sequences):
+            self.forget()
+            wave = dict(enumerate(by_length[start : start + self.sequences]))  # sequence: prompt
+            for sequence, number in wave.items():
+                items = [(token, n, sequence, False) for n, token in enumerate(prompts[number])]
+                items[-1] = (*items[-1][:3], True)
+                for begin in range(0, len(items), self.batch_tokens):
+                    rows = self.decode(items[begin : begin + self.batch_tokens])
+                completions[number].append(int(rows[0].argmax()))
+            while wave := {
+                sequence: number
+                for sequence, number in wave.items()
+                if len(completions[number]) < max_tokens and not self.is_end(completions[number][-1])
+            }:
+                items = [
+                    (completions[n][-1], len(prompts[n]) + len(completions[n]) - 1, sequence, True)
+                    for sequence, n in wave.items()
+                ]
+                for number, row in zip(wave.values(), self.decode(items), strict=True):
+                    completions[number].append(int(row.argmax()))
+        return completions

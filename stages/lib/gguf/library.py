@@ -1,0 +1,63 @@
+"""llama-cpp-python's binding of llama.h: loaded, its log kept, its threads counted."""
+
+import contextlib
+import functools
+import os
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+SMALL_BYTES = 50_000_000
+CGROUP = Path("/sys/fs/cgroup")
+LOG: deque[str] = deque(maxlen=200)  # what llama.cpp said last, for the message when it fails
+
+
+def llama_library() -> Any:
+    """Return llama_cpp, its log going to `LOG` instead of the terminal."""
+    import llama_cpp
+
+    llama_cpp.llama_log_set(log_callback(), None)  # again each time: importing llama_cpp's modules sets its own
+    return llama_cpp
+
+
+@functools.cache
+def log_callback() -> Any:
+    """Return the function that llama.cpp logs to. It is called as long as the process lives, so it is kept here."""
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def keep(level: int, text: bytes, data: Any) -> None:
+        LOG.append(text.decode(errors="replace"))
+
+    llama_cpp.llama_backend_init()
+    return keep
+
+
+def llama_said(lines: int = 8) -> str:
+    """Return the last lines that llama.cpp logged, indented."""
+    return "\n".join("  " + line for line in "".join(LOG).strip().splitlines()[-lines:])
+
+
+def threads_for(path: Path) -> int:
+    """Return how many threads to run the file `path` with: all that can run at once, 1 for a small model.
+
+    llama.cpp's threads wait for each other by spinning, after each of a hundred small steps a token. So one more than
+    can run costs more than it brings, as in a container that sees a host's processors and may use few of their time.
+    """
+    if path.stat().st_size <= SMALL_BYTES:
+        return 1
+    return max(1, min(len(os.sched_getaffinity(0)), int(processor_quota())))
+
+
+def processor_quota() -> float:
+    """Return how many processors' time this container may use; `sys.maxsize` where it has no limit.
+
+    Where the kernel says so: https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files,
+    and https://docs.kernel.org/scheduler/sched-bwc.html for version 1.
+    """
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError):
+            quota, period = "\n".join((CGROUP / name).read_text() for name in names).split()
+            return sys.maxsize if quota in ("max", "-1") else int(quota) / int(period)
+    return sys.maxsize

@@ -1,0 +1,241 @@
+"""The tokenizer of a GGUF file held against that of transformers."""
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.lib.errors import UserError
+from stages.lib.gguf.convert import HOME, run_converter
+from stages.lib.gguf.library import LOG, llama_library, llama_said
+
+
+def save_tokenizer(tokenizer: Any, base: Path, out: Path) -> None:
+    """Save `tokenizer` to `out` with what transformers 5 drops and llama.cpp's converter looks for.
+
+    That is the SentencePiece model of `base`; the class, because the converter knows Phi-4's vocabulary by
+    "GPT2Tokenizer"; and whether BOS and EOS are added, without which the converter takes llama.cpp's own default.
+    """
+    tokenizer.save_pretrained(out)
+    if base != out and (base / "tokenizer.model").is_file():
+        shutil.copyfile(base / "tokenizer.model", out / "tokenizer.model")
+    path = out / "tokenizer_config.json"
+    saved = json.loads(path.read_text())
+    original = base / "tokenizer_config.json"
+    if original.is_file() and "tokenizer_class" in (stated := json.loads(original.read_text())):
+        saved["tokenizer_class"] = stated["tokenizer_class"]
+    plain = tokenizer("a")["input_ids"]
+    saved["add_bos_token"] = adds_bos(tokenizer)
+    saved["add_eos_token"] = tokenizer.eos_token_id is not None and plain[-1] == tokenizer.eos_token_id
+    path.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Say whether transformers' `tokenizer` puts BOS before a plain text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def check_conversion(tokenizer: Any, base: Path, name: str) -> None:
+    """Raise `UserError` unless llama.cpp's converter takes transformers' `tokenizer` and reads text as it does.
+
+    `base` is the model's folder, of which config.json and the tokenizer's files are read and no weight; `name` is the
+    base's in the recipe. Takes seconds, where the conversion at the end of a run would find the fault after training.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "model"
+        save_tokenizer(tokenizer, base, copy)
+        shutil.copyfile(base / "config.json", copy / "config.json")
+        vocabulary = Path(temporary) / "vocabulary.gguf"
+        arguments = [str(copy), "--vocab-only", "--outfile", str(vocabulary), "--model-name", name]
+        try:
+            run_converter(arguments, Path(temporary) / "log")
+        except UserError as error:
+            reason = error.message.split("\n", 1)[-1]
+            unknown = "pre-tokenizer was not recognized" in reason
+            found = "its BPE pre-tokenizer is unknown to llama.cpp" if unknown else "llama.cpp can't convert it"
+            raise UserError(
+                f"{base}: {found}, so no GGUF could be made after training; expected a model that the converter in "
+                f"{HOME} knows. Use another base model, or a llama-cpp-python whose llama.cpp knows this one (raise "
+                f"its version in docker/*.in and lock again). The converter said:\n{reason}"
+            ) from error
+        saved = AutoTokenizer.from_pretrained(copy, trust_remote_code=False)
+        with contextlib.closing(Vocabulary(vocabulary)) as file:
+            for text in PROBES:
+                tokens = saved(text, add_special_tokens=False)["input_ids"]
+                verify_tokens(file, saved, text, tokens, str(base))
+                if saved.chat_template:
+                    verify_prompt(file, saved, [{"role": "user", "content": text}], str(base))
+            if saved.chat_template:
+                ends = [token for token in range(file.size) if file.is_end(token)]
+                verify_end(saved, ends, f"{base}, as llama.cpp's converter reads it")
+
+
+PROBES = (
+    "What is 17 + 25?",
+    "A pen costs $3.50, and 12 pens cost\nhow much?\n\nShow   every  step.",
+    "It's 1,234,567 - isn't it? They're 100% sure (x^2 = 4).",
+    "Größe, naïve, Привет, 数学, ½ \u2212 3",
+)
+
+
+def verify_prompt(file: "Vocabulary", tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> None:
+    """Raise `UserError` unless `file` prompts with the very tokens of the chat template in transformers, with one BOS.
+
+    By both ways a program may go: the file's own template as it stands (llama-cpp-python), and the text without BOS
+    with the file's settings adding it (llama-server, Ollama). BOS is wanted where the tokenizer puts it before plain
+    text, or else where the template writes it.
+    """
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    bos = tokenizer.bos_token_id
+    wanted = 1 if adds_bos(tokenizer) or expected[0] == bos else 0
+    found = len(list(itertools.takewhile(lambda token: token == bos, expected)))
+    if found != wanted:
+        cause = "doubled" if found > wanted else "missing"
+        raise UserError(
+            f"{where}: BOS is {cause}: the prompt begins with {found} {tokenizer.bos_token!r}; expected {wanted}, as "
+            f"the tokenizer and Ollama begin a plain text. Mend the chat template"
+        )
+    text = file.render(messages)
+    verify_tokens(file, tokenizer, text, expected, where)
+    served = file.tokenize(text.removeprefix(file.text_of(file.bos)), add_special=True)
+    if served != expected:
+        raise UserError(
+            f"{where}: tokenizer.ggml.add_bos_token is {str(file.adds_bos).lower()}, and the chat template's prompt "
+            f"has {found} BOS, so llama-server and Ollama would not read it as trained: "
+            f"{first_difference(expected, served, tokenizer)}"
+        )
+
+
+def verify_tokens(file: "Vocabulary", tokenizer: Any, text: str, expected: list[int], where: str) -> None:
+    """Raise `UserError` unless `file` reads `text` as the tokens `expected`, which transformers' `tokenizer` made."""
+    found = file.tokenize(text)
+    if found != expected:
+        raise UserError(
+            f"{where}: transformers and llama.cpp read the same text as different tokens (a shifted id, another "
+            f"pre-tokenizer or another chat template): {first_difference(expected, found, tokenizer)}. The model would "
+            f"be trained in the one and asked in the other. Run make merge gguf again, or use another base model"
+        )
+
+
+def verify_end(tokenizer: Any, ends: Sequence[int], where: str) -> None:
+    """Raise `UserError` unless the token with which the chat template closes a turn is among `ends`."""
+    end = turn_end(tokenizer, where)
+    if end not in ends:
+        raise UserError(
+            f"{where}: a stop token is missing: the chat template closes the assistant's turn with "
+            f"{tokenizer.convert_ids_to_tokens(end)!r} ({end}), and the end tokens are {list(ends)}, so a generation "
+            f"would run on. Run: make merge gguf"
+        )
+
+
+def turn_end(tokenizer: Any, where: str) -> int:
+    """Return the id of the token with which the chat template closes the assistant's turn.
+
+    Raises `UserError` when the template puts no token of its own there.
+    """
+    marker = "ANSWER"
+    conversation = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": marker}]
+    text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    after = text[text.rindex(marker) + len(marker) :]
+    tokens = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+    if not tokens or tokens[0] not in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+        raise UserError(
+            f"{where}: the chat template closes the assistant's turn with {after!r}; expected a control token, at "
+            f"which a generation can end"
+        )
+    return tokens[0]
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int], tokenizer: Any) -> str:
+    """Say where two lists of token ids part; `tokenizer` is transformers'."""
+    differing = (n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+    shared = next(differing, min(len(ours), len(theirs)))
+
+    def shown(tokens: Sequence[int]) -> str:
+        if shared >= len(tokens):
+            return "the end"
+        return f"{tokens[shared]} ({tokenizer.convert_ids_to_tokens(tokens[shared])!r})"
+
+    return f"at token {shared}, transformers has {shown(ours)} and the GGUF {shown(theirs)}"
+
+
+class Vocabulary:
+    """The tokenizer and metadata of a GGUF file, as llama.cpp reads them."""
+
+    def __init__(self, path: Path, *, with_weights: bool = False) -> None:
+        """Load `path`. Raises `UserError` with llama.cpp's reason when it can't be loaded, as a truncated file."""
+        self.llama_cpp = llama_library()
+        parameters = self.llama_cpp.llama_model_default_params()
+        parameters.vocab_only = not with_weights
+        parameters.n_gpu_layers = 0  # the CPU's arithmetic is the one compared, on every machine
+        LOG.clear()
+        self.path = path
+        self.model = self.llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not self.model:
+            raise UserError(
+                f"{path}: llama.cpp can't load it ({path.stat().st_size:,} bytes); a file cut short, as by a full "
+                f"disk, reads like this. Delete it and run: make gguf. llama.cpp said:\n{llama_said()}"
+            )
+        self.vocabulary = self.llama_cpp.llama_model_get_vocab(self.model)
+        self.size = self.llama_cpp.llama_vocab_n_tokens(self.vocabulary)
+
+    def close(self) -> None:
+        """Free the model; without this llama.cpp keeps its memory until the process ends."""
+        self.llama_cpp.llama_model_free(self.model)
+
+    def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Return the ids of `text`, control tokens in it read as such; `add_special` adds what the file asks for."""
+        data = text.encode()
+        room = len(data) + 8
+        tokens = (self.llama_cpp.llama_token * room)()
+        count = self.llama_cpp.llama_tokenize(self.vocabulary, data, len(data), tokens, room, add_special, True)
+        if count < 0:
+            raise ValueError(f"llama.cpp made {-count} tokens of {len(data)} bytes")
+        return list(tokens[:count])
+
+    def text_of(self, token: int) -> str:
+        """Return a token as the vocabulary writes it; "" for -1, which stands for none."""
+        return "" if token < 0 else self.llama_cpp.llama_vocab_get_text(self.vocabulary, token).decode()
+
+    @property
+    def bos(self) -> int:
+        """The id of the token that begins a text; -1 where the file names none."""
+        return self.llama_cpp.llama_vocab_bos(self.vocabulary)
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the file asks for BOS before every text."""
+        return self.llama_cpp.llama_vocab_get_add_bos(self.vocabulary)
+
+    def is_end(self, token: int) -> bool:
+        """Say whether llama.cpp, and so Ollama, ends a generation at this token."""
+        return self.llama_cpp.llama_vocab_is_eog(self.vocabulary, token)
+
+    def metadata(self, key: str) -> str:
+        """Return a scalar of the file's metadata as text, its first 1,023 bytes. Raises `KeyError` if it has none."""
+        buffer = ctypes.create_string_buffer(1024)
+        if self.llama_cpp.llama_model_meta_val_str(self.model, key.encode(), buffer, len(buffer)) < 0:
+            raise KeyError(key)
+        return buffer.value.decode()
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """Return the prompt that the file's own chat template makes of `messages`, as llama-cpp-python renders it.
+
+        Raises `UserError` when the file has no template.
+        """
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        template = self.llama_cpp.llama_model_chat_template(self.model, None)
+        if template is None:
+            raise UserError(f"{self.path}: holds no chat template; expected the tokenizer's. Run: make merge gguf")
+        eos = self.text_of(self.llama_cpp.llama_vocab_eos(self.vocabulary))
+        formatter = Jinja2ChatFormatter(template=template.decode(), eos_token=eos, bos_token=self.text_of(self.bos))
+        return formatter(messages=list(messages)).prompt

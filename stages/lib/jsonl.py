@@ -1,0 +1,17 @@
+"""Rows of JSON Lines files."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from stages.lib.errors import UserError
+
+
+def first_rows(path: Path, count: int, knob: str) -> list[dict[str, Any]]:
+    """Return the first `count` rows of a JSON-lines file. Raises `UserError`, naming `knob`, if it has fewer."""
+    with path.open() as file:
+        rows = [json.loads(line) for line in itertools.islice(file, count)]
+    if len(rows) < count:
+        raise UserError(f"{path}: has {len(rows)} problems; {knob} = {count}. Lower it, or prepare more")
+    return rows

@@ -1,0 +1,124 @@
+"""Local copies of the model: in the cache of the hub or in a folder, whole, with a tokenizer that llama.cpp takes."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from stages.lib.errors import UserError
+from stages.lib.machine.disk import ARTIFACTS, CONTAINER_CACHE
+from stages.lib.machine.findings import Finding
+from stages.lib.machine.shape import SHAPES, Shape, shape_of_config
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Recipe, is_hub_name
+
+TOKENIZER_SECONDS = 9  # from the doctor's start
+
+
+# ---- the model's shape --------------------------------------------------------------------------------------------
+
+
+def hub_cache(in_container: bool) -> Path:
+    """Return where huggingface_hub keeps what it fetched: by the variables it goes by, or as docker/run sets them."""
+    if in_container:
+        return CONTAINER_CACHE / "huggingface" / "hub"
+    return Path(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub").expanduser()
+
+
+def hub_home() -> Path:
+    """Return the folder of huggingface_hub's cache and login, by the variables it goes by."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    return Path(os.environ.get("HF_HOME") or home)
+
+
+def local_model(recipe: Recipe, cache: Path) -> Path | None:
+    """Return the folder, of the recipe or in the hub's `cache`, that holds the whole model; None if none does."""
+    name = recipe.model.name
+    if name == "base-model":
+        folder = ARTIFACTS / recipe.path.stem / "base-model" / "model"
+    elif is_hub_name(name):
+        folder = cache / f"models--{name.replace('/', '--')}" / "snapshots" / recipe.model.revision
+    else:
+        folder = Path(name)
+    return folder if is_whole(folder) else None
+
+
+def is_whole(folder: Path) -> bool:
+    """Say whether `folder` has config.json and every safetensors file that its index names."""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    try:
+        return all((folder / name).is_file() for name in json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError):  # cut short
+        return False
+
+
+def shape_of_model(recipe: Recipe, model: Path | None) -> tuple[Shape | None, str]:
+    """Return the shape of the recipe's model, from its config.json or the table of known ones; None, and why not."""
+    if model is not None:
+        try:
+            return shape_of_config(json.loads((model / "config.json").read_text()), str(model)), ""
+        except UserError as error:
+            return None, error.message
+        except ValueError as error:
+            return None, f"{model / 'config.json'} is not JSON ({error}): copy it again"
+    known = SHAPES.get(recipe.model.name)
+    return known, "" if known else f"there is no copy of {recipe.model.name} here to read config.json from"
+
+
+# ---- tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def start_tokenizer_check(recipe: Recipe, model: Path | None, cache: Path) -> subprocess.Popen | None:
+    """Start `read_tokenizer` in a process of its own; None where there is no model or no llama.cpp."""
+    converter = Path(sys.prefix) / "llama.cpp" / "convert_hf_to_gguf.py"
+    wanted = ("transformers", "llama_cpp")
+    if model is None or not converter.is_file() or any(importlib.util.find_spec(name) is None for name in wanted):
+        return None
+    code = f"from stages.lib.machine import copies; copies.read_tokenizer({str(recipe.path)!r}, {str(model)!r})"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}, start_new_session=True,
+    )  # fmt: skip
+
+
+def read_tokenizer(path: str, model: str) -> None:
+    """Leave with 1 and a message if llama.cpp can't take the tokenizer of the recipe at `path`.
+
+    `model` is the folder of its model. Runs in a process of its own, without torch, which tokenizers do not need.
+    """
+    sys.modules["torch"] = None
+    from stages.lib.gguf.tokens import check_conversion
+    from stages.lib.model.tokenizer import load_tokenizer
+
+    recipe = read_recipe(Path(path))
+    artifact = ARTIFACTS / recipe.path.stem / "base-model" if recipe.model.name == "base-model" else None
+    try:
+        check_conversion(load_tokenizer(recipe, artifact), Path(model), recipe.model.name)
+    except UserError as error:
+        sys.exit(error.message)
+
+
+def tokenizer_finding(process: subprocess.Popen | None, recipe: Recipe, deadline: float) -> Finding:
+    """Return what `start_tokenizer_check` came to by `deadline`, seconds of the monotonic clock."""
+    later = f"make prepare-data RECIPE={recipe.path.stem} looks before any training"
+    if process is None:
+        return Finding("ok", "tokenizer", f"not looked at: no copy of the model or no llama.cpp here; {later}")
+    try:
+        said = process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the converter it started as well
+        process.wait()
+        return Finding("warn", "tokenizer", "the look took too long and was ended", f"nothing: {later}")
+    if process.returncode:
+        lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
+        found = lines[-1] if lines[0].startswith("Traceback") else " ".join(said.split())[:600]
+        return Finding("fail", "tokenizer", found, "use another base model, or see docs/recipes.md")
+    return Finding("ok", "tokenizer", "llama.cpp reads text and chat template as transformers does")

@@ -1,0 +1,89 @@
+"""The GPU: there, new enough, with enough memory free."""
+
+import os
+from collections.abc import Iterator
+
+from stages.lib.machine.findings import Finding, command_output
+from stages.lib.machine.memory import gpu_memory_findings
+from stages.lib.machine.shape import Shape
+from stages.lib.recipe.tables import Recipe
+
+MIN_DRIVER = 580  # what CUDA 13's libraries run on (CUDA 13.0 release notes, table 3)
+MIN_CAPABILITY = (7, 5)  # the oldest that CUDA 13 compiles for; vLLM asks for no less, bitsandbytes for 6.0
+BFLOAT16_CAPABILITY = (8, 0)
+GPU_FIELDS = "name,driver_version,memory.total,memory.free,compute_cap"
+NEW_DRIVER = (
+    "install driver 580 or newer (Ubuntu: sudo apt-get install nvidia-driver-580-server-open nvidia-utils-580-server, "
+    "then sudo reboot), or rent a machine image that has CUDA 13"
+)
+WATCH = "watch nvidia-smi and df in the first steps of sft and grpo"
+
+
+# ---- GPU ----------------------------------------------------------------------------------------------------------
+
+
+def ask_devices(recipe: Recipe) -> tuple[int | None, str]:
+    """Return exit code and output of nvidia-smi on the first GPU that GPUS names, if the recipe needs one."""
+    if recipe.model.engine != "unsloth":
+        return None, ""
+    first = os.environ.get("GPUS", "").split(",")[0]
+    chosen = [f"--id={first}"] if first.isdigit() else []
+    return command_output("nvidia-smi", *chosen, f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader,nounits")
+
+
+def gpu_findings(recipe: Recipe, shape: Shape | None, devices: tuple[int | None, str]) -> Iterator[Finding]:
+    """Yield what is to be said of driver, compute capability and GPU memory, by what nvidia-smi said of `devices`."""
+    if recipe.model.engine != "unsloth":
+        yield Finding("ok", "GPU", f"not needed: engine = {recipe.model.engine!r} also runs on a CPU")
+        return
+    if os.environ.get("GPUS") == "none":
+        yield Finding("fail", "GPU", "GPUS=none, and engine = 'unsloth' needs one", "leave GPUS out, or set GPUS=0")
+        return
+    code, text = devices
+    if code != 0:
+        yield no_gpu(code, text)
+        return
+    name, driver, total, free, capability = (field.strip() for field in text.splitlines()[0].split(","))
+    if int(driver.split(".")[0]) < MIN_DRIVER:
+        yield Finding("fail", "driver", f"{driver}; CUDA 13's wheels need {MIN_DRIVER} or newer", NEW_DRIVER)
+    else:
+        yield Finding("ok", "driver", driver)
+    yield capability_finding(name, capability, recipe.model.dtype)
+    if not total.isdigit() or not free.isdigit():
+        found = f"nvidia-smi tells no size ({total}), as where GPU and system share their memory"
+        yield Finding("warn", "GPU memory", found, WATCH)
+    elif shape is not None:
+        yield from gpu_memory_findings(recipe, shape, int(total) << 20, int(free) << 20)
+
+
+def no_gpu(code: int | None, text: str) -> Finding:
+    """Return what it means that nvidia-smi ended with `code` and said `text`."""
+    said = " ".join(text.split())[:200]
+    if "version mismatch" in text:
+        return Finding("fail", "driver", f"was updated under a running one ({said})", "sudo reboot")
+    if "No devices were found" in text:
+        return Finding(
+            "fail", "GPU", "the driver finds none", "rent a machine with a GPU, or mend GPUS (nvidia-smi -L lists them)"
+        )
+    if "is not a valid field" in text:
+        return Finding("fail", "driver", f"is so old that nvidia-smi does not know a field ({said})", NEW_DRIVER)
+    if code is None or "couldn't communicate" in text:
+        return Finding("fail", "driver", f"none answers ({said})", NEW_DRIVER)
+    return Finding("fail", "GPU", f"nvidia-smi failed ({code}): {said}", "sudo reboot, or take another machine")
+
+
+def capability_finding(name: str, capability: str, dtype: str) -> Finding:
+    """Return whether a GPU of this compute capability ("9.0") runs the locked wheels, and the recipe's dtype."""
+    found = f"{name}, compute capability {capability}"
+    version = tuple(int(part) for part in capability.split("."))
+    if version < MIN_CAPABILITY:
+        return Finding(
+            "fail", "GPU", f"{found}; CUDA 13 and vLLM need 7.5 or newer",
+            "take a newer GPU: L4, A10, A100, L40S, RTX 3090 or newer",
+        )  # fmt: skip
+    if dtype == "bfloat16" and version < BFLOAT16_CAPABILITY:
+        return Finding(
+            "fail", "GPU", f"{found}; [model] dtype = 'bfloat16' needs 8.0 or newer",
+            "take a newer GPU (L4, A10, A100, ...), or set dtype = 'float16', in which Gemma 3 overflows",
+        )  # fmt: skip
+    return Finding("ok", "GPU", found)

@@ -1,0 +1,266 @@
+"""How much GPU memory and disk a recipe needs, from its model's shape alone: an estimate, part by part.
+
+Nothing is loaded and nothing is measured here. Every part has a name of its own, so that a measured peak can be held
+against the estimate and the part that is off be mended. What is counted: the tensors that are alive at once when a step
+needs most, for a LoRA adapter on a frozen base.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from stages.lib.machine.findings import Finding, gigabytes
+from stages.lib.machine.shape import LINEAR_LAYERS, Shape
+from stages.lib.recipe.tables import Recipe
+
+# NF4 with double quantization (arXiv 2305.14314): 4 bits, an 8-bit scale a block of 64 weights, and a float32 scale for
+# 256 of those.
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+ADAPTER_BYTES = 4  # a LoRA weight, and likewise its gradient: float32
+LOGIT_BYTES = 16  # the row, its float32 copy, the log-probabilities and their gradient
+UNSLOTH_SFT_CHUNK_BYTES = 4 << 30  # the most that a chunk of its fused loss takes (unsloth_zoo, cross_entropy_loss.py)
+UNSLOTH_GRPO_CHUNKS = 4  # of a sequence's logits, at the least (unsloth_zoo, rl_replacements.py)
+OFFLOADED_LAYERS = 2  # of which inputs are on the GPU at once when Unsloth keeps the layers' inputs in system memory
+CUDA_BYTES = 600_000_000  # context, libraries' workspaces
+VLLM_GRAPH_BYTES = 1_000_000_000  # captured CUDA graphs
+VLLM_BATCH_TOKENS = 8192  # vLLM's max_num_batched_tokens: the prompts it reads at once
+SAMPLER_BYTES = 8  # a logit in vLLM's sampler: float32, and a copy to sort or normalize
+FRAGMENTS = 0.1  # of what comes and goes within a step: memory that torch's allocator holds and can't use
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage holds of the GPU's memory, in bytes by part."""
+
+    parts: dict[str, int]
+    takes_turns: bool = False  # the KV cache and what a training step needs are never there at the same time
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at once."""
+        step = sum(self.parts.get(name, 0) for name in ("layer inputs", "activations", "logits", "fragments"))
+        return sum(self.parts.values()) - (min(step, self.parts.get("KV cache", 0)) if self.takes_turns else 0)
+
+
+def weight_bytes(shape: Shape, dtype: str, load_in_4bit: bool = False) -> int:
+    """Return the bytes of the weights: with `load_in_4bit` the layers' linear ones as NF4, all others in `dtype`."""
+    if not load_in_4bit:
+        return shape.parameters * DTYPE_BYTES[dtype]
+    others = shape.parameters - shape.linear_parameters
+    return int(shape.linear_parameters * NF4_BITS / 8) + others * DTYPE_BYTES[dtype]
+
+
+def adapter_parameters(shape: Shape, rank: int, target_modules: Sequence[str]) -> int:
+    """Return the weights of a LoRA adapter (arXiv 2106.09685): `rank` x (inputs + outputs) a layer it sits on."""
+    return shape.layers * rank * sum(sum(shape.linear[name]) for name in adapted(target_modules))
+
+
+def adapted(target_modules: Sequence[str]) -> list[str]:
+    """Return which of `LINEAR_LAYERS` the recipe's `target_modules` names, or ["all-linear"] means."""
+    return [name for name in LINEAR_LAYERS if name in target_modules or "all-linear" in target_modules]
+
+
+def kv_bytes(shape: Shape, tokens: int) -> int:
+    """Return the 16-bit KV cache of one sequence of so many tokens; sliding layers keep no more than their window."""
+    full = (shape.layers - shape.sliding_layers) * tokens
+    sliding = shape.sliding_layers * min(tokens, shape.sliding_window)
+    return 2 * 2 * shape.kv_heads * shape.head_dim * (full + sliding)
+
+
+def training_parts(
+    shape: Shape, *, dtype: str, load_in_4bit: bool, rank: int, target_modules: Sequence[str], optimizer: str,
+    tokens: int, logit_rows: int, checkpointing: bool, fused: bool,
+) -> dict[str, int]:  # fmt: skip
+    """Return the parts, in bytes, of one forward and backward pass over `tokens` tokens, padding included.
+
+    `logit_rows` is how many tokens have their logits in memory at once. `checkpointing` keeps a layer's input alone and
+    computes the rest of it again. `fused` is Unsloth's kernels, which keep less; its checkpoints wait in system memory.
+    """
+    element = DTYPE_BYTES[dtype]
+    adapter = adapter_parameters(shape, rank, target_modules)
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # What a layer keeps for its backward pass, in units of an element.
+    if fused:
+        # Both norms' inputs and outputs; queries, keys and values, turned queries and keys, attention's output; the
+        # MLP's gate and the other factor. The adapter's backward pass computes all else again.
+        kept = 4 * shape.hidden_size + 3 * queries + 3 * keys + 2 * shape.intermediate_size
+    else:
+        # Both norms' inputs (in float32, so twice) and outputs; queries, keys, values, attention's output; the MLP's
+        # gate, its activation, the other factor and the product; and a copy of its input for each adapted layer.
+        kept = 6 * shape.hidden_size + 2 * queries + 2 * keys + 4 * shape.intermediate_size
+        kept += sum(shape.linear[name][0] for name in adapted(target_modules))
+        kept += 2 * (queries + keys) if shape.qk_norm else 0
+    layers = 1 if checkpointing else shape.layers
+    gradients = 3 * shape.intermediate_size + 2 * shape.hidden_size  # of the layer that backward is in
+    saved = (OFFLOADED_LAYERS if fused else shape.layers) if checkpointing else 0
+    parts = {
+        "weights": weight_bytes(shape, dtype, load_in_4bit),
+        "adapter": adapter * ADAPTER_BYTES,
+        "gradients": adapter * ADAPTER_BYTES,
+        "optimizer": adapter * (2 if "8bit" in optimizer else 8),  # Adam's two moments
+        "layer inputs": saved * tokens * shape.hidden_size * element,
+        "activations": tokens * (layers * kept + gradients) * element,
+        "logits": logit_rows * shape.vocabulary_size * LOGIT_BYTES,
+        "CUDA": CUDA_BYTES,
+    }
+    if load_in_4bit:  # one layer at a time, forward and backward
+        parts["unpacked layer"] = 2 * max(a * b for a, b in shape.linear.values()) * element
+    comes_and_goes = sum(parts[name] for name in ("layer inputs", "activations", "logits"))
+    return parts | {"fragments": int(FRAGMENTS * comes_and_goes)}
+
+
+def sft_estimate(
+    shape: Shape, *, engine: str, dtype: str, load_in_4bit: bool, rank: int, target_modules: Sequence[str],
+    optimizer: str, micro_batch_size: int, max_tokens: int, checkpointing: bool,
+) -> Estimate:  # fmt: skip
+    """Return what SFT needs when every example of a micro-batch is as long as the recipe allows."""
+    tokens = micro_batch_size * max_tokens
+    unsloth = engine == "unsloth"
+    chunk = max(1, UNSLOTH_SFT_CHUNK_BYTES // (shape.vocabulary_size * LOGIT_BYTES))
+    return Estimate(
+        training_parts(
+            shape, dtype=dtype, load_in_4bit=load_in_4bit, rank=rank, target_modules=target_modules,
+            optimizer=optimizer, tokens=tokens, logit_rows=min(tokens, chunk) if unsloth else tokens,
+            checkpointing=checkpointing, fused=unsloth,
+        )
+    )  # fmt: skip
+
+
+def grpo_estimate(
+    shape: Shape, *, engine: str, dtype: str, load_in_4bit: bool, rank: int, target_modules: Sequence[str],
+    optimizer: str, micro_batch_size: int, completions_per_step: int, prompt_tokens: int, completion_tokens: int,
+    checkpointing: bool, gpu_bytes: int = 0, vllm_memory_share: float = 0.0, vllm_sequences: int = 0,
+    vllm_standby: bool = False,
+) -> Estimate:  # fmt: skip
+    """Return what GRPO needs when prompts and completions are as long as the recipe allows.
+
+    Engine "unsloth" generates with vLLM on the trainer's own weights, and vLLM fills its share of the GPU's `gpu_bytes`
+    with KV cache, however little its sequences need. Engine "trl" generates with transformers, all completions of
+    a step side by side, and frees the KV cache before it trains. Not counted is what Unsloth's scoring pass holds
+    where a recipe needs one (`needs_scoring_pass`).
+    """
+    length = prompt_tokens + completion_tokens
+    unsloth = engine == "unsloth"
+    rows = -(-length // UNSLOTH_GRPO_CHUNKS) if unsloth else micro_batch_size * (completion_tokens + 1)
+    parts = training_parts(
+        shape, dtype=dtype, load_in_4bit=load_in_4bit, rank=rank, target_modules=target_modules, optimizer=optimizer,
+        tokens=micro_batch_size * length, logit_rows=rows, checkpointing=checkpointing, fused=unsloth,
+    )  # fmt: skip
+    if not unsloth:
+        cache = completions_per_step * kv_bytes(shape, length)
+        return Estimate(parts | {"KV cache": cache}, takes_turns=True)
+    parts |= vllm_parts(shape, vllm_sequences)
+    share = standby_share(gpu_bytes) if vllm_standby else vllm_memory_share
+    parts["KV cache"] = max(0, int(share * gpu_bytes) - parts["weights"] - parts["vLLM"])
+    return Estimate(parts, takes_turns=vllm_standby)
+
+
+def standby_share(gpu_bytes: int) -> float:
+    """Return the share of the GPU that vLLM has while it is awake, with standby, whatever the recipe says.
+
+    Source: `load_vllm` in unsloth_zoo's vllm_utils.py, for vLLM from 0.11 on.
+    """
+    tiers = ((40, 0.925), (25, 0.9), (20, 0.825), (14, 0.8), (10, 0.775))
+    return 0.95 * next((share for least, share in tiers if gpu_bytes >= least << 30), 0.75)
+
+
+def vllm_parts(shape: Shape, sequences: int) -> dict[str, int]:
+    """Return what vLLM holds besides weights and KV cache: one batch of prompts, the sampler, CUDA graphs."""
+    prompts = VLLM_BATCH_TOKENS * (2 * shape.hidden_size + 3 * shape.intermediate_size) * 2
+    return {"vLLM": prompts + sequences * shape.vocabulary_size * SAMPLER_BYTES + VLLM_GRAPH_BYTES}
+
+
+def comparison_estimate(shape: Shape) -> Estimate:
+    """Return what merge and gguf need to hold models against each other: one at a time, in float32, and a quarter more.
+
+    With less they compare on the CPU (`device_for`).
+    """
+    weights = weight_bytes(shape, "float32")
+    return Estimate({"weights": weights, "room to compute": weights // 4, "CUDA": CUDA_BYTES})
+
+
+def gpu_estimates(recipe: Recipe, shape: Shape, gpu_bytes: int) -> dict[str, Estimate]:
+    """Return what each stage that fills the GPU needs of its `gpu_bytes`, by name."""
+    common = {
+        "engine": recipe.model.engine, "dtype": recipe.model.dtype, "load_in_4bit": recipe.model.load_in_4bit,
+        "rank": recipe.lora.rank, "target_modules": recipe.lora.target_modules,
+    }  # fmt: skip
+    vllm = {} if recipe.vllm is None else {
+        "vllm_memory_share": recipe.vllm.memory_share, "vllm_sequences": recipe.vllm.sequences,
+        "vllm_standby": recipe.vllm.standby,
+    }  # fmt: skip
+    return {
+        "sft": sft_estimate(
+            shape, **common, optimizer=recipe.sft.optimizer, micro_batch_size=recipe.sft.micro_batch_size,
+            max_tokens=recipe.sft.max_tokens, checkpointing=recipe.sft.gradient_checkpointing,
+        ),
+        "grpo": grpo_estimate(
+            shape, **common, **vllm, optimizer=recipe.grpo.optimizer, micro_batch_size=recipe.grpo.micro_batch_size,
+            completions_per_step=recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt,
+            prompt_tokens=recipe.data.max_prompt_tokens, completion_tokens=recipe.grpo.max_completion_tokens,
+            checkpointing=recipe.grpo.gradient_checkpointing, gpu_bytes=gpu_bytes,
+        ),
+        "merge and gguf": comparison_estimate(shape),
+    }  # fmt: skip
+
+
+def gpu_memory_findings(recipe: Recipe, shape: Shape, total: int, free: int) -> Iterator[Finding]:
+    """Yield whether the estimates fit into the GPU's memory, `total` and `free` in bytes, and vLLM into its share."""
+    for stage, estimate in gpu_estimates(recipe, shape, total).items():
+        largest = sorted(estimate.parts.items(), key=lambda part: -part[1])[:4]
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest if size > 5e7)
+        found = f"{stage} needs about {gigabytes(estimate.peak_bytes)} ({parts}, ...)"
+        if estimate.peak_bytes <= free:
+            yield Finding("ok", "GPU memory", f"{found} of {gigabytes(free)} free")
+        elif stage == "merge and gguf":
+            yield Finding(
+                "warn", "GPU memory",
+                f"{found} and {gigabytes(free)} are free: they compare on the CPU, which takes hours",
+                "take a larger GPU, or run make merge gguf on another machine",
+            )  # fmt: skip
+        elif estimate.peak_bytes <= total:
+            yield Finding(
+                "fail", "GPU memory", f"{found}; {gigabytes(free)} of {gigabytes(total)} are free",
+                "end what else uses the GPU (nvidia-smi lists it), or choose another with GPUS=1",
+            )  # fmt: skip
+        elif least_bytes(estimate, recipe, shape) <= total:
+            share = "" if stage == "sft" else " or lower [vllm] memory_share"
+            yield Finding(
+                "warn", "GPU memory", f"{found} and there are {gigabytes(total)}: {stage} would have to step down",
+                f"halve [{stage}] micro_batch_size{share} yourself, or take a larger GPU",
+            )  # fmt: skip
+        else:
+            yield Finding(
+                "fail", "GPU memory", f"{found} and there are {gigabytes(total)}",
+                "take a larger GPU" + ("" if recipe.model.load_in_4bit else ", or set [model] load_in_4bit = true"),
+            )  # fmt: skip
+    if recipe.vllm is not None and recipe.model.engine == "unsloth":
+        yield vllm_share_finding(recipe, shape, total)
+
+
+def least_bytes(estimate: Estimate, recipe: Recipe, shape: Shape) -> int:
+    """Return what is left of `estimate` at the end of the ladder: one example at a time, vLLM with one sequence."""
+    shrinking = ("layer inputs", "activations", "logits", "fragments", "KV cache")
+    stays = sum(size for name, size in estimate.parts.items() if name not in shrinking)
+    if "KV cache" not in estimate.parts:
+        return stays
+    return stays + kv_bytes(shape, recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens)
+
+
+def vllm_share_finding(recipe: Recipe, shape: Shape, total: int) -> Finding:
+    """Return whether vLLM's share of the `total` bytes holds the weights and at least one completion's KV cache."""
+    share = recipe.vllm.memory_share
+    length = recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens
+    one = kv_bytes(shape, length)
+    held = weight_bytes(shape, recipe.model.dtype, recipe.model.load_in_4bit)
+    held += vllm_parts(shape, recipe.vllm.sequences)["vLLM"]
+    room = int(share * total) - held
+    found = f"[vllm] memory_share = {share} is {gigabytes(share * total)}, {gigabytes(held)} of it for weights and vLLM"
+    if room < one:
+        return Finding(
+            "fail", "vLLM", f"{found}; one completion of {length:,} tokens needs {gigabytes(one)} more",
+            f"raise memory_share to {math.ceil(100 * (held + one) / total) / 100:.2f} or more, twice that for speed",
+        )  # fmt: skip
+    side_by_side = min(room // one, recipe.vllm.sequences)
+    return Finding("ok", "vLLM", f"{found}; {side_by_side} full-length completions side by side")

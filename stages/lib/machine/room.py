@@ -1,0 +1,63 @@
+"""The disk room that a recipe needs, from its model's shape alone."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stages.lib.machine.memory import ADAPTER_BYTES, adapter_parameters, weight_bytes
+from stages.lib.machine.shape import Shape
+
+
+def gguf_bits(kind: str) -> int:
+    """Return the most bits a weight takes in a GGUF file of type `kind` ("q4_k_m"), as the gguf stage counts them.
+
+    A type's digit understates its bits: scales, embeddings in a finer type, rows that fall back to one.
+    """
+    digit = int(re.search(r"\d+", kind)[0])
+    return digit if digit > 8 else min(digit + 3, 9)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a stage adds to the disk, in bytes."""
+
+    kept: int
+    scratch: int = 0  # besides, while it works
+
+
+def disk_rooms(
+    shape: Shape, *, types: Sequence[str], rank: int, target_modules: Sequence[str], merge_positions: int,
+    gguf_positions: int, recommended: str, save: Sequence[str],
+) -> dict[str, Room]:  # fmt: skip
+    """Return what each stage adds to the disk, by its name, in the order they run; "base" is the model itself.
+
+    `merge_positions` and `gguf_positions` are at how many tokens each stage keeps rows of float32 logits to compare.
+    `recommended` is the type that ollama-modelfile copies, `save` the recipe's list of what is handed over.
+    """
+    size = shape.parameters
+    kinds = {name.lower() for name in types}
+    source = "bf16" if "bf16" in kinds and "f16" not in kinds else "f16"  # all others are made from this one
+    files = sum(size * gguf_bits(kind) // 8 for kind in kinds)
+    row = shape.vocabulary_size * 4
+    adapter = adapter_parameters(shape, rank, target_modules)
+    checkpoints = 2 * adapter * (ADAPTER_BYTES + 8)  # with Adam's moments
+    four_bits = weight_bytes(shape, "bfloat16", load_in_4bit=True) if "merged_4bit" in save else 0
+    lora_base = 2 * size if "lora" in save else 0  # the converter takes an adapter beside its base
+    run = Room(adapter * ADAPTER_BYTES, checkpoints)
+    return {
+        "base": Room(2 * size),
+        "sft": run,
+        "grpo": run,
+        "merge": Room(2 * size + four_bits, 2 * merge_positions * row),
+        "gguf": Room(files, gguf_positions * row + (0 if source in kinds else 2 * size) + lora_base),
+        "ollama-modelfile": Room(size * gguf_bits(recommended.lower()) // 8),
+    }
+
+
+def most_room(rooms: Mapping[str, Room]) -> int:
+    """Return the most bytes that stages, run in order, take at once: what all before left, and one's own scratch."""
+    done, most = 0, 0
+    for room in rooms.values():
+        done += room.kept
+        most = max(most, done + room.scratch)
+    return most

@@ -1,0 +1,122 @@
+"""A model's shape: sizes from config.json, without a weight."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stages.lib.errors import UserError
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Gemma3TextConfig's defaults: the published config.json of Gemma 3 4B leaves these out.
+GEMMA3_DEFAULTS = {
+    "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A dense decoder with gated MLP and grouped-query attention; sizes in elements, as config.json has them."""
+
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocabulary_size: int
+    tied: bool  # the embedding is the output layer as well
+    qkv_bias: bool = False
+    qk_norm: bool = False  # a norm over each head's queries and keys
+    layer_norms: int = 2
+    sliding_window: int = 0  # tokens that the sliding layers look back
+    sliding_layers: int = 0
+    vision_parameters: int = 0  # of the vision tower and what joins it on, which stay as they are
+
+    @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a layer's linear layers, by name."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        hidden, inner = self.hidden_size, self.intermediate_size
+        sizes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+        sizes += [(hidden, inner), (hidden, inner), (inner, hidden)]
+        return dict(zip(LINEAR_LAYERS, sizes, strict=True))
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all layers' linear layers, without biases: what 4-bit loading quantizes."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linear.values())
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, a tied embedding counted once."""
+        bias = (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
+        norms = self.layer_norms * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        embeddings = (1 if self.tied else 2) * self.vocabulary_size * self.hidden_size
+        rest = self.layers * (bias + norms) + embeddings + self.hidden_size + self.vision_parameters
+        return self.linear_parameters + rest
+
+
+# The published config.json of the recipes' models, for a machine that has neither network nor a copy.
+SHAPES = {
+    "google/gemma-3-1b-it": Shape(
+        26, 1152, 4, 1, 256, 6912, 262_144, True, qk_norm=True, layer_norms=4, sliding_window=512, sliding_layers=22
+    ),
+    "google/gemma-3-4b-it": Shape(
+        34, 2560, 8, 4, 256, 10_240, 262_208, True, qk_norm=True, layer_norms=4, sliding_window=1024, sliding_layers=29,
+        vision_parameters=419_816_304,
+    ),
+    "unsloth/Qwen3-1.7B-Base": Shape(28, 2048, 16, 8, 128, 6144, 151_936, True, qk_norm=True),
+    "Qwen/Qwen2.5-3B-Instruct": Shape(36, 2048, 16, 2, 128, 11_008, 151_936, True, qkv_bias=True),
+    "meta-llama/Llama-3.1-8B-Instruct": Shape(32, 4096, 32, 8, 128, 14_336, 128_256, False),
+    "unsloth/Phi-4": Shape(40, 5120, 40, 10, 128, 17_920, 100_352, False),
+}  # fmt: skip
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text")
+
+
+def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
+    """Return the shape that a config.json states, of its text part where it has others; `where` is for the message.
+
+    Raises `UserError` for a family whose layout is not known here, and for a size that is missing.
+    """
+    text = config.get("text_config", config)
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"{where}: model_type is {family!r}; its memory can be estimated for {', '.join(FAMILIES)}")
+    gemma = family.startswith("gemma3")
+    stated = (GEMMA3_DEFAULTS if gemma else {}) | {key: value for key, value in text.items() if value is not None}
+    try:
+        heads = stated["num_attention_heads"]
+        return Shape(
+            layers=stated["num_hidden_layers"],
+            hidden_size=stated["hidden_size"],
+            heads=heads,
+            kv_heads=stated.get("num_key_value_heads", heads),
+            head_dim=stated.get("head_dim", stated["hidden_size"] // heads),
+            intermediate_size=stated["intermediate_size"],
+            vocabulary_size=stated["vocab_size"],
+            tied=stated.get("tie_word_embeddings", config.get("tie_word_embeddings", gemma)),
+            qkv_bias=family == "qwen2",
+            qk_norm=family in ("qwen3", "gemma3", "gemma3_text"),
+            layer_norms=4 if gemma else 2,
+            sliding_window=stated["sliding_window"] if gemma else 0,
+            sliding_layers=sliding_layers(stated) if gemma else 0,
+            vision_parameters=vision_parameters(config["vision_config"], stated) if "vision_config" in config else 0,
+        )
+    except KeyError as error:
+        raise UserError(f"{where}: has no {error.args[0]!r}; expected a whole config.json") from error
+
+
+def sliding_layers(text: Mapping[str, Any]) -> int:
+    """Return how many layers of a Gemma 3 look back only a window: as listed, or else all but every sixth."""
+    if "layer_types" in text:
+        return text["layer_types"].count("sliding_attention")
+    return text["num_hidden_layers"] - text["num_hidden_layers"] // text.get("sliding_window_pattern", 6)
+
+
+def vision_parameters(vision: Mapping[str, Any], text: Mapping[str, Any]) -> int:
+    """Return the parameters of Gemma 3's SigLIP tower and of its projector into the text model."""
+    hidden, inner = vision["hidden_size"], vision["intermediate_size"]
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    embedding = hidden * (3 * vision["patch_size"] ** 2 + 1) + patches * hidden
+    layer = 4 * hidden * (hidden + 1) + hidden * (inner + 1) + inner * (hidden + 1) + 4 * hidden
+    return embedding + vision["num_hidden_layers"] * layer + 2 * hidden + hidden * (text["hidden_size"] + 1)

@@ -1,0 +1,140 @@
+"""What a folder of safetensors holds, read from the files' headers and config.json without loading a weight."""
+
+import contextlib
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from stages.lib.errors import UserError
+
+
+def model_folder(name: str, revision: str | None) -> Path:
+    """Return the folder that holds the model `name`: itself, or the hub cache's snapshot of `revision`.
+
+    config.json and, where the model has one, tokenizer.model are there after this; the weights once they were loaded.
+    """
+    from transformers.utils import cached_file
+
+    with fetching_model(name, revision):
+        cached_file(name, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
+        return Path(cached_file(name, "config.json", revision=revision)).parent
+
+
+def whole_model_folder(name: str, revision: str | None) -> Path:
+    """Return the folder with the whole model `name`, fetched if need be: safetensors, tokenizer, configuration."""
+    if revision is None:
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+    with fetching_model(name, revision):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+
+
+@contextlib.contextmanager
+def fetching_model(name: str, revision: str | None) -> Iterator[None]:
+    """Around what may fetch the model `name` from the hub: raise `UserError` when the hub does not give it."""
+    try:
+        yield
+    except OSError as error:  # what transformers and huggingface_hub make of no network, no such revision, no licence
+        if revision is None:
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{name} at {revision}: the hub did not give it: {said}. Run: make doctor RECIPE=..., which says what is "
+            f"amiss (network, revision, licence, token); or give a local folder as [model] name"
+        ) from error
+
+
+def local_model_folder(name: str, revision: str | None) -> Path | None:
+    """Return the folder of the model `name` if it is on this disk, without fetching anything; None if it is not."""
+    if revision is None:
+        return Path(name) if Path(name).is_dir() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return dtype (as safetensors spells it: "BF16") and shape of every tensor in `folder`, by name.
+
+    Raises `UserError` when there is no safetensors file or one is cut short.
+    """
+    tensors: dict[str, tuple[str, list[int]]] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: holds no .safetensors file; expected a model's weights")
+    for path in files:
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            data = file.read(length) if 0 < length <= path.stat().st_size else b""
+        if not data or len(data) < length:
+            raise UserError(f"{path}: is cut short; expected a whole safetensors file. Fetch or make it again")
+        header = json.loads(data)
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if path.stat().st_size < end:
+            raise UserError(f"{path}: is cut short: {path.stat().st_size:,} bytes of {end:,}. Fetch or make it again")
+        tensors |= {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+    return tensors
+
+
+def parameter_count(folder: Path) -> int:
+    """Return the number of parameters stored in `folder`."""
+    return sum(math.prod(shape) for _, shape in weight_shapes(folder).values())
+
+
+def model_config(folder: Path) -> dict:
+    """Return config.json of a model folder. Raises `UserError` when there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: has no config.json; expected a model in transformers' layout")
+    return json.loads(path.read_text())
+
+
+def vocabulary_size(folder: Path) -> int:
+    """Return the rows of a model's embedding, of its text part where it has others."""
+    configuration = model_config(folder)
+    return configuration.get("text_config", configuration)["vocab_size"]
+
+
+# What a quantized copy's name ends with: "-unsloth-bnb-4bit", "-GPTQ-Int4", "-FP8".
+QUANTIZED_NAME = re.compile(r"[-_.]((unsloth[-_])?bnb[-_]4bit|4bit|8bit|int[48]|fp8|awq|gptq|nf4|mxfp4)\b.*", re.I)
+
+
+def refuse_quantized_base(folder: Path, name: str) -> None:
+    """Raise `UserError` when config.json in `folder` says that the base `name` is stored in a few bits.
+
+    For before training: it reads no weight, and a base that is still on the hub has none here.
+    """
+    settings = model_config(folder).get("quantization_config")
+    if settings is None:
+        return
+    whole = QUANTIZED_NAME.sub("", name)
+    example = f", likely {whole!r}" if whole != name else ""
+    method = settings.get("quant_method", "quantization_config")
+    raise UserError(
+        f"{name}: its weights are quantized ({method} in its config.json); merge needs the 16-bit model, or the "
+        f"rounding counts twice. Name that in [model] name{example}; with engine = 'unsloth' and load_in_4bit = true "
+        f"it is trained on in 4 bits all the same"
+    )
+
+
+def refuse_quantized(folder: Path, purpose: str) -> None:
+    """Raise `UserError` for a model stored in a few bits: what was rounded once is never `purpose`'s source."""
+    settings = model_config(folder).get("quantization_config")
+    dtypes = sorted({dtype for dtype, _ in weight_shapes(folder).values()} - {"F64", "F32", "F16", "BF16"})
+    if settings is None and not dtypes:
+        return
+    settings = settings or {}
+    bits = "4-bit " if settings.get("load_in_4bit") or settings.get("bits") == 4 else ""
+    found = f"{bits}{settings.get('quant_method', 'quantized')} ({', '.join(dtypes) or 'quantization_config'})"
+    raise UserError(
+        f"{folder}: its weights are {found}; {purpose} needs the 16-bit model, or the rounding counts twice. Name the "
+        f"16-bit base in [model] name, and run: make merge"
+    )

@@ -1,0 +1,201 @@
+"""Completions of many prompts, with transformers (engine "trl") or vLLM (engine "unsloth")."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.lib.model.engine import close_engine, require_engine
+from stages.lib.model.files import whole_model_folder
+from stages.lib.model.load import load_model
+from stages.lib.model.locate import locate_model
+from stages.lib.model.tokenizer import end_ids, load_tokenizer
+from stages.lib.recipe.tables import MAX_VLLM_RANK, Recipe
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, MAX_VLLM_RANK)  # for which vLLM makes room (vllm/config/lora.py)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy, and the fields after it are then without effect."""
+
+    max_completion_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class Generator:
+    """The base model, loaded once, with saved adapters at hand by name."""
+
+    model: Any  # a transformers or PEFT model, or vLLM's LLM
+    tokenizer: Any
+    ends: list[int]  # token ids that end a completion
+    adapters: dict[str, Path]
+
+
+@contextlib.contextmanager
+def open_generator(
+    recipe: Recipe, base_model: Path | None, adapters: dict[str, Path], max_completion_tokens: int, seed: int
+) -> Iterator[Generator]:
+    """Give the recipe's base model, ready to complete prompts with each of `adapters` or none."""
+    require_engine(recipe)
+    tokenizer = load_tokenizer(recipe, base_model)
+    if recipe.model.engine == "unsloth":
+        max_tokens = recipe.data.max_prompt_tokens + max_completion_tokens
+        generator = load_vllm(recipe, base_model, adapters, tokenizer, max_tokens, seed)
+    else:
+        generator = load_transformers(recipe, base_model, adapters, tokenizer, seed)
+    try:
+        yield generator
+    finally:
+        close_engine(getattr(generator.model, "llm_engine", None))
+
+
+def load_transformers(
+    recipe: Recipe, base_model: Path | None, adapters: dict[str, Path], tokenizer: Any, seed: int
+) -> Generator:
+    """Return the base, and every adapter on it, on the GPU if there is one."""
+    import torch
+    from peft import PeftModel
+
+    torch.manual_seed(seed)
+    model = load_model(recipe, base_model)
+    ends = end_ids(model.generation_config, tokenizer)
+    for name, adapter in adapters.items():
+        if isinstance(model, PeftModel):
+            model.load_adapter(adapter, adapter_name=name)
+        else:
+            model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
+    return Generator(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, ends, adapters)
+
+
+def load_vllm(
+    recipe: Recipe, base_model: Path | None, adapters: dict[str, Path], tokenizer: Any, max_tokens: int, seed: int
+) -> Generator:
+    """Return vLLM with the base as it was in training, in this process, for sequences of up to `max_tokens`."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process of its own could outlive this one
+    from transformers import GenerationConfig
+    from vllm import LLM
+
+    folder = whole_model_folder(*locate_model(recipe.model, base_model))
+    stated = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    model = LLM(
+        model=str(folder),
+        dtype=recipe.model.dtype,
+        quantization="bitsandbytes" if recipe.model.load_in_4bit else None,
+        max_model_len=max_tokens,
+        max_num_seqs=recipe.vllm.sequences,
+        gpu_memory_utilization=recipe.vllm.memory_share,
+        enable_lora=bool(adapters),
+        max_lora_rank=min(rank for rank in VLLM_RANKS if rank >= recipe.lora.rank),
+        max_loras=1,
+        seed=seed,
+        trust_remote_code=False,
+    )
+    return Generator(model, tokenizer, end_ids(stated, tokenizer), adapters)
+
+
+def generate_completions(
+    generator: Generator,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    batch_size: int,
+    *,
+    adapter: str | None = None,
+    advance: Callable[[int], Any],
+) -> list[list[int]]:
+    """Return one completion a prompt, as token ids up to the one that ends it, that one included.
+
+    `prompts` are rendered, with the generation prompt; `adapter` is a name that `load` was given, None the base model.
+    They go to the model `batch_size` at a time, and `advance` is told the number done after each batch.
+    """
+    vllm = hasattr(generator.model, "llm_engine")
+    batch = (vllm_batch if vllm else transformers_batch)(generator, sampling, adapter)
+    made = []
+    for first in range(0, len(prompts), batch_size):
+        part = prompts[first : first + batch_size]
+        made += [until_end(ids, generator.ends) for ids in batch(part)]
+        advance(len(part))
+    return made
+
+
+def transformers_batch(
+    generator: Generator, sampling: Sampling, adapter: str | None
+) -> Callable[[Sequence[str]], list[list[int]]]:
+    """Return a function from a batch of prompts to what transformers' generate() adds to each, padding included."""
+    import torch
+    from peft import PeftModel
+    from transformers import GenerationConfig
+
+    model, tokenizer = generator.model, generator.tokenizer
+    if isinstance(model, PeftModel):
+        model.base_model.enable_adapter_layers() if adapter else model.base_model.disable_adapter_layers()
+        if adapter:
+            model.set_adapter(adapter)
+    drawn = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+    }
+    # Given to generate() instead, what is not said here would be the model's own: its publisher's favourite sampling.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=sampling.max_completion_tokens,
+        do_sample=sampling.temperature > 0,
+        **(drawn if sampling.temperature > 0 else {}),
+        repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=generator.ends,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        disable_compile=True,
+    )
+
+    def generate(prompts: Sequence[str]) -> list[list[int]]:
+        encoded = tokenizer(
+            list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        with torch.inference_mode():
+            return model.generate(**encoded)[:, encoded["input_ids"].shape[1] :].tolist()
+
+    return generate
+
+
+def vllm_batch(
+    generator: Generator, sampling: Sampling, adapter: str | None
+) -> Callable[[Sequence[str]], list[list[int]]]:
+    """Return a function from a batch of prompts to vLLM's completions of them."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    parameters = SamplingParams(
+        max_tokens=sampling.max_completion_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        stop_token_ids=generator.ends,
+        detokenize=False,
+    )
+    number = {name: number for number, name in enumerate(generator.adapters, 1)}
+    request = LoRARequest(adapter, number[adapter], str(generator.adapters[adapter])) if adapter else None
+
+    def generate(prompts: Sequence[str]) -> list[list[int]]:
+        encoded = generator.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        inputs = [{"prompt_token_ids": ids} for ids in encoded]
+        outputs = generator.model.generate(inputs, parameters, lora_request=request, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    return generate
+
+
+def until_end(ids: list[int], ends: list[int]) -> list[int]:
+    """Return the token ids up to the first that ends a completion, that one included; all, where none does."""
+    end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: end + 1]

@@ -1,0 +1,56 @@
+"""The tokenizer with the chat template that a run trains and ships, and the ids that end a completion."""
+
+from pathlib import Path
+from typing import Any
+
+from stages.lib.answers import formats
+from stages.lib.errors import UserError
+from stages.lib.model.files import fetching_model
+from stages.lib.model.locate import SAFE, locate_model
+from stages.lib.recipe.tables import Recipe
+
+
+def load_tokenizer(recipe: Recipe, base_model: Path | None) -> Any:
+    """Return the model's tokenizer with the chat template that this run trains and ships.
+
+    Raises `UserError` when a local model folder has no tokenizer, or when neither model nor format has a chat template.
+    """
+    from transformers import AutoTokenizer
+
+    name, revision = locate_model(recipe.model, base_model)
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
+        raise UserError(f"{name}: the model folder has no tokenizer; expected one of {', '.join(files)}")
+    with fetching_model(name, revision):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **SAFE)
+    template = formats.get(recipe.format.name).chat_template
+    if template is not None:
+        tokenizer.chat_template = template
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{name}: the tokenizer has no chat template and format {recipe.format.name!r} brings none; "
+            f"choose an instruction-tuned model, or [format] name = 'think'"
+        )
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        tokenizer.pad_token = spare_token(tokenizer) or tokenizer.eos_token
+    return tokenizer
+
+
+def spare_token(tokenizer: Any) -> str | None:
+    """Return a special token that no conversation holds, one called a pad if there is one; None if there is none.
+
+    What pads must not be what ends a turn: Unsloth finds the padding of a batch by its token, and would take the end of
+    the user's turn for it.
+    """
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    held = {*tokenizer.apply_chat_template(turns, return_dict=False), tokenizer.eos_token_id, tokenizer.bos_token_id}
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    spare = [token.content for number, token in added if token.special and number not in held]
+    return min(spare, key=lambda token: "pad" not in token.lower(), default=None)
+
+
+def end_ids(generation_config: Any | None, tokenizer: Any) -> list[int]:
+    """Return the token ids at which a completion ends: those of the generation config, and the tokenizer's own."""
+    stated = generation_config.eos_token_id if generation_config is not None else None
+    stated = [] if stated is None else [stated] if isinstance(stated, int) else stated
+    return sorted({*stated, tokenizer.eos_token_id})

@@ -1,0 +1,101 @@
+"""Unsloth's model with a LoRA adapter, and the scoring pass that its GRPO can do without."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from stages.lib.errors import UserError
+from stages.lib.model.files import whole_model_folder
+from stages.lib.model.locate import SAFE, locate_model
+from stages.lib.model.lora import adapted_modules, require_modules
+from stages.lib.recipe.tables import Recipe
+
+
+def load_unsloth(
+    recipe: Recipe, base_model: Path | None, adapter: Path | None, max_tokens: int, memory_share: float | None
+) -> Any:
+    """Return Unsloth's model: see `load_trainable`."""
+    import torch
+    from transformers import GenerationConfig
+    from unsloth import FastLanguageModel  # isort: skip  (`start` imported it before transformers)
+
+    # A folder, not a hub name: vLLM can't be given a revision, and Unsloth puts other repositories in a name's place.
+    folder = whole_model_folder(*locate_model(recipe.model, base_model))
+    vllm = memory_share is not None
+    sequences = recipe.vllm.sequences + (recipe.vllm.sequences == 256)  # Unsloth takes 256 for "not said"
+    checkpointing = "unsloth" if (recipe.grpo if vllm else recipe.sft).gradient_checkpointing else False
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(folder),
+        max_seq_length=max_tokens,
+        dtype=getattr(torch, recipe.model.dtype),
+        load_in_4bit=recipe.model.load_in_4bit,
+        full_finetuning=False,
+        **({"gpu_memory_utilization": memory_share, "max_num_seqs": sequences} if vllm else {}),
+        fast_inference=vllm,
+        max_lora_rank=recipe.lora.rank,
+        use_gradient_checkpointing=checkpointing,
+        use_exact_model_name=True,
+        random_state=recipe.sft.seed,
+        **SAFE,
+    )
+    if (folder / "generation_config.json").is_file():  # the model that is rebuilt from vLLM's weights has none
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    require_modules(recipe, model)
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=adapted_modules(recipe),
+        bias="none",
+        use_rslora=False,
+        use_gradient_checkpointing=checkpointing,
+        random_state=recipe.sft.seed,
+        max_seq_length=max_tokens,
+    )
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model
+
+
+def load_adapter(model: Any, adapter: Path) -> None:
+    """Give the adapter on `model` the weights saved in `adapter`. Raises `UserError` when they don't fit it."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    result = set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        raise UserError(
+            f"{adapter}: is not an adapter for this recipe's [lora]: it lacks {len(missing)} of the weights and has "
+            f"{len(result.unexpected_keys)} others, such as {[*missing, *result.unexpected_keys][0]}. Run: make sft"
+        )
+
+
+def needs_scoring_pass(recipe: Recipe) -> bool:
+    """Return whether GRPO needs a pass that scores completions before it trains on them.
+
+    A second round over the same completions (`num_iterations`) and a pull to the base model (`beta`) do.
+    """
+    return recipe.grpo.num_iterations > 1 or recipe.grpo.beta > 0
+
+
+def skip_scoring_pass(recipe: Recipe, trainer: Any) -> None:
+    """Spare Unsloth's GRPO `trainer` the pass that scores completions before training on them, unless it is needed.
+
+    The importance-sampling correction holds vLLM's log-probabilities against the trainer's own. While one optimizer
+    step takes all that was generated for it, those are what the training pass computes anyway: a quarter of its
+    arithmetic saved.
+    """
+    if recipe.model.engine != "unsloth" or needs_scoring_pass(recipe):
+        return
+    module = sys.modules[type(trainer).__module__]
+    loss = module.UnslothEfficientGRPO
+
+    class OnPolicy(loss):
+        @staticmethod
+        def forward(ctx, new, old, *rest):
+            return loss.forward(ctx, new, new if old is None else old, *rest)
+
+    module.UnslothEfficientGRPO = OnPolicy
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (None, None, None)

@@ -1,0 +1,95 @@
+"""Reading a recipe: strictly, from TOML into the tables."""
+
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from stages.lib.answers import formats
+from stages.lib.errors import UserError, nearest
+from stages.lib.recipe.rules import check_recipe
+from stages.lib.recipe.tables import Recipe
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises `UserError`, naming file, key and nearest match, for an unknown, missing or mistyped key, for a number out of
+    its bounds, and for what contradicts itself across tables.
+    """
+    try:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such recipe. Run: make help") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML: {error}") from error
+    recipe = build_table(Recipe, tables, path, "", given={"path": path})
+    try:
+        own_prompt = formats.get(recipe.format.name).system_prompt
+    except UserError as error:
+        raise UserError(f"{path}: [format] name: {error.message}") from error
+    prompt = recipe.format.system_prompt or own_prompt
+    recipe = dataclasses.replace(recipe, format=dataclasses.replace(recipe.format, system_prompt=prompt))
+    check_recipe(recipe)
+    return recipe
+
+
+def build_table(kind: type, table: dict[str, Any], path: Path, where: str, given: dict[str, Any] | None = None) -> Any:
+    """Return `kind`, a dataclass, from a TOML table; `where` is the table's dotted name, "" for the whole file."""
+    given = given or {}
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in given}
+    for key, value in table.items():
+        if key not in fields:
+            name = f"[{where}] {key}" if where else f"[{key}]" if isinstance(value, dict) else key
+            raise UserError(f"{path}: {name} is not known{nearest(key, fields)}; known: {', '.join(sorted(fields))}")
+    hints = typing.get_type_hints(kind)
+    values = dict(given)
+    for name, field in fields.items():
+        spelled = f"[{where}] {name}" if where else name if name == "save" else f"[{name}]"
+        if name in table:
+            values[name] = convert_value(table[name], hints[name], path, f"{where}.{name}".lstrip("."), spelled)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{path}: {spelled} is missing")
+    return kind(**values)
+
+
+def convert_value(value: Any, hint: Any, path: Path, where: str, spelled: str) -> Any:
+    """Return `value` as the type `hint` asks for, or raise `UserError`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return convert_value(value, next(kind for kind in arguments if kind is not type(None)), path, where, spelled)
+    if origin is Literal:
+        if value not in arguments:
+            close = nearest(str(value), arguments)
+            raise UserError(f"{path}: {spelled} = {value!r}; expected one of {', '.join(arguments)}{close}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise UserError(f"{path}: {spelled} = {value!r}; expected a list")
+        return [
+            convert_value(item, arguments[0], path, where, f"{spelled}, item {n}") for n, item in enumerate(value, 1)
+        ]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {spelled} = {value!r}; expected a table [{where}]")
+        return {
+            key: convert_value(item, arguments[1], path, f"{where}.{key}", f"[{where}] {key}")
+            for key, item in value.items()
+        }
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {spelled} = {value!r}; expected a table [{where}]")
+        return build_table(hint, value, path, where)
+    if hint is float and type(value) is int:
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
+    if type(value) is not hint:
+        raise UserError(f"{path}: {spelled} = {value!r}; expected {hint.__name__}, found {type(value).__name__}")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"{path}: {spelled} = {value!r}; expected a finite number")
+    return value

@@ -1,0 +1,101 @@
+"""What a completion is, looked at once for all rewards of a suite, and whether its answer is right."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from stages.lib.answers.formats import THINK, XML, Format
+from stages.lib.answers.number import canonical_number, given_number, number_value
+
+Completion = str | list[dict[str, Any]]
+Reward = Callable[..., list[float]]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What some rewards have to be told. None is "not said", which is an error if a reward that needs it is used."""
+
+    max_completion_tokens: int | None = None  # length_penalty: [grpo] has it
+    length_cache_tokens: int | None = None  # length_penalty: the last so many tokens cost
+    repetition_ngram_tokens: int | None = None  # repetition_penalty: the length of what is repeated
+    repetition_max_penalty: float | None = None  # repetition_penalty: what all repetition and nothing else would cost
+
+
+# --- what a completion is, looked at once for all functions of a suite ---------------------------------------------
+
+
+class Judgement(NamedTuple):
+    """What is to be known of one completion."""
+
+    answer: str | None  # what the format reads; None: not well formed
+    written: str  # the answer with the white space around it
+    canonical: str | None
+    integer: bool  # the answer is one bare integer
+    exact: bool  # well formed, and the tags as `write` puts them
+    tags_in_place: int
+    trailing_characters: int
+
+
+def judge(format: Format, text: str) -> Judgement:
+    """Return what is to be known of the completion `text`, as `format` reads it."""
+    trailing = _count_trailing_characters(format, text)
+    parts = format.split(text)
+    if parts is None:
+        return Judgement(None, "", None, False, False, _count_tags_in_place(format, text), trailing)
+    answer = parts.answer.strip()
+    canonical = given_number(answer)
+    bare = answer == canonical or number_value(answer) is not None
+    integer = canonical is not None and bare and "/" not in canonical
+    return Judgement(answer, parts.answer, canonical, integer, format.is_exact(parts), len(format.tags), trailing)
+
+
+def _count_tags_in_place(format: Format, text: str) -> int:
+    """Count the tags that occur once, after all tags that come before them, and next to a block that is not blank."""
+    tags = format.tags
+    in_place = 0
+    for number, tag in enumerate(tags):
+        if text.count(tag) != 1:
+            continue
+        start = text.index(tag)
+        end = start + len(tag)
+        if any(earlier in text[end:] for earlier in tags[:number]):
+            continue
+        if tag in (format.reasoning_open, format.answer_open):
+            closing = text.find(tags[number + 1], end)
+            block = text[end:] if closing < 0 else text[end:closing]
+        else:
+            opening = text.rfind(tags[number - 1], 0, start) if number else -1
+            block = text[:start] if opening < 0 else text[opening + len(tags[number - 1]) : start]
+        in_place += not (block == "" or block.isspace())
+    return in_place
+
+
+def _count_trailing_characters(format: Format, text: str) -> int:
+    """Count what follows the answer, one line break apart; an answer that never closes counts as what follows."""
+    for tag in (format.answer_close, format.answer_open):
+        position = text.rfind(tag)
+        if position >= 0:
+            end = position + len(tag)
+            return len(text) - end - text.startswith("\n", end)
+    return 0
+
+
+# More completions than this in one batch are judged again by each function: slower, not different.
+_CACHED_COMPLETIONS = 4096
+judge_xml = functools.lru_cache(_CACHED_COMPLETIONS)(functools.partial(judge, XML))
+judge_think = functools.lru_cache(_CACHED_COMPLETIONS)(functools.partial(judge, THINK))
+
+
+def texts_of(completions: Sequence[Completion]) -> list[str]:
+    """Return the text of each completion: a string itself, or the last message of a conversation."""
+    return [c if isinstance(c, str) else c[-1]["content"] or "" for c in completions]
+
+
+def is_right(judgement: Judgement, true: str) -> bool:
+    """Say whether a completion's answer is the canonical answer `true`, or where it is no number, the same text."""
+    if judgement.answer is None:
+        return False
+    if judgement.canonical is None:
+        return judgement.answer == true.strip()
+    return judgement.canonical == canonical_number(true)

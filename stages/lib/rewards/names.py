@@ -1,0 +1,132 @@
+"""What GRPO pays for: the two suites, the rewards for any format, and the user's own. `docs/rewards.md` explains each.
+
+A reward is a function as TRL calls it: `f(completions, **columns)` gives one number a completion. `completions` holds
+strings or conversations of one assistant message; `answer` is the dataset's column of canonical answers;
+`completion_ids` are the token ids of each completion. What a completion answers is what its format reads, so a reward
+and `infer` never disagree. Rewards print nothing, draw nothing at random and keep no state: the caches below and the
+worker of `math_correct` change how long an answer takes and not what it is.
+
+Recipes name the functions and weigh them; TRL logs each under its name and pays the weighted sum, so that weight 0 logs
+without paying.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.lib.answers.formats import Format
+from stages.lib.errors import UserError, nearest
+from stages.lib.rewards.judge import Completion, Parameters, Reward
+from stages.lib.rewards.lengths import length_penalty, repetition_penalty
+from stages.lib.rewards.math_correct import _MATH_WORKER, math_correct
+from stages.lib.rewards.own import is_own, load_own, look_for_own, own_path
+from stages.lib.rewards.think import check_answer, check_numbers, match_format_approximately, match_format_exactly
+from stages.lib.rewards.xml import correctness, integer, soft_format, strict_format, xmlcount
+
+# --- by name --------------------------------------------------------------------------------------------------------
+
+SUITES: dict[str, dict[str, Reward]] = {
+    "xml": {f.__name__: f for f in (xmlcount, soft_format, strict_format, integer, correctness)},
+    "think": {f.__name__: f for f in (match_format_exactly, match_format_approximately, check_answer, check_numbers)},
+}
+FOR_ANY_FORMAT: dict[str, Reward] = {f.__name__: f for f in (math_correct, length_penalty, repetition_penalty)}
+
+
+def load_rewards(
+    names: Sequence[str], format: Format, recipe_folder: Path, **parameters: int | float | None
+) -> list[Reward]:
+    """Give the reward functions that a recipe names, in order, each with the `__name__` that logs show it by.
+
+    `names` are those of the suite of `format`, those for any format, and `FILE.py:FUNCTION` for the user's own, the
+    file relative to `recipe_folder`. `parameters` are fields of `Parameters`. Raises UserError for what is unknown,
+    missing, named twice or not to be called as a reward.
+    """
+    told = Parameters(**parameters)
+    rewards = [_load_one(name, format, recipe_folder, told) for name in names]
+    _refuse_twice(names)
+    return rewards
+
+
+def check_reward_names(
+    names: Sequence[str], format: Format, recipe_folder: Path, **parameters: int | float | None
+) -> None:
+    """Raise UserError for what `load` would refuse, as far as shows without running a line of the user's."""
+    told = Parameters(**parameters)
+    for name in names:
+        if is_own(name):
+            look_for_own(name, own_path(name, recipe_folder))
+        else:
+            _known(name, format)
+            _parameters_of(name, told)
+    _refuse_twice(names)
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        logged_as = name.rpartition(":")[2]
+        if logged_as in seen:
+            raise UserError(f"[rewards] {name!r}: another reward is already logged as {logged_as!r}; rename one")
+        seen.add(logged_as)
+
+
+def _load_one(name: str, format: Format, recipe_folder: Path, parameters: Parameters) -> Reward:
+    if is_own(name):
+        return load_own(name, recipe_folder)
+    reward = _known(name, format)
+    if name == "math_correct":
+        _MATH_WORKER.start()
+        return _named(name, functools.partial(math_correct, format=format))
+    own = _parameters_of(name, parameters)
+    return _named(name, functools.partial(reward, **own)) if own else reward
+
+
+def _known(name: str, format: Format) -> Reward:
+    known = SUITES[format.name] | FOR_ANY_FORMAT
+    if name not in known:
+        raise UserError(f"[rewards] {name!r} {_why_unknown(name, known, format)}")
+    return known[name]
+
+
+def _parameters_of(name: str, parameters: Parameters) -> dict[str, Any]:
+    if name == "length_penalty":
+        limit = _told(name, parameters, "max_completion_tokens", 1)
+        cache = _told(name, parameters, "length_cache_tokens", 1)
+        if cache > limit:
+            raise UserError(f"[rewards] length_cache_tokens = {cache} is more than max_completion_tokens = {limit}")
+        return {"max_completion_tokens": limit, "length_cache_tokens": cache}
+    if name == "repetition_penalty":
+        ngram = _told(name, parameters, "repetition_ngram_tokens", 1)
+        penalty = _told(name, parameters, "repetition_max_penalty", 0)
+        return {"repetition_ngram_tokens": ngram, "repetition_max_penalty": penalty}
+    return {}
+
+
+def _why_unknown(name: str, known: dict[str, Reward], format: Format) -> str:
+    if name in SUITES:
+        return f"is a suite; name its functions, with a weight each: {', '.join(SUITES[name])}"
+    for suite, functions in SUITES.items():
+        if name in functions:
+            return f"is of suite {suite!r}, but [format] name = {format.name!r}; its own: {', '.join(known)}"
+    return f"is not known{nearest(name, known)}; known: {', '.join(known)}, or your own as 'FILE.py:FUNCTION'"
+
+
+def _told(name: str, parameters: Parameters, key: str, least: int) -> Any:
+    told = getattr(parameters, key)
+    if told is None:
+        raise UserError(f"[rewards] {key} is missing: {name} needs it")
+    if not told >= least:
+        raise UserError(f"[rewards] {key} = {told!r}; expected {least} or more")
+    return told
+
+
+def _named(name: str, function: functools.partial) -> Reward:
+    """Give `function` as a plain one with a name: a partial has none, and loggers other than TRL's ask for it."""
+
+    def reward(completions: Sequence[Completion], **columns: Any) -> list[float]:
+        return function(completions, **columns)
+
+    reward.__name__ = reward.__qualname__ = name
+    reward.__doc__ = function.func.__doc__
+    return reward

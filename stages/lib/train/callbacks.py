@@ -1,0 +1,69 @@
+"""Callbacks of transformers' Trainer: progress bar, an orderly stop, health."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from stages.lib.errors import UserError
+from stages.lib.recipe.tables import Health
+from stages.lib.train import health
+
+COMPLETE = "complete"  # in a checkpoint: everything was written; transformers itself writes one file after another
+
+
+def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tuple[Any, Any, Any]:
+    """Return the progress bar, the signal handler and the watch over the log, as callbacks of transformers' Trainer."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        """A bar with the metrics named in `bar` and the time left."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.tqdm = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.tqdm.update(state.global_step - self.tqdm.n)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.tqdm.set_postfix({name: f"{logs[name]:.3f}" for name in bar if name in logs})
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.tqdm.close()
+
+    class StopOnSignal(TrainerCallback):
+        """Save and stop after the round in which TERM or INT came; mark what was saved as complete."""
+
+        signal: int | None = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def note(self, number, frame):
+            self.signal = number
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.signal is not None and state.global_step % round_steps == 0:
+                control.should_save = control.should_training_stop = True
+
+        def on_save(self, args, state, control, **kwargs):
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    class Watch(TrainerCallback):
+        """Stop a run that would only waste GPU hours, or say so once, as the recipe's [health] says."""
+
+        said: set[str] = set()
+
+        def on_log(self, args, state, control, **kwargs):
+            for check, advice in health.find(state.log_history, knobs, scaled=args.fp16).items():
+                if check not in knobs.warn_only:
+                    raise UserError(f"stopped at step {state.global_step} by the {check} check: {advice}")
+                if check not in self.said:
+                    self.said.add(check)
+                    tqdm.write(f"step {state.global_step}, {check} check: {advice}")
+
+    return Progress(), StopOnSignal(), Watch()

@@ -1,0 +1,246 @@
+"""The model card: what the hub reads of it, what it states, and that nothing in it can break out of its place."""
+
+import ast
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from stages.lib.artifact.manifest import read_manifest
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Recipe
+from stages.lib.report.card import KINDS, File, repositories, table, write
+from tests.support import uploads
+
+ALL = repositories("ann/tiny", list(KINDS))
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return uploads.write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def manifests(run) -> dict:
+    return {stage: read_manifest(run / stage, stage) for stage in uploads.STAGES}
+
+
+@pytest.fixture
+def recipe(run) -> Recipe:
+    return read_recipe(run / "tiny.toml")
+
+
+def changed(recipe: Recipe, **tables: dict[str, object]) -> Recipe:
+    """Return the recipe with other values in some tables."""
+    return dataclasses.replace(
+        recipe, **{name: dataclasses.replace(getattr(recipe, name), **values) for name, values in tables.items()}
+    )
+
+
+def of_the_hub(recipe: Recipe) -> Recipe:
+    """Return the recipe as if its model and data came from the hub."""
+    sources = [
+        dataclasses.replace(recipe.data.sources[0], name="openai/gsm8k", revision=COMMIT, config="main"),
+        dataclasses.replace(recipe.data.sources[1], name="/home/ann/private/exam.jsonl", config=""),
+    ]
+    model = {"name": "google/gemma-3-1b-it", "revision": COMMIT}
+    return dataclasses.replace(changed(recipe, model=model, data={"sources": sources}), base_model=None)
+
+
+def written(kind: str, recipe: Recipe, manifests: dict, names: dict[str, str] = ALL) -> str:
+    files = [File("model.safetensors", b"abc", 3, "ba7816bf" * 8)]
+    return write(kind, names, recipe, manifests, files)
+
+
+def front(kind: str, recipe: Recipe, manifests: dict, names: dict[str, str] = ALL) -> dict:
+    """Return the front matter as huggingface_hub reads it."""
+    from huggingface_hub import ModelCard
+
+    return ModelCard(written(kind, recipe, manifests, names)).data.to_dict()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_hubs_own_parser_reads_every_card_back(kind, recipe, manifests):
+    from huggingface_hub import ModelCard
+
+    text = written(kind, of_the_hub(changed(recipe, ollama={"license": "gemma"})), manifests)
+    card = ModelCard(text)
+    assert card.data.license == "gemma"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.datasets == ["openai/gsm8k"]
+    assert {"temper", "sft", "grpo"} <= set(card.data.tags)
+    assert card.text.startswith(f"\n# {ALL[kind].removeprefix('ann/')}\n")
+    assert str(card) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "measured"),
+    [
+        ("merged_16bit", [("accuracy (1319 problems, greedy)", 0.743)]),
+        ("lora", [("accuracy (1319 problems, greedy)", 0.743)]),
+        (
+            "gguf",
+            [("accuracy of q4_k_m (200 problems, greedy)", 0.705), ("accuracy of q8_0 (200 problems, greedy)", 0.735)],
+        ),
+        ("merged_4bit", None),
+    ],
+)  # fmt: skip
+def test_the_index_has_the_accuracies_that_were_measured_on_these_files_and_no_other(kind, measured, recipe, manifests):
+    from huggingface_hub import ModelCard
+
+    results = ModelCard(written(kind, recipe, manifests)).data.eval_results
+    assert (results and sorted((result.metric_name, result.metric_value) for result in results)) == measured
+    assert {result.metric_type for result in results or []} <= {"accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "pushed", "base", "relation"),
+    [
+        ("merged_16bit", ["merged_16bit", "gguf"], "google/gemma-3-1b-it", "finetune"),
+        ("lora", ["merged_16bit", "lora"], "google/gemma-3-1b-it", "adapter"),
+        ("gguf", ["merged_16bit", "gguf"], "ann/tiny", "quantized"),
+        ("gguf", ["gguf"], "google/gemma-3-1b-it", "finetune"),  # it is no quantization of the base
+        ("merged_4bit", ["merged_16bit", "merged_4bit"], "ann/tiny", "quantized"),
+    ],
+)
+def test_the_origin_is_what_the_hub_draws_its_tree_from(kind, pushed, base, relation, recipe, manifests):
+    data = front(kind, of_the_hub(recipe), manifests, repositories("ann/tiny", pushed))
+    assert (data["base_model"], data["base_model_relation"]) == (base, relation)
+
+
+def test_a_base_that_is_not_on_the_hub_is_not_named_as_if_it_were(recipe, manifests):
+    for kind in ("merged_16bit", "lora"):
+        assert not {"base_model", "base_model_relation", "datasets"} & set(front(kind, recipe, manifests))
+
+
+@pytest.mark.parametrize(
+    ("license", "stated"),
+    [
+        ("", {}),
+        ("apache-2.0", {"license": "apache-2.0"}),
+        ("qwen-research", {"license": "other", "license_name": "qwen-research"}),
+        ("My Own\nText: of *many* lines", {"license": "other", "license_name": "my-own"}),
+        ('"evil": [', {"license": "other", "license_name": "evil"}),
+    ],
+)
+def test_a_licence_is_one_the_hub_knows_or_other(license, stated, recipe, manifests):
+    data = front("merged_16bit", changed(recipe, ollama={"license": license}), manifests)
+    assert {key: value for key, value in data.items() if key.startswith("license")} == stated
+    assert ("states none" in written("gguf", changed(recipe, ollama={"license": license}), manifests)) == (not license)
+
+
+@pytest.mark.parametrize(("configs", "stated"), [(("en", "en"), ["en"]), (("main", "en"), None), (("", ""), None)])
+def test_a_language_is_stated_only_where_the_data_names_it(configs, stated, recipe, manifests):
+    sources = [dataclasses.replace(each, config=of) for each, of in zip(recipe.data.sources, configs, strict=True)]
+    assert front("gguf", changed(recipe, data={"sources": sources}), manifests).get("language") == stated
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_examination_stands_in_every_card_with_intervals_and_paired_tests(kind, recipe, manifests):
+    text = written(kind, recipe, manifests)
+    assert "| base | 3.1% | 1.1% to 5.1% | 98.7% | 87.2 | 1.3% | 1,319 |" in text
+    assert "| after GRPO | 74.3% | 72.3% to 76.3% | 98.7% | 87.2 | 1.3% | 1,319 |" in text
+    assert "- sft to grpo: 655 problems gained, 7 lost (exact McNemar test, p = 2.5e-158)" in text
+    assert "| `correctness` | 1 | 0.500 | 0.875 |" in text
+    assert "| sft | 7,999 | 2 duplicate, 122 too close to eval |" in text
+    assert "| `model.safetensors` | 3 | `" + "ba7816bf" * 8 in text
+    assert f"```toml\n{(recipe.path).read_text().strip()}\n```" in text
+
+
+def test_each_card_states_the_fidelity_of_its_own_files(recipe, manifests):
+    gguf = written("gguf", recipe, manifests)
+    assert (
+        "| q8_0 | 0.1 | 3.5e-04 | 3.5e-03 | 3.5e-02 | 97.21% | 92.5% | 73.5% | 68.5% to 78.5% | 7 / 3 | 198 of 200 |"
+    ) in gguf  # fmt: skip
+    assert "The merged model answers 74.0% of them (68.0% to 80.0%) rightly" in gguf
+    assert "mean KL divergence of 4.6e-07 nats (at most 1.2e-05)" in written("merged_16bit", recipe, manifests)
+    four = written("merged_4bit", recipe, manifests)
+    assert "mean KL divergence of 3.4e-02 nats (at most 4.6e-01)" in four
+    assert "Its accuracy was not examined." in four
+    assert "mean KL divergence of 6.7e-05 nats (at most 8.9e-04)" in written("lora", recipe, manifests)
+
+
+def test_an_adapter_without_a_gguf_is_not_said_to_have_one(recipe, manifests):
+    metrics = {key: value for key, value in manifests["gguf"]["metrics"].items() if key != "lora"}
+    text = written("lora", recipe, manifests | {"gguf": manifests["gguf"] | {"metrics": metrics}})
+    assert "GGUF against the merged model" not in text
+    assert "llama-cli" not in text
+
+
+def test_a_training_that_ran_short_of_memory_says_so(recipe, manifests):
+    step = {"to": {"max_completion_tokens": 32}}
+    metrics = manifests["grpo"]["metrics"] | {"memory_ladder": [step]}
+    text = written("gguf", recipe, manifests | {"grpo": manifests["grpo"] | {"metrics": metrics}})
+    assert '- grpo: {"to": {"max_completion_tokens": 32}}' in text
+    assert "Memory was short" not in written("gguf", recipe, manifests)
+
+
+@pytest.mark.parametrize(
+    "system", ["Think.", 'Say "x"\\n\n\'\'\'\n"""\n  {braces} $HOME `tick`', "```\n````\n# no head", "é\t中"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_python_of_a_card_holds_the_very_system_prompt_and_no_text_ends_its_block(kind, system, recipe, manifests):
+    text = written(kind, changed(recipe, format={"system_prompt": system}), manifests)
+    blocks = re.findall(r"^(`{3,})(\w*)\n(.*?)^\1$", text, flags=re.MULTILINE | re.DOTALL)
+    assert blocks[0][1:] == ("text", system + "\n")
+    code = [block for _, language, block in blocks if language == "python"]
+    assert len(code) == (1 if kind == "gguf" else 2)
+    for block in code:
+        (value,) = [
+            node.value for node in ast.parse(block).body
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "system"
+        ]  # fmt: skip
+        assert ast.literal_eval(value) == system
+
+
+def test_a_thought_that_the_prompt_begins_is_explained(recipe, manifests):
+    text = written("gguf", changed(recipe, format={"name": "think"}), manifests)
+    assert "The prompt itself ends with `<think>`." in text
+    assert "<think>\nthe reasoning, step by step</think><SOLUTION>42</SOLUTION>" in text
+
+
+def test_tables_name_no_path_of_this_disk(recipe, manifests):
+    text = written("gguf", of_the_hub(recipe), manifests)
+    assert "/home/ann" not in text.replace(recipe.path.read_text().strip(), "")
+    assert f"| openai/gsm8k | train | {COMMIT} | sft, grpo | 8,123 |" in text
+    assert "| exam.jsonl | eval |  | eval | 1,517 |" in text
+
+
+def test_a_cell_can_not_end_its_table():
+    assert table(["a"], [["x | y\n# z"]]) == ["| a |", "| --- |", "| x \\| y # z |"]
+
+
+def test_versions_are_said_once_or_stage_by_stage_and_a_dirty_tree_is_said_to_be_one(recipe, manifests):
+    def at(stage: str, **changes: object) -> dict:
+        return {stage: manifests[stage] | {"environment": manifests[stage]["environment"] | changes}}
+
+    other = {name: at(name, git="a" * 40, gpu=None)[name] for name in uploads.STAGES}
+    text = written("gguf", recipe, other)
+    assert f"| Temper | {'a' * 40} |" in text
+    assert "| GPU | none |" in text
+    text = written("gguf", recipe, other | at("grpo", git="b" * 40 + "-dirty", gpu="NVIDIA L4, 550, 24 GB"))
+    assert f"{'b' * 40} with changes that were not committed (grpo)" in text
+    assert "NVIDIA L4, 550, 24 GB" in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_figure_of_the_examination_and_of_fidelity_stands_in_a_manifest(kind, recipe, manifests):
+    text = written(kind, recipe, manifests)
+    sections = re.findall(
+        r"^## (?:Accuracy|Merged|Each|Against|The adapter).*?(?=^## )", text, re.MULTILINE | re.DOTALL
+    )
+    assert len(sections) == 2
+    stated = {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", json.dumps(manifests))}
+    forms = {form for value in stated for form in forms_of(value)} | {"95", "16", "4", "99", "8", "0"}
+    names = r"q8_0|q4_k_m|float16|p99|95%|4-bit|16-bit"
+    for number in re.findall(r"\d[\d,.]*(?:e[-+]\d+)?%?", re.sub(names, "", "".join(sections))):
+        assert number.rstrip(".,").replace(",", "") in forms, number
+
+
+def forms_of(value: float) -> set[str]:
+    """Return how a card may write a figure."""
+    shares = {f"{value:.1%}", f"{value:.2%}"} if abs(value) <= 1 else set()
+    return {f"{value:g}", f"{value:.0f}", f"{value:.1f}", f"{value:.1e}", f"{value:.2g}", f"{value / 1e6:.1f}"} | shares

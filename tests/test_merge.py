@@ -101,14 +101,14 @@ def test_a_generation_config_that_contradicts_itself_keeps_its_token_ids(tmp_pat
 
 def test_a_base_whose_weights_are_not_in_the_cache_any_more_is_fetched_whole(tmp_path, monkeypatch):
     (tmp_path / "snapshot").mkdir()
-    monkeypatch.setattr(merge.models, "locate", lambda model, base_model: ("owner/name", "a" * 40))
-    monkeypatch.setattr(merge.weights, "local_folder", lambda name, revision: None)
-    monkeypatch.setattr(merge.weights, "folder", lambda name, revision: tmp_path / "snapshot")
+    monkeypatch.setattr("stages.merge.locate_model", lambda model, base_model: ("owner/name", "a" * 40))
+    monkeypatch.setattr("stages.merge.local_model_folder", lambda name, revision: None)
+    monkeypatch.setattr("stages.merge.model_folder", lambda name, revision: tmp_path / "snapshot")
 
     def fetched(name, revision):
         raise UserError(f"asked the hub for {name} at {revision[:4]}")
 
-    monkeypatch.setattr(merge.weights, "whole_folder", fetched)
+    monkeypatch.setattr("stages.merge.whole_model_folder", fetched)
     result = tiny_models.run_stage(
         "merge", tiny_models.recipe(tmp_path), tmp_path / "merge", "grpo", "prepare-data", "base-model"
     )

@@ -26,7 +26,8 @@ from tests.support import chat_templates, gotemplate, tiny_models
 KNOBS = Ollama(
     quantization="q4_k_m", num_ctx=512, temperature=0.5, top_p=0.9, top_k=40, min_p=0.05, license="Apache-2.0"
 )
-RECIPE = SimpleNamespace(format=Format("xml"), ollama=KNOBS)
+XML = Format("xml", system_prompt=formats.XML.system_prompt)
+RECIPE = SimpleNamespace(format=XML, ollama=KNOBS)
 GEMMA = tiny_models.CHAT_TEMPLATE
 
 
@@ -143,7 +144,7 @@ def test_the_stage_writes_a_finished_artifact_once(gemma, tmp_path, without_go, 
 
 
 def test_a_missing_quantization_is_named(gemma, tmp_path):
-    recipe = SimpleNamespace(format=Format("xml"), ollama=dataclasses.replace(KNOBS, quantization="q8_0"))
+    recipe = SimpleNamespace(format=XML, ollama=dataclasses.replace(KNOBS, quantization="q8_0"))
     with pytest.raises(UserError, match="holds 0 files of the type 'q8_0'"):
         ollama_modelfile.make(recipe, gemma.model, gemma.gguf, tmp_path)
 

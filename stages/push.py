@@ -348,7 +348,9 @@ def is_same(file: File, remote: Any) -> bool:
     if remote.lfs is not None:
         return remote.lfs.sha256 == file.sha256
     content = file.content
-    return remote.blob_id == hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+    return (
+        remote.blob_id == hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
+    )
 
 
 def verify_remote(upload: Upload, there: Mapping[str, Any]) -> None:

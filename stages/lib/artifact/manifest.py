@@ -78,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:

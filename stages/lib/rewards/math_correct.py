@@ -37,7 +37,7 @@ def math_correct(
 
 def _is_math_equal(answer: str, true: str) -> bool:
     number, true_number = given_number(answer), canonical_number(true)
-    if answer == true or number is not None and number == true_number:
+    if answer == true or (number is not None and number == true_number):
         return True
     if len(answer) > _MATH_MAX_CHARACTERS:
         return False

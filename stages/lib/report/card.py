@@ -52,7 +52,7 @@ class File:
 
     name: str
     source: Path | bytes
-    bytes: int
+    size: int  # bytes
     sha256: str
 
     @property
@@ -481,7 +481,7 @@ def reward_key(name: str) -> str:
 
 def listing(files: Sequence[File]) -> list[str]:
     """Return the files with size and sha256; this card itself is not among them."""
-    rows = [(f"`{file.name}`", f"{file.bytes:,}", f"`{file.sha256}`") for file in files]
+    rows = [(f"`{file.name}`", f"{file.size:,}", f"`{file.sha256}`") for file in files]
     return table(("file", "bytes", "sha256"), rows)
 
 

@@ -116,16 +116,18 @@ def listing(identity: str) -> dict[str, str]:
     client = os.environ.get("DOCKER") or "docker"
     found = {}
     try:
-        with subprocess.Popen([client, "export", container], stdout=subprocess.PIPE) as process:
-            with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-                for member in archive:
-                    if ASIDE.search(member.name) or member.name in ENGINE:
-                        continue
-                    if member.isfile():
-                        content = archive.extractfile(member).read()
-                        found[member.name] = hashlib.sha256(content).hexdigest()
-                    else:
-                        found[member.name] = f"-> {member.linkname}"
+        with (
+            subprocess.Popen([client, "export", container], stdout=subprocess.PIPE) as process,
+            tarfile.open(fileobj=process.stdout, mode="r|") as archive,
+        ):
+            for member in archive:
+                if ASIDE.search(member.name) or member.name in ENGINE:
+                    continue
+                if member.isfile():
+                    content = archive.extractfile(member).read()
+                    found[member.name] = hashlib.sha256(content).hexdigest()
+                else:
+                    found[member.name] = f"-> {member.linkname}"
     finally:
         docker("rm", container)
     return found

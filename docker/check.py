@@ -10,6 +10,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 IMPORTS = (
@@ -29,13 +30,15 @@ def main(lock: Path) -> None:
     from packaging.markers import Marker
     from packaging.utils import canonicalize_name
 
-    expected = {}
+    expected: dict[str, str] = {}
     for name, version, marker in re.findall(
         r"^([a-z0-9.-]+)==([^ ;\\]+)(?: ; (.*?))? ?\\?$", lock.read_text(), re.MULTILINE
     ):
         if not marker or Marker(marker).evaluate():
             expected[canonicalize_name(name)] = version
-    found = {canonicalize_name(each.metadata["Name"]): each.version for each in importlib.metadata.distributions()}
+    found: dict[str, str] = {
+        canonicalize_name(each.metadata["Name"]): each.version for each in importlib.metadata.distributions()
+    }
     cuda = "vllm" in expected
     if not cuda and not found["torch"].endswith("+cpu"):  # PyPI's build, with what docker/cpu-cuda.lock adds
         expected["torch"] = expected["torch"].removesuffix("+cpu")
@@ -59,7 +62,7 @@ def main(lock: Path) -> None:
 
     llama_cpp.llama_backend_init()
     home = Path(sys.prefix)
-    commands = [
+    commands: list[Sequence[str | Path]] = [
         [sys.executable, home / "llama.cpp" / "convert_hf_to_gguf.py", "--help"],
         [sys.executable, home / "llama.cpp" / "convert_lora_to_gguf.py", "--help"],
         [home / "bin" / "temper-gotemplate"],

@@ -66,7 +66,7 @@ def canonical(name: str) -> str:
 
 def licence_of(package: importlib.metadata.Distribution) -> str | None:
     """Return the licence that a package's metadata states: its expression, else classifiers, else its first line."""
-    stated = package.metadata
+    stated: Any = package.metadata  # an email.message.Message, whose type says less than it can
     classifiers = [
         each.rpartition(" :: ")[2] for each in stated.get_all("Classifier", []) if each.startswith("License")
     ]

@@ -95,7 +95,7 @@ def room_bytes(gguf: Gguf, parameters: int, model: Path, lora: Path | None = Non
     """
     tokenizer = sum(path.stat().st_size for path in model.iterdir() if path.suffix != ".safetensors")
     kept = [name for name in kinds(gguf) if name != source_kind(gguf)]
-    digits = {name: int(re.search(r"\d+", name)[0]) for name in kept}
+    digits = {name: int(re.findall(r"\d+", name)[0]) for name in kept}
     bits = [digit if digit > 8 else min(digit + 3, 9) for digit in digits.values()]
     files = parameters * 2 + sum(parameters * count // 8 for count in bits)
     reference = gguf.prompts * gguf.positions_per_prompt * vocabulary_size(model) * 4
@@ -377,7 +377,7 @@ def misses(kind: str, figures: dict[str, Any], max_lost_ends: int) -> list[str]:
 def table(figures: dict[str, Any]) -> str:
     """Return the figures as lines for the terminal, a file a line."""
     reference = figures["reference"]
-    lines = [COLUMNS]
+    lines: list[tuple[str, ...]] = [COLUMNS]
     for kind, file in figures["files"].items():
         lines.append((
             kind,

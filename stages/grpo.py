@@ -200,7 +200,7 @@ def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None
     rung, steps_down = ladder.read(run.checkpoints, top(recipe))
     tokenizer = load_tokenizer(recipe, base_model)
     with ladder.stepping_down(run.checkpoints, rung, recipe.grpo.min_completion_tokens):
-        max_tokens = recipe.data.max_prompt_tokens + rung.max_completion_tokens
+        max_tokens = recipe.data.max_prompt_tokens + (rung.max_completion_tokens or recipe.grpo.max_completion_tokens)
         model = load_trainable(recipe, base_model, adapter, max_tokens, rung.memory_share)
     try:
         return {**learn(recipe, problems, model, tokenizer, rung, run), "memory_ladder": steps_down}

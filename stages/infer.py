@@ -1,6 +1,7 @@
 """Examine base, SFT and GRPO model on held-out problems: accuracy with intervals, and whether each step helped."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def examine(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "cut_off": sum(not row["ended"] for row in own) / total,
         }
     figures["steps"] = {}
-    for before, after in zip(MODELS, MODELS[1:], strict=False):
+    for before, after in pairwise(MODELS):
         pairs = list(zip(right[before], right[after], strict=True))
         gained, lost = pairs.count((False, True)), pairs.count((True, False))
         figures["steps"][f"{before} to {after}"] = {"gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost)}

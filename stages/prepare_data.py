@@ -178,6 +178,6 @@ def summary(metrics: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     # transformers imports torch where it finds it, which takes longer than most datasets do; tokenizers work without.
-    sys.modules["torch"] = None
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way to say: none
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     main()

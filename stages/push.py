@@ -323,7 +323,7 @@ def send(api: "HfApi", upload: Upload, *, new: bool) -> None:
         api.create_repo(name, private=True, repo_type="model")
     there = remote_files(api, name)
     missing = [file for file in upload.files if not is_same(file, there.get(file.name))]
-    size = sum(file.bytes for file in missing)
+    size = sum(file.size for file in missing)
     click.echo(
         f"{name}: {len(upload.files) - len(missing)} of {len(upload.files)} files are there, {size / 1e6:,.1f} MB to go"
     )
@@ -343,12 +343,14 @@ def remote_files(api: "HfApi", name: str) -> dict[str, Any]:
 
 def is_same(file: File, remote: Any) -> bool:
     """Say whether what the hub says of a file is this one: sha256 of large files, git's own hash of small ones."""
-    if remote is None or remote.size != file.bytes:
+    if remote is None or remote.size != file.size:
         return False
     if remote.lfs is not None:
         return remote.lfs.sha256 == file.sha256
     content = file.content
-    return remote.blob_id == hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+    return (
+        remote.blob_id == hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
+    )
 
 
 def verify_remote(upload: Upload, there: Mapping[str, Any]) -> None:
@@ -359,10 +361,10 @@ def verify_remote(upload: Upload, there: Mapping[str, Any]) -> None:
     for file in upload.files:
         if not is_same(file, there.get(file.name)):
             raise UserError(
-                f"{upload.repository}: {file.name} is not on the hub as it is here ({file.bytes:,} bytes, sha256 "
+                f"{upload.repository}: {file.name} is not on the hub as it is here ({file.size:,} bytes, sha256 "
                 f"{file.sha256}). Run the same again"
             )
-        click.echo(f"  {file.sha256[:16]}  {file.bytes:>15,}  {file.name}")
+        click.echo(f"  {file.sha256[:16]}  {file.size:>15,}  {file.name}")
     click.echo(f"{upload.repository}: all {len(upload.files)} files are on the hub as they are here, by size and hash")
     for name in sorted(set(there) - {file.name for file in upload.files} - set(LEFT_BY_THE_HUB)):
         click.echo(

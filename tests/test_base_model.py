@@ -180,7 +180,8 @@ def test_what_is_learnt_is_the_reply_and_the_results_of_drills(tokenizer):
         assert tokenizer.decode(learnt) == f"{reply}<end_of_turn>\n"
         assert ids[-len(learnt) :] == learnt
     for ids, labels in documents[40:]:
-        assert ids[0] == base_model.BOS and len(ids) == len(labels)
+        assert ids[0] == base_model.BOS
+        assert len(ids) == len(labels)
         lines = tokenizer.decode(ids[1:]).splitlines()
         assert len(lines) == 9
         assert tokenizer.decode([label for label in labels if label != -100]).split() == [

@@ -114,7 +114,8 @@ def test_podman_gets_its_own_spelling(checkout, asked, devices):
 
 def test_a_stage_may_do_as_little_as_it_can_do_with(checkout):
     words = run(checkout, "python", "-m", "stages.sft", "a b", "$(c)")
-    assert words[-5:] == [IMAGE, "python", "-m", "stages.sft", "a b", "$(c)"][-5:] and IMAGE in words
+    assert words[-5:] == [IMAGE, "python", "-m", "stages.sft", "a b", "$(c)"][-5:]
+    assert IMAGE in words
     for flag in ("--rm", "--init", "--read-only"):
         assert flag in words
     assert after("--user", words) == [f"{os.getuid()}:{os.getgid()}"]
@@ -200,7 +201,8 @@ def test_a_checkout_behind_a_link_is_mounted_under_its_real_name(checkout):
 def test_tokens_pass_by_name_and_their_values_are_no_argument(checkout):
     given = {"HF_TOKEN": "planted-1", "WANDB_API_KEY": "planted-2", "HTTPS_PROXY": "http://user:planted-3@proxy"}
     names = after("--env", run(checkout, "true", **given))
-    assert set(given) <= set(names) and "COMET_API_KEY" not in names
+    assert set(given) <= set(names)
+    assert "COMET_API_KEY" not in names
     assert "planted" not in (checkout.parent / "log").read_text()
 
 
@@ -210,7 +212,8 @@ def test_a_port_is_published_to_this_machine_alone(checkout):
 
 def test_only_who_asks_gets_the_keyboard(checkout):
     words = run(checkout, "bash", INTERACTIVE="1")
-    assert "--interactive" in words and "--tty" not in words  # the test's input is no terminal
+    assert "--interactive" in words
+    assert "--tty" not in words
 
 
 def test_an_image_that_is_gone_is_said_to_be(checkout):

@@ -147,7 +147,7 @@ def machine(tmp_path, monkeypatch) -> Machine:
     made = Machine(tmp_path, monkeypatch)
 
     class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:  # noqa: N802  (the name is http.server's)
+        def do_HEAD(self) -> None:
             made.asked.append((self.path, self.command, self.headers.get("Authorization")))
             self.send_response_only(next((code for part, code in made.status.items() if part in self.path), 200))
             self.send_header("Date", email.utils.formatdate(time.time() + made.hub_seconds_ahead, usegmt=True))
@@ -156,7 +156,7 @@ def machine(tmp_path, monkeypatch) -> Machine:
                 self.send_header("X-Repo-Commit", made.commit)
             self.end_headers()
 
-        do_GET = do_HEAD  # noqa: N815
+        do_GET = do_HEAD
 
         def log_message(self, *_: object) -> None:
             pass
@@ -432,8 +432,10 @@ def test_a_model_of_an_unknown_family_is_a_warning_and_no_guess(machine):
     machine.cached({"model_type": "mixtral"})
     code, lines = machine.look()
     assert code == 0
-    assert lines["estimate"][0].startswith("warn") and "model_type is 'mixtral'" in lines["estimate"][0]
-    assert not lines["GPU memory"] and not lines["disk"]
+    assert lines["estimate"][0].startswith("warn")
+    assert "model_type is 'mixtral'" in lines["estimate"][0]
+    assert not lines["GPU memory"]
+    assert not lines["disk"]
 
 
 def test_gpus_chooses_the_device_that_is_asked_about(machine):
@@ -479,7 +481,8 @@ def test_a_whole_copy_needs_no_network_no_token_and_no_room(machine):
     assert code == 0
     assert f"a whole copy is at {folder}" in lines["model"][0]
     assert lines["token"] == ["ok    token: not needed: the model is not fetched"]
-    assert "(base 16.1, " in before and "base" not in lines["disk"][0]
+    assert "(base 16.1, " in before
+    assert "base" not in lines["disk"][0]
     assert machine.asked == []
 
 
@@ -499,7 +502,8 @@ def test_finished_stages_need_no_room_and_no_data(machine):
     code, lines = machine.look()
     assert code == 0
     assert "prepare-data is finished" in lines["data"][0]
-    assert "merge" not in lines["disk"][0] and "gguf" not in lines["disk"][0]
+    assert "merge" not in lines["disk"][0]
+    assert "gguf" not in lines["disk"][0]
 
 
 @pytest.mark.parametrize("how", ["variable", "last time"])
@@ -557,7 +561,8 @@ def test_a_hub_in_trouble_is_a_warning(machine):
     machine.status["/resolve/"] = 503
     code, lines = machine.look()
     assert code == 0
-    assert lines["model"][0].startswith("warn") and "503" in lines["model"][0]
+    assert lines["model"][0].startswith("warn")
+    assert "503" in lines["model"][0]
 
 
 def test_a_cpu_recipe_needs_no_gpu_no_docker_and_no_shared_memory(machine):
@@ -615,7 +620,8 @@ def test_a_tokenizer_check_that_takes_too_long_is_ended_and_said(machine, monkey
         ["/bin/sh", "-c", "while :; do :; done"], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     finding = tokenizer_finding(process, read_recipe(machine.recipe()), time.monotonic() - 60)
-    assert finding.status == "warn" and "make prepare-data RECIPE=big" in finding.remedy
+    assert finding.status == "warn"
+    assert "make prepare-data RECIPE=big" in finding.remedy
     assert process.returncode == -9
 
 

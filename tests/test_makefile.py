@@ -175,7 +175,8 @@ def test_two_recipes_share_nothing_and_only_one_with_the_table_makes_a_base_mode
     assert ran(copy, "all") == ALL
     assert ran(copy, "all", "RECIPE=gemma3-1b-gsm8k") == ALL[1:]
     log = (copy / "log").read_text()
-    assert "artifacts/tiny" not in log and "--base-model" not in log
+    assert "artifacts/tiny" not in log
+    assert "--base-model" not in log
     assert ran(copy, "all") == []
     assert ran(copy, "all", "RECIPE=gemma3-1b-gsm8k") == []
     assert make(copy, "clean", "RECIPE=gemma3-1b-gsm8k").returncode == 0
@@ -242,7 +243,8 @@ def own_recipe(folder: Path, data: str, reward: str = "own.py:variety") -> None:
     """Write recipes/mine.toml, which takes `data` from this disk and names a reward of its own."""
     text = (folder / "recipes" / "gemma3-1b-gsm8k.toml").read_text()
     text = text.replace('name = "openai/gsm8k"', f'name = "{data}"', 1).replace('"xmlcount"', f'"{reward}"')
-    assert data in text and reward in text
+    assert data in text
+    assert reward in text
     (folder / "recipes" / "mine.toml").write_text(text)
     (folder / "recipes" / reward.partition(":")[0]).write_text("")
 

@@ -400,5 +400,5 @@ def test_with_ollama_the_model_is_created_in_its_folder_and_asked_once(tmp_path,
     ollama.create_and_ask("tiny", tmp_path / "model", "6 * 7?")
     assert capfd.readouterr().out == "model: create tiny -f Modelfile\nmodel: run tiny 6 * 7?\n"
     monkeypatch.setenv("FAILS", "run")
-    with pytest.raises(UserError, match="ollama run tiny failed in .* with exit code 1. Run: ollama serve"):
+    with pytest.raises(UserError, match=r"ollama run tiny failed in .* with exit code 1. Run: ollama serve"):
         ollama.create_and_ask("tiny", tmp_path / "model", "6 * 7?")

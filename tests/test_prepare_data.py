@@ -201,7 +201,8 @@ def test_every_answer_of_gsm8k_is_read(folder: Path) -> None:
             _, answer, worked = problem_of(row["question"], row["answer"], None, "gsm8k")
             assert Fraction(answer) == Fraction(row["answer"].rpartition("####")[2].strip().replace(",", ""))
             written = completion_of(worked, answer, "gsm8k", prepare_data.formats.get("xml"))
-            assert "<<" not in written and "####" not in written
+            assert "<<" not in written
+            assert "####" not in written
 
 
 def test_dapo_is_read_by_its_published_columns(tmp_path: Path) -> None:
@@ -415,7 +416,9 @@ def shared(folder: Path, rows: list[dict], **source: Any) -> dict[str, set[str]]
 def test_shares_split_by_the_question_alone(tmp_path: Path) -> None:
     few = shared(tmp_path / "few", numbered(0, 1000))
     more = shared(tmp_path / "more", [*numbered(1000, 1500), *reversed(numbered(0, 1000))])
-    assert not few["sft"] & few["grpo"] and not few["sft"] & few["eval"] and not few["grpo"] & few["eval"]
+    assert not few["sft"] & few["grpo"]
+    assert not few["sft"] & few["eval"]
+    assert not few["grpo"] & few["eval"]
     assert [
         0.17 < len(few["sft"]) / 1000 < 0.23,
         0.46 < len(few["grpo"]) / 1000 < 0.54,
@@ -664,7 +667,8 @@ def test_bad_input_ends_with_one_message_and_leaves_what_was_there(
     result = stage(tmp_path, model, sources)
     assert result.exit_code == 1
     assert message in result.output
-    assert result.output.count("Error:") == 1 and "Traceback" not in result.output
+    assert result.output.count("Error:") == 1
+    assert "Traceback" not in result.output
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     write_rows(tmp_path / "train.jsonl", numbered(0, 4))
     assert stage(tmp_path, model, sources).exit_code == 0

@@ -134,7 +134,8 @@ def test_an_upload_that_broke_off_goes_on_and_sends_nothing_twice(hub, run, arri
     hub.refuse_after = None
     assert pushed(run).exit_code == 0
     rest = hub.uploads[arrived:]
-    assert rest and not set(rest) & first
+    assert rest
+    assert not set(rest) & first
     assert len(set(hub.uploads)) == len(hub.uploads)
     assert {name: set(repository.tree) for name, repository in hub.repositories.items()} == REPOSITORIES
 
@@ -201,13 +202,16 @@ def test_no_option_takes_a_token():
 def test_a_wrong_token_is_named_and_not_shown(hub, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     message = is_refused(pushed(run))
-    assert "the hub answered 401" in message and "HF_TOKEN" in message and "hf_wrong" not in message
+    assert "the hub answered 401" in message
+    assert "HF_TOKEN" in message
+    assert "hf_wrong" not in message
 
 
 def test_another_ones_name_is_refused_as_not_ones_own(hub, run):
     hub.owner = "bob"
     message = is_refused(pushed(run))
-    assert "ann/tiny: the hub answered 403" in message and "is the name yours?" in message
+    assert "ann/tiny: the hub answered 403" in message
+    assert "is the name yours?" in message
     assert hub.uploads == []
 
 

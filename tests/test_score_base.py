@@ -164,7 +164,8 @@ def test_problems_are_drawn_by_the_seed_each_once_in_order():
     again = [each["id"] for each in score_base.draw(problems, ScoreBase(**{**vars(KNOBS), "problems": 50}))]
     other = [each["id"] for each in score_base.draw(problems, ScoreBase(**{**vars(KNOBS), "problems": 50, "seed": 1}))]
     assert drawn == again == sorted(set(drawn)) != other
-    assert len(drawn) == 50 and drawn[-1] > 500  # not merely the first
+    assert len(drawn) == 50
+    assert drawn[-1] > 500
 
 
 def test_all_problems_are_taken_where_there_are_no_more():
@@ -279,7 +280,8 @@ def test_a_run_that_fails_keeps_what_it_measured_and_fails_again_without_samplin
     assert first.exit_code == 1, first.output
     assert "always (0.25): the same for all 24 completions" in first.output
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
-    assert len(rows) == 24 and len({row["id"] for row in rows}) == 6
+    assert len(rows) == 24
+    assert len({row["id"] for row in rows}) == 6
     assert all(row["total"] == row["rewards"]["xmlcount"] + 0.25 for row in rows)
     assert len({row["completion"] for row in rows[:4]}) > 1  # the publisher's top_k = 1 does not count
     assert not (out / "grpo.jsonl").exists()

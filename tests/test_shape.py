@@ -116,7 +116,8 @@ def test_modules_are_imported_in_the_two_ways_that_the_code_digest_follows(file)
                     if module.with_suffix(".py").is_file()
                     else [module / f"{alias.name}.py" for alias in node.names]
                 )
-                assert node.module.startswith("stages.lib") and all(path.is_file() for path in files)
+                assert node.module.startswith("stages.lib")
+                assert all(path.is_file() for path in files)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -127,7 +128,8 @@ def test_every_public_function_and_class_has_a_docstring_and_no_code_is_fetched_
             assert ast.get_docstring(node), node.name
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            assert isinstance(node.value, ast.Constant) and node.value.value is False
+            assert isinstance(node.value, ast.Constant)
+            assert node.value.value is False
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec", "compile")
         if isinstance(node, ast.ExceptHandler):

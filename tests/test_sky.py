@@ -136,7 +136,8 @@ def test_it_runs_targets_that_the_makefile_has_on_a_recipe_that_is_there():
 
 def test_the_usage_at_the_top_names_options_of_its_own_file():
     text = TASK.read_text()
-    assert "--env RECIPE=" in text and "--secret HF_TOKEN" in text
+    assert "--env RECIPE=" in text
+    assert "--secret HF_TOKEN" in text
     assert "rsync -a temper:sky_workdir/artifacts/ artifacts/" in text
     assert yaml.safe_load(text)["name"] == "temper"
 
@@ -144,6 +145,7 @@ def test_the_usage_at_the_top_names_options_of_its_own_file():
 def test_the_lock_has_a_hash_for_every_package_and_no_address():
     text = LOCK.read_text()
     packages = re.findall(r"^([a-z0-9][\w.-]*)==", text, re.M)
-    assert "skypilot" in packages and len(packages) > 50
+    assert "skypilot" in packages
+    assert len(packages) > 50
     assert all("--hash=sha256:" in block for block in re.split(r"^(?=[a-z0-9])", text, flags=re.M)[1:])
     assert "://" not in text

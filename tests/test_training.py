@@ -259,7 +259,8 @@ def test_killed_with_half_a_checkpoint_and_then_at_the_very_end_it_still_ends_wi
 ):
     out = tmp_path / stage
     assert disturbed(stage, finished, out, signal.SIGKILL).returncode == -signal.SIGKILL
-    assert 2 in checkpoints(out) and max(checkpoints(out)) < 8
+    assert 2 in checkpoints(out)
+    assert max(checkpoints(out)) < 8
     assert not out.exists()
     # What KILL can leave at its worst: a newer checkpoint of which half the files are there, and half a line.
     half = checkpoints(out)[2].with_name("checkpoint-7")
@@ -394,7 +395,8 @@ def test_what_lives_after_the_first_step_is_out_of_the_collectors_rounds_until_t
         assert settled > 10_000  # torch alone is more
         later = [[number] for number in range(1000)]
         callback.on_step_end(None, None, None)
-        assert gc.get_freeze_count() == settled and any(found is later for found in gc.get_objects())
+        assert gc.get_freeze_count() == settled
+        assert any(found is later for found in gc.get_objects())
     finally:
         callback.on_train_end(None, None, None)
     assert gc.get_freeze_count() == 0

@@ -136,6 +136,6 @@ def test_the_chat_template_puts_the_completion_right_after_the_generation_prompt
 
 
 def test_an_unknown_format_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match="'xm1'.*did you mean 'xml'"):
+    with pytest.raises(UserError, match=r"'xm1'.*did you mean 'xml'"):
         get("xm1")
     assert get("think") is THINK

@@ -1,5 +1,6 @@
 """A folder without the suffix is whole: killed anywhere, run twice at once, on a full disk, beside others' files."""
 
+import contextlib
 import json
 import os
 import random
@@ -183,10 +184,8 @@ def test_killed_twice_at_any_two_changes_the_third_run_is_whole(tmp_path, monkey
         out = tmp_path / str(number) / "out"
         make(out, OLD)
         for tables in chance.choices((OLD, NEW), k=3):
-            try:
+            with contextlib.suppress(SystemExit):
                 survives(monkeypatch, out, tables, chance.randrange(1, 30), after=chance.random() < 0.5)
-            except SystemExit:
-                pass
             if out.exists():
                 is_whole(out, OLD, NEW)
         with _nothing_or_exit():
@@ -390,10 +389,12 @@ def test_a_folder_that_can_not_be_replaced_is_no_out(tmp_path, out, monkeypatch)
 def test_a_file_put_there_while_the_stage_ran_is_not_lost_and_neither_is_the_result(tmp_path, name):
     out = tmp_path / "out"
     make(out, OLD)
-    with pytest.raises(UserError, match=r"thesis.txt', which example did not write"):
-        with write_artifact(out, "example", NEW, {}) as run:
-            (run.folder / "weights").write_text("new")
-            put(tmp_path / name)
+    with (
+        pytest.raises(UserError, match=r"thesis.txt', which example did not write"),
+        write_artifact(out, "example", NEW, {}) as run,
+    ):
+        (run.folder / "weights").write_text("new")
+        put(tmp_path / name)
     assert (tmp_path / name).read_text() == "mine"
     (tmp_path / name).unlink()
     with pytest.raises(SystemExit):
@@ -420,7 +421,7 @@ def test_empty_folders_are_no_reason_to_refuse(tmp_path):
 def test_a_folder_that_can_not_be_written_is_said(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        UserError, match="file/deep: example can't write there .*; expected a folder of yours on a disk"
+        UserError, match=r"file/deep: example can't write there .*; expected a folder of yours on a disk"
     ):
         make(tmp_path / "file" / "deep" / "out", NEW)
 

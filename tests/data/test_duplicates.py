@@ -74,7 +74,8 @@ def test_hashes_are_spread_evenly() -> None:
     found = np.array(ids(*(f"What is {a} + {b}?" for a in range(100) for b in range(100))))
     assert len(set(found.tolist())) == 10_000
     shares = np.bincount((found / 2.0**64 * 10).astype(int), minlength=10) / len(found)
-    assert shares.min() > 0.09 and shares.max() < 0.11
+    assert shares.min() > 0.09
+    assert shares.max() < 0.11
 
 
 def table(questions: list[str], tmp_path: Path, words: int = 3) -> tuple[Fingerprints, Grams]:
@@ -136,7 +137,8 @@ def test_near_duplicates_are_what_a_loop_over_all_pairs_finds(tmp_path: Path, th
     assert set(row.tolist()) <= expected
     assert len(set(row.tolist())) >= 0.95 * len(expected)
     assert len(set(row.tolist())) == len(row)
-    assert (other < row).all() and (alike >= threshold).all()
+    assert (other < row).all()
+    assert (alike >= threshold).all()
 
 
 def test_near_duplicates_looks_only_at_the_rows_it_is_given(tmp_path: Path) -> None:
@@ -165,7 +167,8 @@ def test_contamination_is_what_a_loop_over_all_pairs_finds(
     assert len(expected) > 5
     assert dict(zip(row.tolist(), overlap.tolist(), strict=True)) == expected
     for i, j, value in zip(row.tolist(), like.tolist(), overlap.tolist(), strict=True):
-        assert j % 4 == 0 and len(sets[i] & sets[j]) / min(len(sets[i]), len(sets[j])) == pytest.approx(value)
+        assert j % 4 == 0
+        assert len(sets[i] & sets[j]) / min(len(sets[i]), len(sets[j])) == pytest.approx(value)
 
 
 def test_an_eval_problem_inside_a_longer_one_counts_in_full(tmp_path: Path) -> None:

@@ -145,7 +145,8 @@ def test_a_killed_container_leaves_what_the_next_make_carries_on_from(checkout, 
     code, output = story.killed
     assert code == 2, output
     assert "Error 137" in output
-    assert "sft: finished" not in output and "prepare-data: finished" in output
+    assert "sft: finished" not in output
+    assert "prepare-data: finished" in output
     assert "sft: carrying on from artifacts/short/sft.unfinished/checkpoints" in story.ended[1]
     assert "prepare-data: " not in story.ended[1]
 
@@ -227,7 +228,7 @@ print(json.dumps({
     assert {written for written in seen["writes"].values() if written is not True} == {"Read-only file system"}
     assert set(seen["capabilities"]) == {"0000000000000000"}
     assert seen["no_new_privileges"] == "1"
-    assert seen["network"] != os.readlink("/proc/self/ns/net")
+    assert seen["network"] != str(Path("/proc/self/ns/net").readlink())
     assert seen["init"] in ("docker-init", "tini", "catatonit")
     assert seen["user"] == [os.getuid(), os.getgid()]
     assert not {"sda", "vda", "mem", "kmsg", "fuse"} & set(seen["devices"])
@@ -282,7 +283,8 @@ def answer_of(address: str, server: subprocess.Popen) -> bytes:
             with urllib.request.urlopen(address) as answer:
                 return answer.read()
         except OSError:
-            assert server.poll() is None and time.monotonic() < deadline, "the server does not answer"
+            assert server.poll() is None, "the server has ended"
+            assert time.monotonic() < deadline, "the server does not answer"
             time.sleep(0.1)
 
 

@@ -11,7 +11,7 @@ from stages.lib.model.files import fetching_model, model_folder, whole_model_fol
 def test_a_model_that_the_hub_does_not_give_is_said_with_what_to_run(fetch, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="nobody/nothing at a{40}: the hub did not give it: .* Run: make doctor"):
+    with pytest.raises(UserError, match=r"nobody/nothing at a{40}: the hub did not give it: .* Run: make doctor"):
         fetch("nobody/nothing", "a" * 40)
 
 

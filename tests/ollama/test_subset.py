@@ -75,7 +75,7 @@ def test_what_is_beyond_the_rules_is_refused_and_never_guessed(template):
 def test_go_says_why_it_refuses_a_template():
     with pytest.raises(ValueError, match="unexpected EOF"):
         render_by_go(gotemplate.program(), "{{range .Messages}}", [[message("user", "x")]])
-    with pytest.raises(ValueError, match="conversation 2: .*index out of range"):
+    with pytest.raises(ValueError, match=r"conversation 2: .*index out of range"):
         render_by_go(
             gotemplate.program(),
             "{{range .Messages}}{{slice .Content 1}}{{end}}",

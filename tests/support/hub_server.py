@@ -215,14 +215,14 @@ def put(hub: Hub, sha: str, body: bytes, part: int | None) -> object:
     else:
         hub.parts[sha][part] = body
     hub.uploads.append((sha, len(body)))
-    return b"", {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}
+    return b"", {"ETag": f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'}
 
 
 def complete(hub: Hub, sha: str, asked: dict) -> dict:
     """Join the parts of an object; each has to be named by its number and its ETag."""
     parts = hub.parts.pop(sha)
     named = {part["partNumber"]: part["etag"] for part in asked["parts"]}
-    if named != {number: f'"{hashlib.md5(part).hexdigest()}"' for number, part in parts.items()}:
+    if named != {number: f'"{hashlib.md5(part, usedforsecurity=False).hexdigest()}"' for number, part in parts.items()}:
         raise Refused(400, "the parts are not those that arrived")
     keep(hub, sha, b"".join(parts[number] for number in sorted(parts)))
     return {}
@@ -282,6 +282,11 @@ def hash_text(hashed: bytes) -> str:
     return "".join(f"{number:016x}" for number in struct.unpack("<4Q", hashed))
 
 
+def git_blob(content: bytes) -> str:
+    """Return git's hash of a file."""
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
+
+
 def commit(hub: Hub, name: str, repository: Repository, lines: list[dict]) -> dict:
     """Add files to a repository, all of them or none."""
     if hub.refuse_commits:
@@ -292,14 +297,14 @@ def commit(hub: Hub, name: str, repository: Repository, lines: list[dict]) -> di
         path = value["path"]
         if line["key"] == "file":
             content[path] = base64.b64decode(value["content"])
-            blob = hashlib.sha1(f"blob {len(content[path])}\0".encode() + content[path]).hexdigest()
+            blob = git_blob(content[path])
             tree[path] = {"type": "file", "path": path, "size": len(content[path]), "oid": blob}
             continue
         sha, size = value["oid"], value["size"]
         if hub.stored.get(sha) != size:
             raise Refused(400, f"LFS pointer pointed to a file that does not exist: {path}")
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha}\nsize {size}\n"
-        blob = hashlib.sha1(f"blob {len(pointer)}\0{pointer}".encode()).hexdigest()
+        blob = git_blob(pointer.encode())
         lfs = {"oid": sha, "size": size, "pointerSize": len(pointer)}
         tree[path] = {"type": "file", "path": path, "size": size, "oid": blob, "lfs": lfs}
     repository.tree |= tree

@@ -56,9 +56,11 @@ def test_a_share_that_is_too_small_for_vllm_goes_back_and_stays_and_the_micro_ba
 
 @pytest.mark.parametrize("message", TOO_SMALL)
 def test_a_recipes_own_share_that_is_too_small_ends_the_run_with_advice(tmp_path, restarts, message):
-    with pytest.raises(UserError, match=r"memory_share = 0\.3 of this GPU is too small.*Raise it"):
-        with ladder.stepping_down(tmp_path, Rung(4, 0.3, 768), None):
-            raise ValueError(message)
+    with (
+        pytest.raises(UserError, match=r"memory_share = 0\.3 of this GPU is too small.*Raise it"),
+        ladder.stepping_down(tmp_path, Rung(4, 0.3, 768), None),
+    ):
+        raise ValueError(message)
     assert not (tmp_path / ladder.FILE).exists()
 
 
@@ -120,7 +122,7 @@ def test_a_step_down_is_written_before_the_process_starts_anew_and_read_by_it(tm
 
 
 def test_at_the_bottom_the_run_ends_with_advice(tmp_path, restarts):
-    with pytest.raises(UserError, match="nothing left to give up.*load_in_4bit") as refused:
+    with pytest.raises(UserError, match=r"nothing left to give up.*load_in_4bit") as refused:
         ladder.step_down(tmp_path, Rung(1, 0.2, 256), None, 3, RuntimeError("CUDA out of memory"))
     assert "at step 3" in refused.value.message
     assert restarts == []
@@ -144,18 +146,16 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_what_counts_as_out_of_memory(tmp_path, restarts, error, expected):
-    with pytest.raises(Restarted if expected else type(error)):
-        with ladder.stepping_down(tmp_path, Rung(2), None):
-            raise error
+    with pytest.raises(Restarted if expected else type(error)), ladder.stepping_down(tmp_path, Rung(2), None):
+        raise error
 
 
 def test_an_out_of_memory_that_another_error_wraps_is_found(tmp_path, restarts):
-    with pytest.raises(Restarted):
-        with ladder.stepping_down(tmp_path, Rung(2), None):
-            try:
-                raise OutOfMemoryError("Tried to allocate")
-            except OutOfMemoryError as error:
-                raise RuntimeError("Engine core failed") from error
+    with pytest.raises(Restarted), ladder.stepping_down(tmp_path, Rung(2), None):
+        try:
+            raise OutOfMemoryError("Tried to allocate")
+        except OutOfMemoryError as error:
+            raise RuntimeError("Engine core failed") from error
 
 
 def test_what_is_no_lack_of_memory_writes_nothing(tmp_path):

@@ -138,7 +138,7 @@ def _fraction(match: re.Match[str]) -> Fraction | None:
     decimals = match["decimals"] or match["only_decimals"] or ""
     exponent = int(match["exponent"] or 0)
     denominator = match["denominator"]
-    if len(signs) > 1 or abs(exponent) > 100 or denominator and (match["exponent"] or "." in match[0].rstrip(".")):
+    if len(signs) > 1 or abs(exponent) > 100 or (denominator and (match["exponent"] or "." in match[0].rstrip("."))):
         return None
     numerator = int(signs + (match["whole"] or "").replace(",", "") + decimals)
     exponent -= len(decimals)

@@ -24,7 +24,7 @@ def mcnemar(gained: int, lost: int) -> float:
     """
     total = gained + lost
     tail = sum(math.comb(total, count) for count in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return float(min(1.0, 2 * tail / 2**total))
 
 
 def p_text(p: float) -> str:

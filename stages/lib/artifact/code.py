@@ -38,7 +38,7 @@ def imported_modules(source: str) -> list[str]:
     """Return the paths in the checkout of the modules of this project that `source` imports, at any depth."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "stages":
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "stages":
             package = node.module.replace(".", "/")
             module = f"{package}.py"
             names = [module] if (ROOT / module).is_file() else [f"{package}/{alias.name}.py" for alias in node.names]
@@ -51,18 +51,18 @@ def without_comments(source: str) -> str:
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            line, column = token.start
-            lines[line - 1] = lines[line - 1][:column]
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
     in_strings: set[int] = set()
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.JoinedStr) or isinstance(node, ast.Constant) and isinstance(node.value, str):
-            in_strings.update(range(node.lineno, node.end_lineno))  # its last line ends outside it
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+            in_strings.update(range(node.lineno, node.end_lineno or 0))  # its last line ends outside it
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
             ast.get_docstring(node, clean=False) is not None
         ):
             docstring = node.body[0]
-            docstrings.update(range(docstring.lineno, docstring.end_lineno + 1))
+            docstrings.update(range(docstring.lineno, (docstring.end_lineno or 0) + 1))
     in_strings -= docstrings
     kept = []
     for number, line in enumerate(lines, 1):

@@ -190,8 +190,8 @@ def put_in_place(folder: Path, out: Path, stage: str) -> None:
     remove_folder(folder / CHECKPOINTS)
     (folder / IDENTITY).unlink(missing_ok=True)
     if out.exists():
-        os.rename(out, before)
-    os.rename(folder, out)
+        out.rename(before)
+    folder.rename(out)
     remove_folder(before)
 
 

@@ -27,12 +27,12 @@ def read_manifest(folder: Path, stage: str) -> dict[str, Any]:
         unfinished = folder.with_name(folder.name + ".unfinished").is_dir()
         found = "it was started and not finished" if unfinished else "there is none"
         raise UserError(f"{folder}: {found}; expected the finished output of {stage} there. Run: make {stage}")
-    found = stage_of(path)
-    if found != stage:
-        holds = f"holds the output of {found!r}" if found else f"its {MANIFEST} is not one that a stage wrote"
-        remedy = f"run: make {stage}" if found else f"delete {folder} and run: make {stage}"
+    owner = stage_of(path)
+    if owner != stage:
+        holds = f"holds the output of {owner!r}" if owner else f"its {MANIFEST} is not one that a stage wrote"
+        remedy = f"run: make {stage}" if owner else f"delete {folder} and run: make {stage}"
         raise UserError(f"{folder}: {holds}; expected that of {stage!r}. Name another folder, or {remedy}")
-    manifest = json.loads(path.read_text())
+    manifest: dict[str, Any] = json.loads(path.read_text())
     if not isinstance(manifest.get("files"), dict):
         raise UserError(f"{path}: lists no files, so {stage} did not write it. Delete {folder} and run: make {stage}")
     for name, described in manifest["files"].items():
@@ -78,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -142,6 +142,7 @@ def read_batches(source: Source, files: list[Path]) -> Iterator[Batch | Lines]:
 
 def read_file(path: Path, wanted: list[str]) -> Iterator[Batch | Lines]:
     """Yield the named columns of one file. Raises `UserError` when it has no rows."""
+    read: Iterator[Batch | Lines]
     if path.suffix == ".parquet":
         read = read_parquet(path, wanted)
     elif path.suffix == ".csv":

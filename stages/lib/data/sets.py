@@ -245,7 +245,8 @@ class Draft:
         if len(rows):
             self.dropped[name][reason] += len(rows)
         for index, row in enumerate(rows.tolist()):
-            line = {"id": f"{table['ids'][row]:016x}", "set": name, "reason": reason, "where": place(row)}
+            row_id = f"{table['ids'][row]:016x}"
+            line: dict[str, Any] = {"id": row_id, "set": name, "reason": reason, "where": place(row)}
             if others is not None:
                 other = int(others[index])
                 line |= {

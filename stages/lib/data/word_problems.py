@@ -22,7 +22,7 @@ def problem(random_state: random.Random) -> Problem:
     """Return one problem of one to three steps, every intermediate result from 0 to LARGEST."""
     while True:
         question, steps = TEMPLATES[random_state.randrange(len(TEMPLATES))](random_state)
-        total, lines = None, []
+        total, lines = 0, []
         for left, sign, right in steps:
             left = total if left is None else left
             total = {"+": left + right, "-": left - right, "*": left * right}[sign]
@@ -47,7 +47,7 @@ def problems(seed: int, count: int, without: set[str] | None = None) -> Iterator
 
 def drill(random_state: random.Random, lines: int) -> list[str]:
     """Return `lines` single steps of the kind that problems are made of: `17+25=42`."""
-    made = []
+    made: list[str] = []
     while len(made) < lines:
         left, sign = random_state.randint(0, LARGEST), random_state.choice("++--*")
         right = random_state.randint(0, 25) if sign != "*" else random_state.randint(2, 9)
@@ -61,7 +61,8 @@ def drill(random_state: random.Random, lines: int) -> list[str]:
 def _draw(random_state: random.Random) -> tuple[str, str, str, int, int, int]:
     """Return two different names, a thing and three numbers."""
     first, second = random_state.sample(NAMES, 2)
-    return (first, second, random_state.choice(THINGS), *(random_state.randint(2, 25) for _ in range(3)))
+    thing = random_state.choice(THINGS)
+    return first, second, thing, random_state.randint(2, 25), random_state.randint(2, 25), random_state.randint(2, 25)
 
 
 def _what_is(random_state):

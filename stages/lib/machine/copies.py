@@ -94,7 +94,7 @@ def read_tokenizer(path: str, model: str) -> None:
 
     `model` is the folder of its model. Runs in a process of its own, without torch, which tokenizers do not need.
     """
-    sys.modules["torch"] = None
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way to say: none
     from stages.lib.gguf.tokens import check_conversion
     from stages.lib.model.tokenizer import load_tokenizer
 

@@ -8,6 +8,7 @@ needs most, for a LoRA adapter on a frozen base.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from stages.lib.machine.findings import Finding, gigabytes
 from stages.lib.machine.shape import LINEAR_LAYERS, Shape
@@ -182,11 +183,11 @@ def comparison_estimate(shape: Shape) -> Estimate:
 
 def gpu_estimates(recipe: Recipe, shape: Shape, gpu_bytes: int) -> dict[str, Estimate]:
     """Return what each stage that fills the GPU needs of its `gpu_bytes`, by name."""
-    common = {
+    common: dict[str, Any] = {
         "engine": recipe.model.engine, "dtype": recipe.model.dtype, "load_in_4bit": recipe.model.load_in_4bit,
         "rank": recipe.lora.rank, "target_modules": recipe.lora.target_modules,
     }  # fmt: skip
-    vllm = {} if recipe.vllm is None else {
+    vllm: dict[str, Any] = {} if recipe.vllm is None else {
         "vllm_memory_share": recipe.vllm.memory_share, "vllm_sequences": recipe.vllm.sequences,
         "vllm_standby": recipe.vllm.standby,
     }  # fmt: skip

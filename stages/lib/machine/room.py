@@ -13,7 +13,7 @@ def gguf_bits(kind: str) -> int:
 
     A type's digit understates its bits: scales, embeddings in a finer type, rows that fall back to one.
     """
-    digit = int(re.search(r"\d+", kind)[0])
+    digit = int(re.findall(r"\d+", kind)[0])
     return digit if digit > 8 else min(digit + 3, 9)
 
 

@@ -83,7 +83,9 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
     if family not in FAMILIES:
         raise UserError(f"{where}: model_type is {family!r}; its memory can be estimated for {', '.join(FAMILIES)}")
     gemma = family.startswith("gemma3")
-    stated = (GEMMA3_DEFAULTS if gemma else {}) | {key: value for key, value in text.items() if value is not None}
+    stated: dict[str, Any] = (GEMMA3_DEFAULTS if gemma else {}) | {
+        key: value for key, value in text.items() if value is not None
+    }
     try:
         heads = stated["num_attention_heads"]
         return Shape(

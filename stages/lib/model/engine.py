@@ -66,7 +66,7 @@ def import_engine(recipe: Recipe) -> None:
     os.environ["UNSLOTH_VLLM_STANDBY"] = str(int(recipe.vllm.standby))
     for variable, value in UNSLOTH.items():
         os.environ.setdefault(variable, value)
-    import unsloth  # noqa: F401
+    import unsloth  # noqa: F401  (importing it patches TRL and transformers)
     from unsloth_zoo import rl_replacements
 
     # The compiled one is a loop that Dynamo unrolls, four rounds a completion: with 64 or more completions the first

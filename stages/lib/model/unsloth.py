@@ -89,10 +89,10 @@ def skip_scoring_pass(recipe: Recipe, trainer: Any) -> None:
     """
     if recipe.model.engine != "unsloth" or needs_scoring_pass(recipe):
         return
-    module = sys.modules[type(trainer).__module__]
+    module: Any = sys.modules[type(trainer).__module__]
     loss = module.UnslothEfficientGRPO
 
-    class OnPolicy(loss):
+    class OnPolicy(loss):  # type: ignore[misc, valid-type]  # a class that Unsloth writes
         @staticmethod
         def forward(ctx, new, old, *rest):
             return loss.forward(ctx, new, new if old is None else old, *rest)

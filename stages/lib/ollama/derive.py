@@ -262,7 +262,7 @@ def gaps_of(render: Render, bos: str, turns: int, system: bool) -> Gaps:
     wanted = [message["content"] for message in dialogue(turns)]
     if [marker for marker in markers if marker != SYSTEM] != wanted:
         raise UserError(f"the chat template does not write every content once and in order ({turns} user messages)")
-    left = {place: "" for place in range(len(markers))}
+    left = dict.fromkeys(range(len(markers)), "")
     right = dict(left)
     for space in WHITESPACE:
         before = parts_of(render, bos, dialogue(turns, system, left=space))

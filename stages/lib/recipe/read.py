@@ -26,7 +26,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: there is no such recipe. Run: make help") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not TOML: {error}") from error
-    recipe = build_table(Recipe, tables, path, "", given={"path": path})
+    recipe: Recipe = build_table(Recipe, tables, path, "", given={"path": path})
     try:
         own_prompt = formats.get(recipe.format.name).system_prompt
     except UserError as error:
@@ -37,7 +37,7 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def build_table(kind: type, table: dict[str, Any], path: Path, where: str, given: dict[str, Any] | None = None) -> Any:
+def build_table(kind: Any, table: dict[str, Any], path: Path, where: str, given: dict[str, Any] | None = None) -> Any:
     """Return `kind`, a dataclass, from a TOML table; `where` is the table's dotted name, "" for the whole file."""
     given = given or {}
     fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in given}

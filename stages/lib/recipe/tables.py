@@ -6,6 +6,7 @@ not after hours of training. There are no hidden defaults: a field without a def
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -294,6 +295,7 @@ class Recipe:
 
 
 # What a number may be: the words of the error message, and the test.
+Bound = tuple[str, Callable[[Any], bool]]
 OVER_0 = ("over 0", lambda value: value > 0)
 OVER_0_UNDER_1 = ("over 0 and under 1", lambda value: 0 < value < 1)
 OVER_0_AT_MOST_1 = ("over 0 and at most 1", lambda value: 0 < value <= 1)
@@ -307,11 +309,11 @@ SEED = ("0 to 4294967295", lambda value: 0 <= value < 2**32)  # what NumPy takes
 VOCABULARY = ("327 or more", lambda value: value >= 327)
 
 # The bounds of every number that has any of its own. Those that depend on another key are in `check`.
-OPTIMIZER = {
+OPTIMIZER: dict[str, Bound] = {
     "learning_rate": OVER_0, "warmup_steps": FROM_0, "weight_decay": FROM_0, "adam_beta1": FROM_0_UNDER_1,
     "adam_beta2": FROM_0_UNDER_1, "max_grad_norm": FROM_0,
 }  # fmt: skip
-BOUNDS = {
+BOUNDS: dict[str, dict[str, Bound]] = {
     "health": {"log_entries": FROM_1, "max_kl": OVER_0, "min_entropy": FROM_0, "max_entropy": OVER_0},
     "base_model": {
         "seed": SEED, "layers": FROM_1, "hidden_size": FROM_1, "intermediate_size": FROM_1, "attention_heads": FROM_1,

@@ -40,7 +40,7 @@ KINDS = {
 LICENSES = (
     "agpl-3.0", "apache-2.0", "bigcode-openrail-m", "bigscience-bloom-rail-1.0", "bigscience-openrail-m",
     "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-sa-4.0",
-    "cc0-1.0", "creativeml-openrail-m", "gemma", "gpl-3.0", "lgpl-3.0", "llama2", "llama3", "llama3.1", "llama3.2", 
+    "cc0-1.0", "creativeml-openrail-m", "gemma", "gpl-3.0", "lgpl-3.0", "llama2", "llama3", "llama3.1", "llama3.2",
     "llama3.3", "llama4", "mit", "mpl-2.0", "openrail", "openrail++", "unlicense",
 )  # fmt: skip
 QUESTION = "What is 17 + 25?"
@@ -52,7 +52,7 @@ class File:
 
     name: str
     source: Path | bytes
-    bytes: int
+    size: int  # bytes
     sha256: str
 
     @property
@@ -481,7 +481,7 @@ def reward_key(name: str) -> str:
 
 def listing(files: Sequence[File]) -> list[str]:
     """Return the files with size and sha256; this card itself is not among them."""
-    rows = [(f"`{file.name}`", f"{file.bytes:,}", f"`{file.sha256}`") for file in files]
+    rows = [(f"`{file.name}`", f"{file.size:,}", f"`{file.sha256}`") for file in files]
     return table(("file", "bytes", "sha256"), rows)
 
 

@@ -37,7 +37,7 @@ def math_correct(
 
 def _is_math_equal(answer: str, true: str) -> bool:
     number, true_number = given_number(answer), canonical_number(true)
-    if answer == true or number is not None and number == true_number:
+    if answer == true or (number is not None and number == true_number):
         return True
     if len(answer) > _MATH_MAX_CHARACTERS:
         return False
@@ -70,7 +70,7 @@ class _MathWorker:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pipe = None
+        self._pipe: Any = None  # a Connection, while there is a process
 
     def start(self) -> None:
         """Start the process, which takes a second the first time, unless it runs."""
@@ -95,7 +95,7 @@ class _MathWorker:
             pipe, self._pipe = self._pipe, None
             try:
                 pipe.send((true, answer, number))
-                equal = pipe.recv()
+                equal: bool = pipe.recv()
             except (EOFError, ConnectionError):
                 self.start()
                 return False

@@ -33,9 +33,7 @@ SUITES: dict[str, dict[str, Reward]] = {
 FOR_ANY_FORMAT: dict[str, Reward] = {f.__name__: f for f in (math_correct, length_penalty, repetition_penalty)}
 
 
-def load_rewards(
-    names: Sequence[str], format: Format, recipe_folder: Path, **parameters: int | float | None
-) -> list[Reward]:
+def load_rewards(names: Sequence[str], format: Format, recipe_folder: Path, **parameters: Any) -> list[Reward]:
     """Give the reward functions that a recipe names, in order, each with the `__name__` that logs show it by.
 
     `names` are those of the suite of `format`, those for any format, and `FILE.py:FUNCTION` for the user's own, the
@@ -48,9 +46,7 @@ def load_rewards(
     return rewards
 
 
-def check_reward_names(
-    names: Sequence[str], format: Format, recipe_folder: Path, **parameters: int | float | None
-) -> None:
+def check_reward_names(names: Sequence[str], format: Format, recipe_folder: Path, **parameters: Any) -> None:
     """Raise UserError for what `load` would refuse, as far as shows without running a line of the user's."""
     told = Parameters(**parameters)
     for name in names:
@@ -121,7 +117,7 @@ def _told(name: str, parameters: Parameters, key: str, least: int) -> Any:
     return told
 
 
-def _named(name: str, function: functools.partial) -> Reward:
+def _named(name: str, function: functools.partial[list[float]]) -> Reward:
     """Give `function` as a plain one with a name: a partial has none, and loggers other than TRL's ask for it."""
 
     def reward(completions: Sequence[Completion], **columns: Any) -> list[float]:

@@ -49,7 +49,6 @@ def own_path(name: str, recipe_folder: Path) -> Path:
 
 def look_for_own(name: str, path: Path) -> None:
     """Raise `UserError` when the file does not parse or binds no such name; no line of it is run."""
-    """Raise UserError if the file is no Python or has no such function, as far as shows without running it."""
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except SyntaxError as error:
@@ -62,8 +61,9 @@ def look_for_own(name: str, path: Path) -> None:
         own = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
         raise UserError(_no_function(name, path, own))
     for node in tree.body:
-        plain = isinstance(node, ast.FunctionDef) and not node.decorator_list
-        if plain and node.name == function_name and bound.count(function_name) == 1:
+        if not isinstance(node, ast.FunctionDef) or node.name != function_name:
+            continue
+        if not node.decorator_list and bound.count(function_name) == 1:
             taken = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
             if node.args.posonlyargs or not ("completions" in taken or node.args.kwarg):
                 raise UserError(_not_called_so(name, f"({ast.unparse(node.args)})"))
@@ -111,7 +111,7 @@ def load_own(name: str, recipe_folder: Path) -> Reward:
 
 
 def _import_file(name: str, path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"rewards_from_{path.stem}", path)
+    spec: Any = importlib.util.spec_from_file_location(f"rewards_from_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up by its name
     try:

@@ -56,7 +56,8 @@ def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tup
     class Watch(TrainerCallback):
         """Stop a run that would only waste GPU hours, or say so once, as the recipe's [health] says."""
 
-        said: set[str] = set()
+        def __init__(self):
+            self.said: set[str] = set()
 
         def on_log(self, args, state, control, **kwargs):
             for check, advice in health.find(state.log_history, knobs, scaled=args.fp16).items():

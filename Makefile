@@ -268,9 +268,10 @@ ollama: $(call done,ollama-modelfile)  ## Hand the model to the machine's Ollama
 
 # ---- housekeeping -------------------------------------------------------------------------------------------------
 
-setup: $(VENV)/installed  ## Make the virtual environment (the other targets do it when it is missing)
+setup: $(VENV)/installed  ## Make the virtual environment (the other targets do it when it is missing; GO=)
 
-$(VENV)/installed: docker/install docker/llama docker/common docker/cpu.lock docker/cpu-cuda.lock
+$(VENV)/installed: docker/install docker/llama docker/common docker/cpu.lock docker/cpu-cuda.lock \
+    $(wildcard docker/gotemplate/*)
 	docker/install $(VENV)
 
 # The image is the environment and nothing else; its id stands in a file, and in the manifests.

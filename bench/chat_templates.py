@@ -13,7 +13,6 @@ from pathlib import Path
 
 from stages.lib.errors import UserError
 from stages.lib.ollama.derive import derive_template, jinja_render
-from stages.lib.ollama.go import go_helper
 from stages.lib.ollama.proof import compare_renderings
 
 TEMPLATES = Path(sys.prefix) / "llama.cpp" / "models" / "templates"
@@ -28,14 +27,13 @@ def main() -> None:
         taken += verdict.startswith("the same")
         rows.append(f"| {path.stem} | {verdict} | {system} | {end} |")
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "jinja2", "llama-cpp-python"))
-    by = "Go's text/template and stages.lib.go_render" if go_helper() else "stages.lib.go_render"
     text = [
         "# Chat templates in Go",
         "",
         f"{taken} of the {len(rows)} chat templates that come with llama.cpp prompt through Ollama as in transformers.",
         "",
         f"`python -m bench.chat_templates`, {datetime.date.today()}, {platform.system()} {platform.machine()}, Python "
-        f"{platform.python_version()}, {packages}. Go templates rendered by {by}.",
+        f"{platform.python_version()}, {packages}.",
         "",
         "| chat template | Go against Jinja | system prompt | ends a turn with |",
         "| --- | --- | --- | --- |",
@@ -56,7 +54,7 @@ def judge(chat_template: str) -> tuple[str, str, str]:
     system = "taken" if derived.takes_system else "refused"
     end = f"`{cell(derived.turn_end.strip())}`" if derived.turn_end.strip() else ""
     try:
-        _, count = compare_renderings(Path("Modelfile"), derived.template, render, derived.bos)
+        count = compare_renderings(Path("Modelfile"), derived.template, render, derived.bos)
     except UserError as error:
         conversation = error.message.splitlines()[1].split(":", 1)[1].strip()
         return cell(f"refused: differs on `{conversation}`"), system, end

@@ -22,7 +22,8 @@ import click
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-INPUTS = ["Dockerfile", "apt", "check.py", "common", "install", "llama", "gotemplate/main.go", "gotemplate/go.mod"]
+INPUTS = ["Dockerfile", "apt", "check.py", "common", "install", "llama"]
+INPUTS += ["gotemplate/build", "gotemplate/go.mod", "gotemplate/main.go"]
 LOCKS = {"cpu": ["cpu.lock", "cpu-cuda.lock"], "cuda": ["cuda.lock", "cpu.lock"]}
 # Written anew on every start of a tool, and of no consequence: byte-code, logs, the loader's cache.
 ASIDE = re.compile(r"(\.pyc|/__pycache__)$|^var/log/|^var/cache/ldconfig/|^llama/compile\.log$")

@@ -16,7 +16,8 @@ from stages.lib.errors import UserError
 from stages.lib.gguf.tokens import Vocabulary
 from stages.lib.ollama import modelfile
 from stages.lib.ollama.derive import Derived, Render, of_tokenizer, refuse_unused_system
-from stages.lib.ollama.proof import compare_renderings, first_difference, render_go
+from stages.lib.ollama.go import render_by_go
+from stages.lib.ollama.proof import compare_renderings, first_difference
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Ollama, Recipe
 
@@ -185,10 +186,8 @@ def prove(
         if modelfile.values(commands, f"parameter {name}") != [str(getattr(knobs, name))]:
             raise UserError(f"{path}: PARAMETER {name} is not {getattr(knobs, name)}, as the recipe has it")
     (template,) = modelfile.values(commands, "template")
-    rendered_by, compared = compare_renderings(path, template, render, derived.bos)
     return {
-        "conversations": compared,
-        "rendered_by": rendered_by,
+        "conversations": compare_renderings(path, template, render, derived.bos),
         "stops": found,
         "system_prompt": bool(system),
         "earlier_answers_as_trained": earlier_answers_agree(template, render, derived.bos, answers),
@@ -203,7 +202,7 @@ def earlier_answers_agree(template: str, render: Render, bos: str, answers: form
     turns = ("1 + 1?", answers.write(formats.Answer("1 + 1 = 2", "2")), "2 + 2?")
     roles = ("user", "assistant", "user")
     conversation = [{"role": role, "content": content} for role, content in zip(roles, turns, strict=True)]
-    return render_go(template, conversation) == render(conversation, True).removeprefix(bos)
+    return render_by_go(template, [conversation]) == [render(conversation, True).removeprefix(bos)]
 
 
 if __name__ == "__main__":

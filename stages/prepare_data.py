@@ -94,7 +94,7 @@ def refuse_base(recipe: Recipe, base_model: Path | None) -> None:
 def check_chat_template(recipe: Recipe, tokenizer: Any) -> None:
     """Raise `UserError` if ollama-modelfile would refuse the chat template after all the training.
 
-    It is derived and compared here as it is there, by Go where the helper is installed.
+    It is derived and compared here as it is there.
     """
     name = recipe.model.name
     render, derived = of_tokenizer(tokenizer, name)

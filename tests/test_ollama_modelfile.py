@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,7 +22,7 @@ from stages.lib.ollama.derive import derive_template, jinja_render, rejects
 from stages.lib.ollama.go import render_by_go
 from stages.lib.ollama.proof import CONVERSATIONS
 from stages.lib.recipe.tables import Format, Ollama
-from tests.support import chat_templates, gotemplate, tiny_models
+from tests.support import chat_templates, tiny_models
 
 KNOBS = Ollama(
     quantization="q4_k_m", num_ctx=512, temperature=0.5, top_p=0.9, top_k=40, min_p=0.05, license="Apache-2.0"
@@ -55,21 +56,10 @@ def gemma(tmp_path_factory):
     return inputs(tmp_path_factory.mktemp("gemma"), GEMMA)
 
 
-@pytest.fixture
-def by_go(monkeypatch):
-    monkeypatch.setattr("stages.lib.ollama.proof.go_helper", gotemplate.program)
-
-
-@pytest.fixture
-def without_go(monkeypatch):
-    monkeypatch.setattr("stages.lib.ollama.proof.go_helper", lambda: None)
-
-
-def test_the_modelfile_holds_what_the_tokenizer_the_format_and_the_recipe_say(gemma, tmp_path, by_go):
+def test_the_modelfile_holds_what_the_tokenizer_the_format_and_the_recipe_say(gemma, tmp_path):
     metrics = ollama_modelfile.make(RECIPE, gemma.model, gemma.gguf, tmp_path)
     assert metrics == {
         "conversations": 48,
-        "rendered_by": "go text/template",
         "stops": ["<eos>", "<end_of_turn>"],
         "system_prompt": True,
         "earlier_answers_as_trained": True,
@@ -94,22 +84,16 @@ def test_the_modelfile_holds_what_the_tokenizer_the_format_and_the_recipe_say(ge
     assert "<bos>" not in template
     asked = [{"role": "system", "content": "Think."}, {"role": "user", "content": " 6 * 7? "}]
     expected = "<start_of_turn>user\nThink.\n\n6 * 7?<end_of_turn>\n<start_of_turn>model\n"
-    assert render_by_go(gotemplate.program(), template, [asked]) == [expected]
+    assert render_by_go(template, [asked]) == [expected]
 
 
-def test_without_the_helper_the_proof_is_made_here_and_the_manifest_says_so(gemma, tmp_path, without_go):
-    metrics = ollama_modelfile.make(RECIPE, gemma.model, gemma.gguf, tmp_path)
-    assert metrics["rendered_by"] == "stages.lib.go_render"
-    assert metrics["conversations"] == 48
-
-
-def test_the_recipes_system_prompt_takes_the_place_of_the_formats(gemma, tmp_path, without_go):
+def test_the_recipes_system_prompt_takes_the_place_of_the_formats(gemma, tmp_path):
     recipe = SimpleNamespace(format=Format("xml", system_prompt='Say "why" first.'), ollama=KNOBS)
     ollama_modelfile.make(recipe, gemma.model, gemma.gguf, tmp_path)
     assert modelfile.values(modelfile.read(tmp_path / "Modelfile"), "system") == ['Say "why" first.']
 
 
-def test_the_gguf_is_copied_where_it_cannot_be_linked(gemma, tmp_path, without_go, monkeypatch):
+def test_the_gguf_is_copied_where_it_cannot_be_linked(gemma, tmp_path, monkeypatch):
     def no_links(*_):
         raise OSError("not on this file system")
 
@@ -118,7 +102,7 @@ def test_the_gguf_is_copied_where_it_cannot_be_linked(gemma, tmp_path, without_g
     assert (tmp_path / "model.q4_k_m.gguf").read_bytes() == gemma.file.read_bytes()
 
 
-def test_the_stage_writes_a_finished_artifact_once(gemma, tmp_path, without_go, monkeypatch):
+def test_the_stage_writes_a_finished_artifact_once(gemma, tmp_path, monkeypatch):
     folders = {}
     for stage, content in (("merge", gemma.model), ("gguf", gemma.file)):
         folders[stage] = tmp_path / stage
@@ -185,9 +169,7 @@ CHATML = derive_template(jinja_render(chat_templates.CHATML, {})).template
         ('"""\nSYSTEM', "\nSYSTEM", "SYSTEM is"),
     ],
 )
-@pytest.mark.parametrize("renderer", [None, "go"])
-def test_a_damaged_modelfile_is_caught_and_the_cause_is_named(made, monkeypatch, old, new, message, renderer):
-    monkeypatch.setattr("stages.lib.ollama.proof.go_helper", gotemplate.program if renderer else lambda: None)
+def test_a_damaged_modelfile_is_caught_and_the_cause_is_named(made, old, new, message):
     text = made.path.read_text()
     assert old in text
     if new == "CHATML":
@@ -203,7 +185,7 @@ def test_a_damaged_modelfile_is_caught_and_the_cause_is_named(made, monkeypatch,
         )
 
 
-def test_a_difference_is_shown_with_the_conversation_and_both_texts(made, without_go):
+def test_a_difference_is_shown_with_the_conversation_and_both_texts(made):
     path = made.path.with_name("Damaged")
     path.write_text(made.path.read_text().replace("<start_of_turn>model\n{{end}}", "<start_of_turn>model\n\n{{end}}"))
     with pytest.raises(UserError) as caught:
@@ -213,8 +195,7 @@ def test_a_difference_is_shown_with_the_conversation_and_both_texts(made, withou
         "from character 74 on it has '\\n' instead of ''",
         '  conversation:  [{"role": "user", "content": "What is 6 times 7?"}]',
         "  chat template: '<start_of_turn>user\\nWhat is 6 times 7?<end_of_turn>\\n<start_of_turn>model\\n'",
-        "  Modelfile:     '<start_of_turn>user\\nWhat is 6 times 7?<end_of_turn>\\n<start_of_turn>model\\n\\n', "
-        "rendered by stages.lib.go_render",
+        "  Modelfile:     '<start_of_turn>user\\nWhat is 6 times 7?<end_of_turn>\\n<start_of_turn>model\\n\\n'",
     ]
 
 
@@ -252,7 +233,7 @@ def test_a_bos_that_the_chat_template_does_not_write_is_caught(tmp_path):
         ),
     ],
 )
-def test_a_template_that_go_cannot_follow_fails_the_stage(gemma, tmp_path, without_go, monkeypatch, old, new, message):
+def test_a_template_that_go_cannot_follow_fails_the_stage(gemma, tmp_path, monkeypatch, old, new, message):
     assert old in GEMMA
     copy = shutil.copytree(gemma.model, tmp_path / "model")
     (copy / "chat_template.jinja").write_text(GEMMA.replace(old, new))
@@ -342,7 +323,10 @@ ALIKE = {
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
     """What npm's package makes of each chat template in `ALIKE`."""
-    gotemplate.require("npm", "this test asks @huggingface/ollama-utils. Run: apt-get install npm")
+    if shutil.which("npm") is None:  # in CI, which installs it, that is a failure
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "npm is not installed: this test asks @huggingface/ollama-utils. Run: apt-get install npm"
+        )
     folder = tmp_path_factory.mktemp("npm")
     for name in ("package.json", "package-lock.json", "convert.js"):
         shutil.copy(NPM / name, folder)
@@ -370,8 +354,8 @@ def test_a_second_opinion_agrees_where_it_claims_to_hold(converted, name):
     assert [len(conversations) for conversations in kinds.values()] == [12, 10 if found.takes_system else 0]
     alike = set()
     for kind, conversations in kinds.items():
-        by_us = render_by_go(gotemplate.program(), found.template, conversations)
-        by_them = render_by_go(gotemplate.program(), theirs["template"], conversations)
+        by_us = render_by_go(found.template, conversations)
+        by_them = render_by_go(theirs["template"], conversations)
         if conversations and [text.removeprefix("<bos>") for text in by_them] == by_us:
             alike.add(kind)
     assert alike == ALIKE[name]

@@ -26,7 +26,6 @@ EXCEPTIONS = {
     "lib/machine/memory.py:sft_estimate": "not cut yet",
     "lib/machine/memory.py:grpo_estimate": "not cut yet",
     "lib/machine/room.py:disk_rooms": "not cut yet",
-    "lib/ollama/derive.py": "not cut yet",
     "lib/recipe/rules.py:check_recipe": "not cut yet",
     "lib/recipe/tables.py": "not cut yet",
     "lib/report/card.py": "not cut yet",

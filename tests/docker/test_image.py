@@ -171,9 +171,9 @@ def test_every_stage_finishes_in_the_image_as_the_calling_user_and_says_so(check
     assert "docker/run" not in again.stdout
 
 
-def test_the_go_template_was_proven_by_go_itself(checkout, story):
-    assert checkout.inside("from stages.lib import go_render; print(go_render.helper())").stdout == (
-        "/opt/temper/bin/temper-gotemplate\n"
+def test_the_image_has_the_renderer_of_go_templates_and_no_go(checkout, story):
+    assert checkout.inside("import shutil; print(shutil.which('temper-gotemplate'), shutil.which('go'))").stdout == (
+        "/opt/temper/bin/temper-gotemplate None\n"
     )
 
 

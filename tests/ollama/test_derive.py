@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.lib.errors import UserError
-from stages.lib.ollama.derive import WHITESPACE, derive_template, jinja_render, rejects
-from stages.lib.ollama.go import render_by_go
-from stages.lib.ollama.proof import CONVERSATIONS, render_go
-from tests.support import chat_templates, gotemplate
+from stages.lib.ollama.derive import derive_template, jinja_render, rejects
+from stages.lib.ollama.go import WHITESPACE, render_by_go
+from stages.lib.ollama.proof import CONVERSATIONS
+from tests.support import chat_templates
 
 TOKENS = {"bos_token": "<bos>", "eos_token": "</s>"}
 
@@ -66,13 +66,11 @@ def test_the_templates_of_llama_cpp_are_there_and_the_lists_name_only_them():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_go_and_jinja_and_our_own_renderer_give_one_text_on_every_conversation(name):
+def test_go_and_jinja_give_one_text_on_every_conversation(name):
     render, found = derived(name)
     conversations, wanted = rendered(render, found, CONVERSATIONS)
     assert len(conversations) >= 20
-    by_go = render_by_go(gotemplate.program(), found.template, conversations)
-    assert by_go == wanted
-    assert [render_go(found.template, each) for each in conversations] == by_go
+    assert render_by_go(found.template, conversations) == wanted
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -85,7 +83,7 @@ def test_a_template_that_cannot_be_said_in_go_is_refused_with_the_reason(name):
 def test_a_template_with_a_rule_of_its_own_for_nothing_differs_there_and_only_there(name):
     render, found = derived(name)
     conversations, wanted = rendered(render, found, CONVERSATIONS)
-    by_go = render_by_go(gotemplate.program(), found.template, conversations)
+    by_go = render_by_go(found.template, conversations)
     differing = [each for each, go, jinja in zip(conversations, by_go, wanted, strict=True) if go != jinja]
     role = "assistant" if DIFFERENT[name] == "an empty answer" else "system"
     assert differing
@@ -147,7 +145,7 @@ def test_gemma_folds_the_system_prompt_into_the_first_turn_and_leaves_the_bos_to
     assert "<bos>" not in found.template
     conversation = [{"role": "system", "content": " s "}, {"role": "user", "content": " u "}]
     expected = "<start_of_turn>user\n s \n\nu<end_of_turn>\n<start_of_turn>model\n"
-    assert render_by_go(gotemplate.program(), found.template, [conversation]) == [expected]
+    assert render_by_go(found.template, [conversation]) == [expected]
 
 
 def test_a_template_that_takes_no_system_prompt_says_so():
@@ -159,7 +157,7 @@ def test_a_template_that_takes_no_system_prompt_says_so():
 def test_a_last_answer_is_left_open_for_the_model_to_go_on_with(name):
     render, found = derived(name)
     conversation = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "The answer is"}]
-    text = render_by_go(gotemplate.program(), found.template, [conversation])[0]
+    text = render_by_go(found.template, [conversation])[0]
     closed = render(conversation, False).removeprefix(found.bos)
     assert text == closed[: closed.index("The answer is") + len("The answer is")]
 
@@ -167,7 +165,7 @@ def test_a_last_answer_is_left_open_for_the_model_to_go_on_with(name):
 def test_a_conversation_whose_beginning_ollama_dropped_is_still_rendered_as_the_chat_template_does():
     render, found = derived("chatml")
     conversation = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}]
-    assert render_go(found.template, conversation) == render(conversation, True)
+    assert render_by_go(found.template, [conversation]) == [render(conversation, True)]
 
 
 @pytest.mark.parametrize("place", ["left", "right", "both"])
@@ -178,15 +176,14 @@ def test_trimming_drops_every_character_that_python_calls_white_space_and_no_oth
     contents += ["", " ", " \n" * 40, "\u3000", "\u00a0\u3000"]
     conversations = [[{"role": "user", "content": content}] for content in contents]
     _, wanted = rendered(render, found, conversations)
-    assert render_by_go(gotemplate.program(), found.template, conversations) == wanted
-    assert [render_go(found.template, each) for each in conversations] == wanted
+    assert render_by_go(found.template, conversations) == wanted
 
 
 def test_go_trims_forty_thousand_blanks_at_either_end():
     _, found = derived("gemma-3")
     conversation = [{"role": "user", "content": " " * 40_000 + "x" + "\n" * 40_000}]
     expected = "<start_of_turn>user\nx<end_of_turn>\n<start_of_turn>model\n"
-    assert render_by_go(gotemplate.program(), found.template, [conversation]) == [expected]
+    assert render_by_go(found.template, [conversation]) == [expected]
 
 
 CONTENT = st.text(
@@ -210,11 +207,10 @@ def conversations(draw):
 @pytest.mark.parametrize("name", chat_templates.MADE)
 @settings(max_examples=15, deadline=None)
 @given(conversations())
-def test_go_and_jinja_and_our_own_renderer_agree_on_any_contents(name, generated):
+def test_go_and_jinja_agree_on_any_contents(name, generated):
     render, found = derived(name)
     kept, wanted = rendered(render, found, generated)
-    assert render_by_go(gotemplate.program(), found.template, kept) == wanted
-    assert [render_go(found.template, each) for each in kept] == wanted
+    assert render_by_go(found.template, kept) == wanted
 
 
 WORDS = st.text(st.sampled_from("ab {}<\n\"'%-\u00a0é"), max_size=6).map(repr)
@@ -242,8 +238,7 @@ def test_any_concatenation_by_role_is_derived(words, trims_user, folds):
     render = jinja_render(chat_template, TOKENS)
     found = derive_template(render)
     kept, wanted = rendered(render, found, CONVERSATIONS)
-    assert render_by_go(gotemplate.program(), found.template, kept) == wanted
-    assert [render_go(found.template, each) for each in kept] == wanted
+    assert render_by_go(found.template, kept) == wanted
 
 
 def test_no_template_holds_what_a_modelfile_would_lose():

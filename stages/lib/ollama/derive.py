@@ -9,12 +9,10 @@ depend on three facts: whether the user message is the first, whether it is the 
 prompt. That covers concatenation by role, a system prompt folded into the first or the last user turn, a default system
 prompt, trimming, and text after the generation prompt such as `<think>`. Whatever does not fit is refused.
 
-A derived template is a claim, not a proof: the stage renders both on `stages.lib.go_render.CONVERSATIONS`.
-
-Go's template language has no function that trims, so trimming is written as two recursive templates that drop a
-character at a time. How Ollama hands messages to a template: `collate` in template/template.go of ollama/ollama.
+A derived template is a claim; the proof is that both render `stages.lib.ollama.proof.CONVERSATIONS` alike.
 """
 
+import contextlib
 import os.path
 import re
 from collections.abc import Callable, Sequence
@@ -23,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.errors import UserError
+from stages.lib.ollama.go import WHITESPACE, Conversation, Message, Piece, Pieces, Slot, go_if, go_written, trimmers
 
-Message = dict[str, str]
-Conversation = Sequence[Message]
 # Renders a conversation with (True) or without a generation prompt; raises `Rejected` where the template does.
 Render = Callable[[Conversation, bool], str]
 
-WHITESPACE = tuple(chr(code) for code in range(0x3001) if chr(code).isspace())  # what Python's str.strip removes
 SYSTEM, USER, ASSISTANT = "\ue000", "\ue100", "\ue200"  # markers: the n-th content of a role is marked chr(ord + n)
 MARKER = re.compile("([\ue000-\ue2ff])")
 TURNS = (1, 2, 3, 4, 5)
@@ -38,19 +34,6 @@ PLACE = ("$first", "$last", "$system")  # what a user message's surroundings may
 
 class Rejected(Exception):
     """The chat template raised an error of its own on a conversation."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a content goes: Go's name of it, and which characters are trimmed off either end of it."""
-
-    name: str  # ".Content" or "$.System"
-    left: str = ""
-    right: str = ""
-
-
-Piece = str | Slot
-Pieces = tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -85,10 +68,9 @@ def jinja_render(chat_template: str, special_tokens: dict[str, str]) -> Render:
     def on(day: str) -> str:
         return render([{"role": "user", "content": "x"}], True, strftime_now=lambda _: day)
 
-    try:
+    dated = False
+    with contextlib.suppress(Rejected):  # for another reason, which `derive_template` reports
         dated = on("one day") != on("another day")
-    except Rejected:
-        dated = False  # rejected for another reason, which `derive` reports
     if dated:
         raise UserError(
             "the chat template writes today's date into the prompt; a Modelfile would repeat for ever the day it was "
@@ -115,9 +97,9 @@ def derive_template(render: Render, bos: str = "") -> Derived:
     start = beginnings(seen, systems, user.opening)
 
     asked = go_written(user.opening, PLACE) + go_written(user.slot, PLACE) + go_written(user.close, PLACE)
-    asked += when_role("$last", go_written(user.prompt, ()))
+    asked += go_if("$last", go_written(user.prompt, ()))
     answered = go_written(answer.opening, ()) + go_written(answer.slot, ())
-    answered += when_role("not $last", go_written(answer.close, ()))  # a last answer is one to be gone on with
+    answered += go_if("not $last", go_written(answer.close, ()))  # a last answer is one to be gone on with
     text = go_written(start, ("$system",))
     text += "{{range $i, $_ := .Messages}}{{$last := eq (len (slice $.Messages $i)) 1}}"
     text += f'{{{{if eq .Role "user"}}}}{asked}' + ("{{$first = false}}" if "$first" in asked else "")
@@ -125,10 +107,9 @@ def derive_template(render: Render, bos: str = "") -> Derived:
     if "$first" in asked:
         text = "{{$first := true}}" + text
     if "$system" in text:
-        if empty_system_is_none(render):
-            mark = when_role(".System", "{{$system = true}}")
-        else:
-            mark = "{{range .Messages}}" + when_role('eq .Role "system"', "{{$system = true}}") + "{{end}}"
+        mark = '{{range .Messages}}{{if eq .Role "system"}}{{$system = true}}{{end}}{{end}}'
+        if render([{"role": "system", "content": ""}, *dialogue(1)], True) == render(dialogue(1), True):
+            mark = "{{if .System}}{{$system = true}}{{end}}"
         text = "{{$system := false}}" + mark + text
     return Derived(trimmers(text) + text, bos, takes_system, turn_end)
 
@@ -240,12 +221,6 @@ def rejects(render: Render, conversation: Conversation) -> str:
     return ""
 
 
-def empty_system_is_none(render: Render) -> bool:
-    """Say whether the chat template treats an empty system message as if there were none."""
-    user = dialogue(1)
-    return render([{"role": "system", "content": ""}, *user], True) == render(user, True)
-
-
 def parts_of(render: Render, bos: str, conversation: Conversation, generation_prompt: bool = True) -> list[str]:
     """Render a conversation of markers and cut it at them: text, marker, text, ..., marker, text; BOS left out."""
     try:
@@ -262,8 +237,7 @@ def gaps_of(render: Render, bos: str, turns: int, system: bool) -> Gaps:
     wanted = [message["content"] for message in dialogue(turns)]
     if [marker for marker in markers if marker != SYSTEM] != wanted:
         raise UserError(f"the chat template does not write every content once and in order ({turns} user messages)")
-    left = dict.fromkeys(range(len(markers)), "")
-    right = dict(left)
+    left, right = [""] * len(markers), [""] * len(markers)
     for space in WHITESPACE:
         before = parts_of(render, bos, dialogue(turns, system, left=space))
         after = parts_of(render, bos, dialogue(turns, system, right=space))
@@ -318,102 +292,5 @@ def without_end(gap: Pieces, opening: Pieces) -> Pieces | None:
         return gap
     if len(opening) != 1 or not gap or not isinstance(gap[-1], str) or not isinstance(opening[0], str):
         return None
-    if not gap[-1].endswith(opening[0]):
-        return None
     rest = gap[-1].removesuffix(opening[0])
-    return gap[:-1] + ((rest,) if rest else ())
-
-
-def when_role(condition: str, text: str, otherwise: str = "") -> str:
-    """Write an `if`, none for no text."""
-    if not text:
-        return when_role(f"not {condition}", otherwise) if otherwise else ""
-    return f"{{{{if {condition}}}}}{text}{f'{{{{else}}}}{otherwise}' if otherwise else ''}{{{{end}}}}"
-
-
-def go_written(table: dict[tuple[bool, ...], Pieces], facts: tuple[str, ...]) -> str:
-    """Write a table as Go text: what all places begin with, then one `if` a fact, none where it makes no difference."""
-    every = list(table.values())
-    same = 0
-    while every[0][same:] and all(pieces[same : same + 1] == every[0][same : same + 1] for pieces in every):
-        same += 1
-    if same:
-        rest = {place: pieces[same:] for place, pieces in table.items()}
-        return "".join(map(go_text, every[0][:same])) + go_written(rest, facts)
-    if not facts:
-        return ""
-    held = {place[1:]: pieces for place, pieces in table.items() if place[0]}
-    not_held = {place[1:]: pieces for place, pieces in table.items() if not place[0]}
-    if all(held[place] == not_held[place] for place in held.keys() & not_held.keys()):
-        return go_written({**held, **not_held}, facts[1:])
-    return when_role(facts[0], go_written(held, facts[1:]), go_written(not_held, facts[1:]))
-
-
-def go_text(piece: Piece) -> str:
-    """Write one piece as Go template text.
-
-    A brace, three quotation marks and what is not printable go in as Go strings: a brace could open an action, the
-    quotation marks end a value in a Modelfile, and Ollama's reader of Modelfiles drops what is not printable.
-    """
-    if isinstance(piece, Slot):
-        if not piece.left and not piece.right:
-            return f"{{{{{piece.name}}}}}"
-        return f'{{{{template "{trimmer_name(piece)}" {piece.name}}}}}'
-    odd = re.compile(r'\{|"{3,}|[^\n\t -~]')
-    return odd.sub(lambda found: found[0] if plain(found[0]) else "{{" + go_string(found[0]) + "}}", piece)
-
-
-def plain(text: str) -> bool:
-    """Say whether `text` may stand in a Modelfile's template as it is."""
-    return text.isprintable() and text != "{" and '"""' not in text
-
-
-def go_string(text: str) -> str:
-    """Write `text` as a Go string of printable ASCII characters."""
-    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
-    return '"' + "".join(escapes.get(c, c if " " <= c <= "~" else escaped(c)) for c in text) + '"'
-
-
-def escaped(character: str) -> str:
-    """Write a character as Go's \\u or \\U escape."""
-    code = ord(character)
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-def trimmer_name(slot: Slot) -> str:
-    """Name the template that trims as `slot` asks: "trim-" and the code points, "all" standing for all white space."""
-    everything = "".join(WHITESPACE)
-
-    def side(characters: str) -> str:
-        return "all" if characters == everything else ".".join(f"{ord(c):x}" for c in characters)
-
-    return f"trim-{side(slot.left)}-{side(slot.right)}"
-
-
-def trimmers(text: str) -> str:
-    """Define every template that `text` uses to trim."""
-    found = ""
-    for name in dict.fromkeys(re.findall(r'\{\{template "(trim-[^"]*)"', text)):
-        left, right = (
-            "".join(WHITESPACE) if side == "all" else "".join(chr(int(code, 16)) for code in side.split(".") if code)
-            for side in name.removeprefix("trim-").split("-")
-        )
-        print_it = f'{{{{template "{name}-right" .}}}}' if right else "{{.}}"
-        found += f'{{{{define "{name}"}}}}'
-        if left:
-            found += f'{{{{$c := printf "%.1s" .}}}}{{{{if eq $c {" ".join(map(go_string, left))}}}}}'
-            found += f'{{{{template "{name}" (slice . (len $c))}}}}{{{{else}}}}{print_it}{{{{end}}}}'
-        else:
-            found += print_it
-        found += "{{end}}"
-        if right:
-            # A character of n bytes ends the text if the last n bytes are it: Go counts and slices bytes.
-            sizes = sorted({len(c.encode()) for c in right})
-            found += f'{{{{define "{name}-right"}}}}'
-            for size in sizes:
-                those = " ".join(go_string(c) for c in right if len(c.encode()) == size)
-                cut = f"(len (slice . {size}))"
-                found += f"{{{{if and (ge (len .) {size}) (eq (slice . {cut}) {those})}}}}"
-                found += f'{{{{template "{name}-right" (slice . 0 {cut})}}}}{{{{else}}}}'
-            found += "{{.}}" + "{{end}}" * len(sizes) + "{{end}}"
-    return found
+    return None if rest == gap[-1] else gap[:-1] + ((rest,) if rest else ())

@@ -1,37 +1,19 @@
-"""Render a Go template as Ollama does, by Go's own text/template or by the rules here, and compare it with Jinja.
-
-Go's own is docker/gotemplate, compiled; where it is not installed the rules here are the proof. They are those of the
-actions that `stages.lib.go_template` writes, and no others: text, `range` over the messages, `if`, `else if`, `else`,
-`define` and `template`, variables, and the functions `eq`, `ge`, `not`, `and`, `len`, `slice` and `printf "%.1s"`.
-Anything else raises. Strings are UTF-8 bytes, as in Go. That both ways give the same text for the same template is a
-test. Trimming takes a few Python calls a character here: some 100 blanks at most.
-"""
+"""The proof that a Go template prompts as the chat template does: both are rendered on `CONVERSATIONS` and compared."""
 
 import contextlib
 import json
 import os.path
 from pathlib import Path
-from typing import Any
 
 from stages.lib.errors import UserError
-from stages.lib.ollama.derive import Conversation, Rejected, Render
-from stages.lib.ollama.go import go_helper, render_by_go
-from stages.lib.ollama.subset import Execution, collate, parse
+from stages.lib.ollama.derive import Rejected, Render
+from stages.lib.ollama.go import render_by_go
 
 FEWEST = 20  # conversations that a chat template has to take, to be compared on
 
 
-def render_go(template: str, conversation: Conversation) -> str:
-    """Render one conversation by the rules here. Raises `NotInSubset` for a template beyond them."""
-    defined: dict[str, list[Any]] = {}
-    body = parse(template, defined)
-    system, messages = collate(conversation)
-    root = {"System": system, "Messages": messages}
-    return Execution(defined).run(body, root, [{"$": root}]).decode()
-
-
-def compare_renderings(where: Path | str, template: str, jinja: Render, bos: str) -> tuple[str, int]:
-    """Render every conversation by the chat template, `jinja`, and by `template`; return who rendered Go and how many.
+def compare_renderings(where: Path | str, template: str, jinja: Render, bos: str) -> int:
+    """Render every conversation by the chat template, `jinja`, and by Go with `template`; return how many.
 
     Raises `UserError` showing the first conversation on which the two differ.
     """
@@ -45,24 +27,20 @@ def compare_renderings(where: Path | str, template: str, jinja: Render, bos: str
             f"expected at least {FEWEST}"
         )
     conversations = [CONVERSATIONS[number] for number in expected]
-    program = go_helper()
     try:
-        found = {"stages.lib.go_render": [render_go(template, each) for each in conversations]}
-        if program:
-            found = {"go text/template": render_by_go(program, template, conversations)} | found
+        found = render_by_go(template, conversations)
     except ValueError as error:
         raise UserError(f"{where}: the TEMPLATE can't be rendered: {error}") from error
-    for renderer, texts in found.items():
-        for conversation, wanted, text in zip(conversations, expected.values(), texts, strict=True):
-            if text != wanted:
-                raise UserError(
-                    f"{where}: the TEMPLATE does not prompt as the chat template of training does; "
-                    f"{first_difference(text, wanted)}\n"
-                    f"  conversation:  {json.dumps(conversation, ensure_ascii=False)}\n"
-                    f"  chat template: {wanted!r}\n"
-                    f"  Modelfile:     {text!r}, rendered by {renderer}"
-                )
-    return next(iter(found)), len(conversations)
+    for conversation, wanted, text in zip(conversations, expected.values(), found, strict=True):
+        if text != wanted:
+            raise UserError(
+                f"{where}: the TEMPLATE does not prompt as the chat template of training does; "
+                f"{first_difference(text, wanted)}\n"
+                f"  conversation:  {json.dumps(conversation, ensure_ascii=False)}\n"
+                f"  chat template: {wanted!r}\n"
+                f"  Modelfile:     {text!r}"
+            )
+    return len(conversations)
 
 
 def first_difference(found: str, wanted: str) -> str:

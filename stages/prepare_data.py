@@ -3,8 +3,8 @@
 The rows are read once. Each is checked, written to a draft of its sets and fingerprinted; what has to go for the sake
 of other rows (duplicates, closeness to eval problems) is decided on the fingerprints, and the drafts are then copied
 without it. So memory grows by about 100 bytes a row and by the n-grams of the eval problems, not by the length of the
-texts. Where several processes share the work, each reads its lines from the file and has drafts of its own: the texts
-don't go from process to process.
+texts; a JSON list alone is in memory whole. Where several processes share the work, each reads its lines from the file
+and has drafts of its own: the texts don't go from process to process.
 """
 
 import os

@@ -1,6 +1,7 @@
 """Rows come out of every kind of file as they are in it; a bad file is refused by name, line and what it lacks."""
 
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -157,7 +158,7 @@ BAD = {
         "line 2: not UTF-8 (byte 0xe9 at column 11)",
     ),
     "latin.csv": ("q,a\nx,1\ncaf\u00e9,2\n".encode("latin-1"), "line 3: not UTF-8 (byte 0xe9 at column 4)"),
-    "latin.json": ('[\n{"q": "caf\u00e9", "a": 1}]'.encode("latin-1"), "line 2: not UTF-8"),
+    "latin.json": ('[\n{"q": "caf\u00e9", "a": 1}]'.encode("latin-1"), "line 2: not UTF-8 (byte 0xe9 at column 11)"),
     "utf16.jsonl": ('{"q": "x", "a": 1}\n'.encode("utf-16"), "line 1: not UTF-8 (byte 0xff at column 1)"),
     "column.jsonl": (b'{"q": "x", "anser": 1}\n', "has no column 'a'"),
     "column.csv": (b"question,a\nx,1\n", "has no column 'q'; found: question, a"),
@@ -167,16 +168,25 @@ BAD = {
     "short.csv": (b'q,a\n"x\ny",1\nz\n', "line 4: 1 fields; the header has 2"),
     "quote.csv": (b'q,a\n"x"y,1\n', "line 2: not CSV"),
     "open.csv": (b'q,a\n"x,1\ny,2\n', "not CSV"),
-    "cut.json": (b'[{"q": "x", "a": 1},\n{"q": "y"', "line 2: row 2 is not JSON, or the file ends in the middle of it"),
-    "unclosed.json": (b'[{"q": "x", "a": 1}\n', "line 2: the file ends after row 1"),
-    "after.json": (b'[{"q": "x", "a": 1}]\n[]', "line 2: text after the end of the list"),
-    "nocomma.json": (b'[{"q": "x", "a": 1}\n{"q": "y", "a": 2}]', "line 2: '{' after row 1, where a comma belongs"),
-    "trailing.json": (b'[{"q": "x", "a": 1},]', "row 2 is not JSON"),
+    "cut.json": (b'[{"q": "x", "a": 1},\n{"q": "y"', "line 2, column 10: not JSON (Expecting ',' delimiter)"),
+    "unclosed.json": (
+        b'[{"q": "x", "a": 1}\n',
+        "line 2, column 1: not JSON (Expecting ',' delimiter); expected a list of objects, found 'the end of the file'",
+    ),
+    "after.json": (b'[{"q": "x", "a": 1}]\n[]', "line 2, column 1: not JSON (Extra data)"),
+    "nocomma.json": (
+        b'[{"q": "x", "a": 1}\n{"q": "y", "a": 2}]',
+        """line 2, column 1: not JSON (Expecting ',' delimiter); expected a list of objects, found '{"q": "y", "a": """,
+    ),
+    "trailing.json": (b'[{"q": "x", "a": 1},]', "line 1, column 2"),
     "numbers.json": (b"[1, 2]", "row 1: a JSON int; expected an object"),
+    "row.json": (b'[{"q": "x", "a": 1}, ["y"]]', "row 2: a JSON list; expected an object"),
     "middle.json": (
         b'[{"q": "x", "a": 1},\n{"q": y, "a": 2},\n' + b'{"q": "z", "a": 3},' * 10 + b"]",
-        "line 2: row 2 is not JSON",
+        "line 2, column 7: not JSON (Expecting value)",
     ),
+    "deep.json": (b"[" * 100_000, "deep.json: not to be read as JSON (maximum recursion depth exceeded"),
+    "digits.json": (b'[{"q": "x", "a": ' + b"9" * 5000 + b"}]", "digits.json: not to be read as JSON (Exceeds the"),
     "fake.parquet": (b"q,a\nx,1\n", "not a Parquet file"),
 }
 
@@ -199,26 +209,30 @@ def test_a_missing_column_is_told_with_the_nearest_one(tmp_path: Path) -> None:
         read(path, question="qq")
 
 
-def test_an_error_far_into_a_list_does_not_make_the_reader_hold_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "mine.json"
-    path.write_text('[{"q": "never closed, "a": 1}' + "\n" * 100 + "x" * 1000)
-    monkeypatch.setattr(files, "BATCH_BYTES", 10)
-    monkeypatch.setattr(files, "MAX_ROW_CHARACTERS", 100)
-    pieces = []
-    monkeypatch.setattr(
-        files, "utf8_pieces", lambda path, pieces_of=files.utf8_pieces: counted(pieces_of(path), pieces)
-    )
-    with pytest.raises(UserError, match="row 1 is not JSON"):
+def test_a_json_list_too_large_for_memory_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:
+    path = tmp_path / "my problems.json"
+    path.write_bytes(b"[")
+    os.truncate(path, 1_000_000_001)  # a hole, which takes no room on the disk
+    with pytest.raises(UserError) as raised:
         read(path)
-    assert len(pieces) < 100
+    assert raised.value.message == (
+        f"{path}: a JSON list of 1,000,000,001 bytes; one of more than 1,000,000,000 is not read, since all of it "
+        "would be in memory at once. Expected JSON Lines, one object a line. Run: "
+        f"jq -c '.[]' '{path}' > '{tmp_path}/my problems.jsonl'"
+    )
 
 
-def counted(pieces, into):
-    for piece in pieces:
-        into.append(piece)
-        yield piece
+@pytest.mark.parametrize(("limit", "is_read"), [(85, True), (84, False)])
+def test_a_json_list_may_be_as_large_as_the_limit(tmp_path: Path, monkeypatch, limit: int, is_read: bool) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(ROWS[:2]))
+    assert path.stat().st_size == 85
+    monkeypatch.setattr(files, "MAX_LIST_BYTES", limit)
+    if is_read:
+        assert len(read(path)) == 2
+        return
+    with pytest.raises(UserError, match="a JSON list of 85 bytes; one of more than 84 is not read"):
+        read(path)
 
 
 LAYOUTS = {

@@ -7,7 +7,7 @@ from typing import Any
 from stages.lib.errors import UserError, nearest
 
 BATCH_ROWS = 2000
-BATCH_BYTES = 1 << 20  # of a text file; also how much of a JSON list is looked at at once
+BATCH_BYTES = 1 << 20  # of a text file
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Where the rows of a recipe come from: the hub, or JSONL, JSON, CSV and Parquet files, read a batch at a time.
 
-A bad file is the user's to mend, so every message names the file, the line or row, what was found and what was
-expected. Nothing is guessed: no encoding, no separator, no column.
+A JSON list alone is read whole. A bad file is the user's to mend, so every message names the file, the line or row,
+what was found and what was expected. Nothing is guessed: no encoding, no separator, no column.
 """
 
 import csv
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ from stages.lib.errors import UserError
 from stages.lib.recipe.tables import DATA_SUFFIXES, Source, is_hub_name
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-MAX_ROW_CHARACTERS = 1 << 26  # more is a quote or a bracket that was never closed
-SPACE = re.compile(r"\s*")
+MAX_FIELD_CHARACTERS = 1 << 26  # of CSV; more is a quote that was never closed
+MAX_LIST_BYTES = 1_000_000_000  # of a JSON list
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,14 @@ def first_character(path: Path) -> bytes:
 
 
 def decoded(raw: bytes, path: Path, line: int) -> str:
-    """Return a line as text, or raise `UserError` naming the byte that is not UTF-8."""
+    """Return lines, the first of which is `line`, as text, or raise `UserError` naming the byte that is not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        column = error.start - raw.rfind(b"\n", 0, error.start)
         raise UserError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}). If it is "
+            f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x} at column {column}). If it is "
             f"another encoding, convert it first: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8{path.suffix}"
         ) from error
 
@@ -208,87 +211,32 @@ def parsed_line(path: Path, line: int, raw: bytes) -> Any:
 
 
 def read_json_list(path: Path, wanted: list[str]) -> Iterator[Batch]:
-    """Yield the named columns of a file that is one JSON list of objects, never holding all of it."""
-    decode = json.JSONDecoder().raw_decode
-    pieces = utf8_pieces(path)
-    text, position, line, row = "", 0, 1, 0
-    state = "start"  # then "first"; from there "next" and "value" take turns, up to "end"
-    values: list[Any] = []
-
-    def failed(problem: str) -> UserError:
-        return UserError(
-            f"{path}, line {line + text.count(chr(10), 0, position)}: {problem}; expected a list of objects"
+    """Yield the named columns of a file that is one JSON list of objects. It is read whole."""
+    size = path.stat().st_size
+    if size > MAX_LIST_BYTES:
+        raise UserError(
+            f"{path}: a JSON list of {size:,} bytes; one of more than {MAX_LIST_BYTES:,} is not read, since all of it "
+            f"would be in memory at once. Expected JSON Lines, one object a line. Run: "
+            f"jq -c '.[]' {shlex.quote(str(path))} > {shlex.quote(str(path.with_suffix('.jsonl')))}"
         )
-
-    def batch() -> Batch:
-        first = row - len(values) + 1
-        return columns_of(path, "row", list(range(first, row + 1)), values, wanted, first == 1)
-
-    while True:
-        position = SPACE.match(text, position).end()
-        mark = text[position : position + 1]
-        if mark and state == "end":
-            raise failed("text after the end of the list")
-        if mark and state == "start":
-            position, state = position + 1, "first"
-            continue
-        if mark == "]" and state != "value":
-            position, state = position + 1, "end"
-            continue
-        if mark == "," and state == "next":
-            position, state = position + 1, "value"
-            continue
-        if mark and state == "next":
-            raise failed(f"{mark!r} after row {row}, where a comma belongs")
-        if mark:
-            try:
-                value, end = decode(text, position)
-            except RecursionError as error:
-                raise failed(f"row {row + 1} is nested too deep") from error
-            except json.JSONDecodeError as error:
-                # Near the end of what was read, or in a string without its end, the rest may still be to come.
-                cut_off = error.pos > len(text) - 16 or error.msg.startswith("Unterminated")
-                if not cut_off or len(text) - position > MAX_ROW_CHARACTERS:
-                    raise failed(f"row {row + 1} is not JSON ({error.msg})") from error
-                end = len(text)
-            if end < len(text):
-                row, position, state = row + 1, end, "next"
-                values.append(value)
-                if len(values) == BATCH_ROWS:
-                    yield batch()
-                    values = []
-                continue
-        piece = next(pieces, None)
-        if piece is None:
-            break
-        line += text.count("\n", 0, position)
-        text, position = text[position:] + piece, 0
-    if state in ("first", "value") and position < len(text):
-        raise failed(f"row {row + 1} is not JSON, or the file ends in the middle of it")
-    if state != "end":
-        raise failed(f"the file ends after row {row} and the list does not")
-    if values:
-        yield batch()
-
-
-def utf8_pieces(path: Path) -> Iterator[str]:
-    """Yield a text file in pieces of about `BATCH_BYTES`, whole lines where there are any that short."""
-    line, start = 1, True
-    with path.open("rb") as file:
-        while lines := file.readlines(BATCH_BYTES):
-            if start:
-                lines[0], start = lines[0].removeprefix(BYTE_ORDER_MARK), False
-            try:
-                yield b"".join(lines).decode("utf-8")
-            except UnicodeDecodeError:
-                for number, raw in enumerate(lines, line):
-                    decoded(raw, path, number)
-            line += len(lines)
+    try:
+        rows = json.loads(decoded(path.read_bytes().removeprefix(BYTE_ORDER_MARK), path, 1))
+    except json.JSONDecodeError as error:
+        shown = error.doc[error.pos :].strip()[:60] or "the end of the file"
+        raise UserError(
+            f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}); expected a list of objects, "
+            f"found {shown!r}"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(f"{path}: not to be read as JSON ({error}); expected a list of objects") from error
+    for start in range(0, len(rows), BATCH_ROWS):
+        part = rows[start : start + BATCH_ROWS]
+        yield columns_of(path, "row", list(range(start + 1, start + len(part) + 1)), part, wanted, start == 0)
 
 
 def read_csv(path: Path, wanted: list[str]) -> Iterator[Batch]:
     """Yield the named columns of a comma-separated file with a header line."""
-    csv.field_size_limit(MAX_ROW_CHARACTERS)
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with path.open("rb") as file:
         lines = (
             decoded(raw.removeprefix(BYTE_ORDER_MARK) if n == 1 else raw, path, n) for n, raw in enumerate(file, 1)

@@ -20,6 +20,7 @@ from stages.lib.model.tokenizer import end_ids, load_tokenizer
 from stages.lib.model.unsloth import needs_scoring_pass, skip_scoring_pass
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
+from stages.lib.rewards.judge import Reward
 from stages.lib.rewards.names import load_rewards
 from stages.lib.rewards.own import own_reward_files
 from stages.lib.train import ladder
@@ -198,17 +199,28 @@ def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None
     import_engine(recipe)
     keep_logs(run.checkpoints)
     rung, steps_down = ladder.read(run.checkpoints, top(recipe))
+    functions = load_rewards(  # before the model: a file of the user's may be wrong in what only loading it shows
+        recipe.rewards.functions,
+        formats.get(recipe.format.name),
+        recipe.path.parent,
+        max_completion_tokens=rung.max_completion_tokens,
+        length_cache_tokens=recipe.rewards.length_cache_tokens,
+        repetition_ngram_tokens=recipe.rewards.repetition_ngram_tokens,
+        repetition_max_penalty=recipe.rewards.repetition_max_penalty,
+    )
     tokenizer = load_tokenizer(recipe, base_model)
     with ladder.stepping_down(run.checkpoints, rung, recipe.grpo.min_completion_tokens):
         max_tokens = recipe.data.max_prompt_tokens + (rung.max_completion_tokens or recipe.grpo.max_completion_tokens)
         model = load_trainable(recipe, base_model, adapter, max_tokens, rung.memory_share)
     try:
-        return {**learn(recipe, problems, model, tokenizer, rung, run), "memory_ladder": steps_down}
+        return {**learn(recipe, problems, functions, model, tokenizer, rung, run), "memory_ladder": steps_down}
     finally:  # also when a check or a signal ends the run
         close_engine(getattr(getattr(model, "vllm_engine", None), "llm_engine", None))
 
 
-def learn(recipe: Recipe, problems: Path, model: Any, tokenizer: Any, rung: ladder.Rung, run: Run) -> dict[str, Any]:
+def learn(
+    recipe: Recipe, problems: Path, functions: list[Reward], model: Any, tokenizer: Any, rung: ladder.Rung, run: Run
+) -> dict[str, Any]:
     """Train `model` and save its adapter and completions under `run.folder`. `import_engine` comes first.
 
     Returns the means over the first and over the last tenth of the steps, in log entries: `reward`, `reward_std` (over
@@ -221,15 +233,6 @@ def learn(recipe: Recipe, problems: Path, model: Any, tokenizer: Any, rung: ladd
     knobs = recipe.grpo
     ends = end_ids(model.generation_config, tokenizer)
     rows = read_rows(problems, run)
-    functions = load_rewards(
-        recipe.rewards.functions,
-        formats.get(recipe.format.name),
-        recipe.path.parent,
-        max_completion_tokens=rung.max_completion_tokens,
-        length_cache_tokens=recipe.rewards.length_cache_tokens,
-        repetition_ngram_tokens=recipe.rewards.repetition_ngram_tokens,
-        repetition_max_penalty=recipe.rewards.repetition_max_penalty,
-    )
     with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens):
         trainer = GRPOTrainer(
             model=model,

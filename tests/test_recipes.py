@@ -607,10 +607,6 @@ def test_an_own_reward_whose_file_is_not_there_is_refused(tmp_path: Path) -> Non
             "{path} has no function 'varieti' (did you mean 'variety'?); it has: variety",
         ),
         ("def varieti(completions:\n", "{path}, line 1: SyntaxError: '(' was never closed"),
-        (
-            "def varieti(texts): ...\n",
-            "expected varieti(completions, **kwargs), which is called with names only; found varieti(texts)",
-        ),
     ],
 )
 def test_an_own_reward_that_its_file_does_not_have_is_refused(source: str, message: str, tmp_path: Path) -> None:

@@ -6,10 +6,14 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
 
+from stages import grpo, score_base
+from stages.lib.errors import UserError
+from stages.lib.recipe.read import read_recipe
 from tests.support import micro
 
 ROOT = Path(__file__).parents[1]
@@ -183,3 +187,30 @@ def test_what_is_up_to_date_says_so_and_loads_nothing_heavy(finished, stage):
     assert "stages" in loaded
     assert not loaded & {"torch", "transformers", "datasets", "trl", "peft", "numpy", "sentencepiece"}
     assert {name: size for name, (size, _) in state(finished / stage).items()} == before
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def variety(texts): ...", r"expected variety\(completions, \*\*kwargs\).* found variety\(texts\)"),
+        ("from math import *", "has no function 'variety'"),
+        ("import no_such_module\nvariety = None", "own.py, line 1: ModuleNotFoundError"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["grpo", "score-base"])
+def test_a_reward_that_only_loading_shows_to_be_wrong_is_refused_before_a_model_is_loaded(
+    tmp_path, monkeypatch, stage, source, message
+):
+    recipe = read_recipe(micro.write_recipe(tmp_path))
+    (tmp_path / "own.py").write_text(source)
+
+    def load(*_):
+        raise AssertionError("a model is loaded before the rewards")
+
+    monkeypatch.setattr(grpo, "load_trainable", load)
+    monkeypatch.setattr(score_base, "open_generator", load)
+    with pytest.raises(UserError, match=rf"'own.py:variety'.*{message}"):
+        if stage == "grpo":
+            grpo.train(recipe, tmp_path, tmp_path, None, SimpleNamespace(checkpoints=tmp_path))
+        else:
+            score_base.sample(recipe, [], None, None)

@@ -31,6 +31,7 @@ EXCEPTIONS = {
     "gguf.py": "not cut yet",
     "grpo.py": "not cut yet",
     "grpo.py:arguments": "not cut yet",
+    "grpo.py:learn": "7 parameters: whatever train has loaded, the rewards before the model",
     "merge.py": "not cut yet",
     "ollama_modelfile.py:prove": "not cut yet",
     "push.py": "not cut yet",

@@ -396,11 +396,16 @@ def test_an_own_reward_that_rewrites_what_it_gets_changes_nothing_for_the_others
         "try:\n    from elsewhere import politeness\nexcept ImportError:\n    def politeness(texts): ...",
         "def politeness(texts): ...\npoliteness = print",
         "@renamed\ndef politeness(texts): ...",
-        "# coding: latin-1\ndef politeness(completions): ...",
+        "# coding: latin-1\n'caf\xe9'\ndef politeness(completions): ...",
+        "from elsewhere \\\nimport \\\n*",
+        "if (politeness := print): ...",
+        "with open('x') as politeness: ...",
+        "def politeness(texts): ...",
+        "def politeness(completions, /): ...",
     ],
 )
 def test_a_name_that_a_file_binds_is_not_refused_before_it_is_loaded(source, tmp_path):
-    (tmp_path / "my_rewards.py").write_text(source)
+    (tmp_path / "my_rewards.py").write_text(source, encoding="latin-1")
     check_reward_names(["my_rewards.py:politeness"], XML, tmp_path)
 
 
@@ -414,14 +419,16 @@ def test_a_name_that_a_file_binds_is_not_refused_before_it_is_loaded(source, tmp
         ("", "has no function 'politeness'; it has: none"),
         ("class A:\n    def politeness(completions): ...", "has no function 'politeness'; it has: none"),
         ("def other(completions):\n    politeness = 1", "has no function 'politeness'; it has: other"),
-        ("def politeness(texts): ...", r"expected politeness\(completions, .*found politeness\(texts\)"),
-        ("def politeness(completions, /): ...", r"found politeness\(completions, /\)"),
+        ("def _other(completions): ...\nprint(politeness)", "has no function 'politeness'; it has: none"),
+        ("[politeness for politeness in ()]\n", "has no function 'politeness'; it has: none"),
         ("\ndef politeness(completions:\n", r"my_rewards.py, line 2: SyntaxError"),
         ("a = '\0'", r"my_rewards.py.*null bytes"),
+        ("# coding: utf-7-or-so\n", "my_rewards.py: SyntaxError: unknown encoding: utf-7-or-so"),
+        ("'caf\xe9'\n", "my_rewards.py: SyntaxError: invalid or missing encoding declaration"),
     ],
 )
 def test_a_file_without_the_reward_is_refused_before_it_is_loaded(source, message, tmp_path):
-    (tmp_path / "my_rewards.py").write_text(source)
+    (tmp_path / "my_rewards.py").write_text(source, encoding="latin-1")
     with pytest.raises(UserError, match=rf"'my_rewards.py:politeness': .*{message}"):
         check_reward_names(["my_rewards.py:politeness"], XML, tmp_path)
 

@@ -1,15 +1,16 @@
 """A user's own rewards: `FILE.py:FUNCTION`, found, imported and checked."""
 
-import ast
 import copy
 import functools
 import importlib.util
 import inspect
 import math
 import numbers
+import re
+import symtable
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,6 @@ def is_own(name: str) -> bool:
     return ":" in name or name.endswith(".py")
 
 
-# --- the user's own -------------------------------------------------------------------------------------------------
-
 MAX_REWARD = 3e38  # TRL adds rewards up in float32, which holds no more
 
 
@@ -48,53 +47,28 @@ def own_path(name: str, recipe_folder: Path) -> Path:
 
 
 def look_for_own(name: str, path: Path) -> None:
-    """Raise `UserError` when the file does not parse or binds no such name; no line of it is run."""
+    """Raise `UserError` when the file does not parse or binds no such name at its top level; no line of it is run.
+
+    What the name is bound to shows when it is loaded, and so does what `import *` binds.
+    """
     try:
-        tree = ast.parse(path.read_bytes(), str(path))
-    except SyntaxError as error:
+        source = importlib.util.decode_source(path.read_bytes())
+        symbols = symtable.symtable(source, str(path), "exec").get_symbols()
+    except (SyntaxError, ValueError) as error:  # ValueError: a NUL byte, in some versions of Python
         raise UserError(f"[rewards] {name!r}: {_where(error, path)}") from error
-    except ValueError as error:  # a NUL byte
-        raise UserError(f"[rewards] {name!r}: {path}: {error}") from error
+    bound = [each for each in symbols if each.is_assigned() or each.is_imported()]
+    is_bound = name.rpartition(":")[2] in [each.get_name() for each in bound]
+    if not is_bound and not re.search(r"\bimport[\s\\]*\*", source):
+        functions = [own.get_name() for each in bound for own in each.get_namespaces() if own.get_type() == "function"]
+        raise UserError(_no_function(name, path, functions))
+
+
+def _no_function(name: str, path: Path, functions: Sequence[str]) -> str:
     function_name = name.rpartition(":")[2]
-    bound = list(_names_bound(tree.body))
-    if function_name not in bound and "*" not in bound:  # "*": what it imports shows only when it runs
-        own = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-        raise UserError(_no_function(name, path, own))
-    for node in tree.body:
-        if not isinstance(node, ast.FunctionDef) or node.name != function_name:
-            continue
-        if not node.decorator_list and bound.count(function_name) == 1:
-            taken = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
-            if node.args.posonlyargs or not ("completions" in taken or node.args.kwarg):
-                raise UserError(_not_called_so(name, f"({ast.unparse(node.args)})"))
-
-
-def _names_bound(nodes: Iterable[ast.AST]) -> Iterator[str]:
-    """Give the names that the statements of a module bind, those within `if` and the like included."""
-    for node in nodes:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node.name
-            continue  # what is within has its own names
-        if isinstance(node, ast.alias):
-            yield node.asname or node.name.partition(".")[0]
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-        yield from _names_bound(ast.iter_child_nodes(node))
-
-
-def _no_function(name: str, path: Path, own: Sequence[str]) -> str:
-    function_name = name.rpartition(":")[2]
+    own = [each for each in functions if not each.startswith("_")]
     return (
         f"[rewards] {name!r}: {path} has no function {function_name!r}{nearest(function_name, own)}; "
         f"it has: {', '.join(own) or 'none'}"
-    )
-
-
-def _not_called_so(name: str, signature: str) -> str:
-    function_name = name.rpartition(":")[2]
-    return (
-        f"[rewards] {name!r}: expected {function_name}(completions, **kwargs), which is called with names only; "
-        f"found {function_name}{signature}"
     )
 
 
@@ -105,8 +79,8 @@ def load_own(name: str, recipe_folder: Path) -> Reward:
     module = _import_file(name, path)
     function = getattr(module, function_name, None)
     if not inspect.isfunction(function):
-        own = [key for key, thing in vars(module).items() if inspect.isfunction(thing) and not key.startswith("_")]
-        raise UserError(_no_function(name, path, own))
+        functions = [key for key, thing in vars(module).items() if inspect.isfunction(thing)]
+        raise UserError(_no_function(name, path, functions))
     return _checked(name, function_name, function)
 
 
@@ -133,7 +107,10 @@ def _checked(name: str, function_name: str, function: Callable[..., Any]) -> Rew
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise UserError(f"[rewards] {name!r}: expected a plain function, found an async or a generator function")
     if inspect.Parameter.POSITIONAL_ONLY in kinds or not ("completions" in taken or takes_all):
-        raise UserError(_not_called_so(name, str(inspect.signature(function))))
+        raise UserError(
+            f"[rewards] {name!r}: expected {function_name}(completions, **kwargs), which is called with names only; "
+            f"found {function_name}{inspect.signature(function)}"
+        )
     path = Path(function.__code__.co_filename)
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     needed = [key for key, p in taken.items() if p.default is p.empty and p.kind not in variadic]
@@ -189,7 +166,7 @@ def _shown(value: Any) -> str:
 def _where(error: BaseException, path: Path) -> str:
     """Say what was raised and, if known, in which line of the user's file."""
     if isinstance(error, SyntaxError):
-        return f"{path}, line {error.lineno}: SyntaxError: {error.msg}"
+        return f"{path}{f', line {error.lineno}' if error.lineno else ''}: SyntaxError: {error.msg}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     where = f"{path}, line {lines[-1]}" if lines else str(path)
     return f"{where}: {type(error).__name__}: {error}"

@@ -33,7 +33,6 @@ from stages.lib.model import unsloth
 from stages.lib.model.engine import import_engine
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe, Vllm
-from stages.lib.train import ladder
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "grpo_throughput.jsonl"
@@ -118,6 +117,7 @@ def changed(recipe: Recipe, run: str, work: Path) -> Recipe:
     return replace(
         recipe,
         model=replace(recipe.model, name=str(work / shape), revision="", engine=engine, load_in_4bit="4bit" in extra),
+        model_folder=work / shape,
         vllm=replace(vllm, **{"sequences": max(8, int(completions)), **typed(vllm)}),
         data=replace(recipe.data, max_prompt_tokens=PROMPT_TOKENS + 64),
         grpo=replace(new, **typed(new)),
@@ -257,7 +257,7 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     made.checkpoints.mkdir(parents=True)
     if engine == "unsloth":
         longer = replace(recipe, grpo=replace(recipe.grpo, steps=recipe.grpo.steps + bool(profile)))
-        grpo.train(longer, problems, work / f"{shape}-adapter", None, made)
+        grpo.train(longer, problems, work / f"{shape}-adapter", made)
     else:
         plain_trl(recipe, problems, made)
     stop.set()
@@ -286,9 +286,7 @@ def plain_trl(recipe: Recipe, problems: Path, run: Run) -> None:
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    arguments = grpo.arguments(
-        recipe, run.checkpoints, ladder.Rung(recipe.grpo.micro_batch_size, None, COMPLETION_TOKENS)
-    )
+    arguments = grpo.arguments(recipe, run.checkpoints)
     arguments |= {
         "use_vllm": True,
         "vllm_gpu_memory_utilization": recipe.vllm.memory_share,

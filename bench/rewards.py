@@ -9,16 +9,19 @@ import platform
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import click
 
 from stages.lib.answers.formats import FORMATS, XML, Answer, Format
+from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.tables import Rewards
 from stages.lib.rewards.judge import Reward
 from stages.lib.rewards.names import SUITES, load_rewards
 
+TINY = Path(__file__).parents[1] / "recipes" / "tiny.toml"
 RESULTS = Path(__file__).parent / "results" / "rewards.md"
 
 SUITE_COMPLETIONS_PER_SECOND = 50_000
@@ -54,10 +57,10 @@ def main(completions: int, max_tokens: int, seed: int) -> None:
     columns = "fuzzed|completions|median|99.9%|longest|limit|timed again|over it|longest, processor|raised".split("|")
     lines += ["", f"| {' | '.join(columns)} |", "|---|" + "---:|" * 9]
     for name in SUITES:
-        suite = load_rewards(list(SUITES[name]), FORMATS[name], Path())
+        suite = list(SUITES[name].values())
         fuzzed = Fuzz(FORMATS[name], max_tokens, ANSWERS, random.Random(seed))
         lines.append(bounds(f"suite {name}", suite, fuzzed, completions, SUITE_LIMIT_SECONDS))
-    math_correct = load_rewards(["math_correct"], XML, Path())
+    math_correct = load_rewards(replace(read_recipe(TINY), rewards=Rewards(["math_correct"], [1.0])))
     fuzzed = Fuzz(XML, max_tokens, MATH, random.Random(seed))
     lines.append(bounds("math_correct", math_correct, fuzzed, completions, MATH_LIMIT_SECONDS))
     RESULTS.write_text("\n".join(lines) + "\n")

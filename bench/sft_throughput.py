@@ -24,7 +24,6 @@ from stages.lib.artifact.folder import Run
 from stages.lib.model.engine import import_engine
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
-from stages.lib.train import ladder
 
 RESULTS = ROOT / "bench" / "results" / "sft_throughput.jsonl"
 SHAPE, STEPS, BATCH, MICRO_BATCH, TOKENS, WARM_UP = "qwen3-1.7b", 13, 32, 8, 2048, 3
@@ -48,7 +47,7 @@ def plain_trl(recipe: Recipe, examples: Path, run: Run) -> None:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    arguments = sft.arguments(recipe, run.checkpoints, ladder.Rung(MICRO_BATCH))
+    arguments = sft.arguments(recipe, run.checkpoints)
     arguments |= {"model_init_kwargs": {"dtype": recipe.model.dtype}, "save_strategy": "no", "report_to": []}
     lora = LoraConfig(
         r=recipe.lora.rank,
@@ -74,7 +73,7 @@ def measure(run: str, work: Path) -> dict[str, Any]:
         packing=layout == "packing", save_steps=1000, log_steps=1,
     )  # fmt: skip
     model = replace(recipe.model, name=str(work / SHAPE), revision="", engine=engine)
-    recipe = replace(recipe, model=model, sft=knobs)
+    recipe = replace(recipe, model=model, model_folder=work / SHAPE, sft=knobs)
     write_examples(work / "examples.jsonl")
     if engine == "unsloth":
         import_engine(recipe)
@@ -106,7 +105,7 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     made = Run(folder)
     made.checkpoints.mkdir(parents=True)
     if engine == "unsloth":
-        sft.train(recipe, work / "examples.jsonl", None, made)
+        sft.train(recipe, work / "examples.jsonl", made)
     else:
         plain_trl(recipe, work / "examples.jsonl", made)
     counted_steps = steps[WARM_UP:]

@@ -54,7 +54,7 @@ COLUMNS = (
 @options.base_model
 @options.out
 def main(recipe: Path, merge: Path, prepare_data: Path, grpo: Path, base_model: Path | None, out: Path) -> None:
-    run_recipe = read_recipe(recipe)
+    run_recipe = read_recipe(recipe, base_model)
     merged = read_manifest(merge, "merge")
     lora = grpo / "adapter" if "lora" in run_recipe.save else None
     room = room_bytes(run_recipe.gguf, merged["metrics"]["parameters"], merge / "model", lora)
@@ -66,7 +66,7 @@ def main(recipe: Path, merge: Path, prepare_data: Path, grpo: Path, base_model: 
     if lora:
         tables |= {"save": ["lora"], "merge": {"max_mean_kl": run_recipe.merge.max_mean_kl}}
         inputs |= {"grpo": grpo, **({"base-model": base_model} if base_model else {})}
-        base, revision = locate_model(run_recipe.model, base_model)
+        base, revision = locate_model(run_recipe)
     with write_artifact(out, "gguf", tables, inputs, room_bytes=room) as run:
         refuse_quantized(merge / "model", "gguf")
         rows = first_rows(prepare_data / "eval.jsonl", run_recipe.gguf.prompts, "[gguf] prompts")

@@ -1,7 +1,5 @@
 """Improve the fine-tuned model with GRPO: sample completions, pay them by verifiable rewards, learn what paid."""
 
-import gc
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +8,6 @@ from typing import Any
 import click
 
 from stages.lib import options
-from stages.lib.answers import formats
 from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
@@ -24,6 +21,9 @@ from stages.lib.rewards.judge import Reward
 from stages.lib.rewards.names import load_rewards
 from stages.lib.rewards.own import own_reward_files
 from stages.lib.train import ladder
+from stages.lib.train.callbacks import settle_heap
+from stages.lib.train.config import shared_arguments
+from stages.lib.train.rollouts import keep_completions
 from stages.lib.train.run import configure, keep_logs, read_rows, run_trainer, save_adapter
 
 ROOM_BYTES = 500_000_000
@@ -39,7 +39,7 @@ ROOM_BYTES = 500_000_000
 def main(
     recipe: Path, prepare_data: Path, sft: Path, score_base: Path | None, base_model: Path | None, out: Path
 ) -> None:
-    run_recipe = read_recipe(recipe)
+    run_recipe = read_recipe(recipe, base_model)
     inputs = {"prepare-data": prepare_data, "sft": sft}
     inputs |= {"score-base": score_base} if score_base else {}
     inputs |= {"base-model": base_model} if base_model else {}
@@ -48,7 +48,7 @@ def main(
     problems = subset(score_base) if score_base else prepare_data / "grpo.jsonl"
     sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent)
     with write_artifact(out, "grpo", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
-        run.metrics.update(train(run_recipe, problems, sft / "adapter", base_model, run))
+        run.metrics.update(train(run_recipe, problems, sft / "adapter", run))
 
 
 def subset(score_base: Path) -> Path:
@@ -68,18 +68,7 @@ def subset(score_base: Path) -> Path:
     return score_base / "grpo.jsonl"
 
 
-def top(recipe: Recipe) -> ladder.Rung:
-    """Return how much memory the recipe asks for."""
-    size, tokens = recipe.grpo.micro_batch_size, recipe.grpo.max_completion_tokens
-    if recipe.model.engine != "unsloth":
-        return ladder.Rung(size, None, tokens)
-    share = recipe.vllm.memory_share
-    # Standby takes its own share of the GPU, whatever it is told, so that lowering it would bring nothing.
-    least = share if recipe.vllm.standby else ladder.MIN_MEMORY_SHARE
-    return ladder.Rung(size, share, tokens, least)
-
-
-def arguments(recipe: Recipe, output: Path, rung: ladder.Rung, ends: Sequence[int] = ()) -> dict[str, Any]:
+def arguments(recipe: Recipe, output: Path, ends: Sequence[int] = ()) -> dict[str, Any]:
     """Return the fields of TRL's GRPOConfig: every one that changes the result, none left to a default.
 
     `ends` are the token ids at which vLLM ends a completion.
@@ -87,15 +76,11 @@ def arguments(recipe: Recipe, output: Path, rung: ladder.Rung, ends: Sequence[in
     knobs = recipe.grpo
     completions_per_step = knobs.prompts_per_step * knobs.completions_per_prompt
     vllm = recipe.model.engine == "unsloth"
-    return {
-        "output_dir": str(output),
-        "max_steps": knobs.steps,
-        "per_device_train_batch_size": rung.micro_batch_size,
-        "gradient_accumulation_steps": completions_per_step // rung.micro_batch_size,
+    return shared_arguments(recipe, knobs, completions_per_step, output) | {
         "generation_batch_size": completions_per_step,
         "num_generations": knobs.completions_per_prompt,
         "num_iterations": knobs.num_iterations,
-        "max_completion_length": rung.max_completion_tokens,
+        "max_completion_length": knobs.max_completion_tokens,
         "shuffle_dataset": True,
         "temperature": knobs.temperature,
         "top_p": knobs.top_p,
@@ -132,53 +117,15 @@ def arguments(recipe: Recipe, output: Path, rung: ladder.Rung, ends: Sequence[in
         "entropy_coef": 0.0,
         "use_adaptive_entropy": False,
         "sync_ref_model": False,
-        "router_aux_loss_coef": None,
         "disable_dropout": True,
         "cast_lm_head_to_fp32": False,
         "remove_unused_columns": False,  # the rewards read the answer column
-        "learning_rate": knobs.learning_rate,
-        "lr_scheduler_type": knobs.lr_scheduler,
-        "warmup_steps": knobs.warmup_steps,
-        "optim": knobs.optimizer,
-        "weight_decay": knobs.weight_decay,
-        "adam_beta1": knobs.adam_beta1,
-        "adam_beta2": knobs.adam_beta2,
-        "adam_epsilon": 1e-8,
-        "max_grad_norm": knobs.max_grad_norm,
-        "lr_scheduler_kwargs": None,
-        "optim_args": None,
-        "label_smoothing_factor": 0.0,
-        "neftune_noise_alpha": None,
-        "average_tokens_across_devices": True,
-        "bf16": recipe.model.dtype == "bfloat16",
-        "fp16": recipe.model.dtype == "float16",
-        "tf32": None,
-        "gradient_checkpointing": knobs.gradient_checkpointing,
-        "torch_compile": False,
-        "use_liger_kernel": False,
-        "auto_find_batch_size": False,
-        "seed": knobs.seed,
-        "data_seed": knobs.seed,
-        "dataloader_drop_last": False,
-        "dataloader_num_workers": 0,
-        "dataloader_pin_memory": False,
-        "save_strategy": "steps",
-        "save_steps": knobs.save_steps,
-        "save_total_limit": 2,
-        "ignore_data_skip": False,
-        "logging_strategy": "steps",
-        "logging_steps": knobs.log_steps,
-        "logging_nan_inf_filter": False,
-        "log_completions": False,  # keep_completions below writes them
-        "eval_strategy": "no",
-        "report_to": ["tensorboard"],
-        "push_to_hub": False,
-        "trust_remote_code": False,
-        **(unsloth_arguments(recipe, rung) if vllm else {}),
+        "log_completions": False,  # keep_completions writes them
+        **(unsloth_arguments(recipe) if vllm else {}),
     }
 
 
-def unsloth_arguments(recipe: Recipe, rung: ladder.Rung) -> dict[str, int]:
+def unsloth_arguments(recipe: Recipe) -> dict[str, int]:
     """Return the fields of GRPOConfig that only Unsloth's has, and that it would otherwise derive from free memory.
 
     `unsloth_grpo_mini_batch` is the number of parts, not their size: of a micro-batch for the pass with gradients, and
@@ -187,39 +134,33 @@ def unsloth_arguments(recipe: Recipe, rung: ladder.Rung) -> dict[str, int]:
     logits a completion.
     """
     completions = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt
-    parts = -(-completions // (4 * rung.micro_batch_size)) if needs_scoring_pass(recipe) else 1
+    parts = -(-completions // (4 * recipe.grpo.micro_batch_size)) if needs_scoring_pass(recipe) else 1
     return {"unsloth_grpo_mini_batch": parts, "unsloth_logit_chunk_multiplier": 1}
 
 
-def train(recipe: Recipe, problems: Path, adapter: Path, base_model: Path | None, run: Run) -> dict[str, Any]:
+def train(recipe: Recipe, problems: Path, adapter: Path, run: Run) -> dict[str, Any]:
     """Go on training the SFT `adapter` on `problems`, save it under `run.folder`, return what it came to.
 
     Metrics: what `learn` says, and `memory_ladder`, which lists what was given up for lack of GPU memory.
     """
     import_engine(recipe)
     keep_logs(run.checkpoints)
-    rung, steps_down = ladder.read(run.checkpoints, top(recipe))
-    functions = load_rewards(  # before the model: a file of the user's may be wrong in what only loading it shows
-        recipe.rewards.functions,
-        formats.get(recipe.format.name),
-        recipe.path.parent,
-        max_completion_tokens=rung.max_completion_tokens,
-        length_cache_tokens=recipe.rewards.length_cache_tokens,
-        repetition_ngram_tokens=recipe.rewards.repetition_ngram_tokens,
-        repetition_max_penalty=recipe.rewards.repetition_max_penalty,
-    )
-    tokenizer = load_tokenizer(recipe, base_model)
-    with ladder.stepping_down(run.checkpoints, rung, recipe.grpo.min_completion_tokens):
-        max_tokens = recipe.data.max_prompt_tokens + (rung.max_completion_tokens or recipe.grpo.max_completion_tokens)
-        model = load_trainable(recipe, base_model, adapter, max_tokens, rung.memory_share)
+    recipe = ladder.lowered(recipe, "grpo", run.checkpoints)
+    functions = load_rewards(
+        recipe
+    )  # before the model: a file of the user's may be wrong in what only loading it shows
+    tokenizer = load_tokenizer(recipe)
+    with ladder.stepping_down(recipe, "grpo", run.checkpoints):
+        model = load_trainable(recipe, adapter)
     try:
-        return {**learn(recipe, problems, functions, model, tokenizer, rung, run), "memory_ladder": steps_down}
+        metrics = learn(recipe, problems, functions, model, tokenizer, run)
+        return {**metrics, "memory_ladder": ladder.read_steps(run.checkpoints)}
     finally:  # also when a check or a signal ends the run
         close_engine(getattr(getattr(model, "vllm_engine", None), "llm_engine", None))
 
 
 def learn(
-    recipe: Recipe, problems: Path, functions: list[Reward], model: Any, tokenizer: Any, rung: ladder.Rung, run: Run
+    recipe: Recipe, problems: Path, functions: list[Reward], model: Any, tokenizer: Any, run: Run
 ) -> dict[str, Any]:
     """Train `model` and save its adapter and completions under `run.folder`. `import_engine` comes first.
 
@@ -233,10 +174,10 @@ def learn(
     knobs = recipe.grpo
     ends = end_ids(model.generation_config, tokenizer)
     rows = read_rows(problems, run)
-    with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens):
+    with ladder.stepping_down(recipe, "grpo", run.checkpoints):
         trainer = GRPOTrainer(
             model=model,
-            args=configure(GRPOConfig, arguments(recipe, run.checkpoints, rung, ends)),
+            args=configure(GRPOConfig, arguments(recipe, run.checkpoints, ends)),
             reward_funcs=functions,
             train_dataset=rows.select_columns(["prompt", "answer"]),
             processing_class=tokenizer,
@@ -245,7 +186,7 @@ def learn(
     kept = keep_completions(trainer, run.checkpoints / "completions.jsonl", knobs.show_completions_steps)
     bar = ("loss", "reward", "completions/mean_length")
     callbacks = kept, settle_heap()
-    with ladder.stepping_down(run.checkpoints, rung, knobs.min_completion_tokens, trainer):
+    with ladder.stepping_down(recipe, "grpo", run.checkpoints, trainer):
         run_trainer(trainer, run.checkpoints, bar, recipe.health, callbacks, round_steps=knobs.num_iterations)
     save_adapter(trainer, tokenizer, run)
     shutil.copyfile(run.checkpoints / "completions.jsonl", run.folder / "completions.jsonl")
@@ -270,91 +211,6 @@ def learn(
         when: {name: sum(entry[key] for entry in part) / len(part) for key, name in names.items()}
         for when, part in (("first", log[:tenth]), ("last", log[-tenth:]))
     }
-
-
-def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
-    """Return a callback that appends every sampled completion with its rewards to the JSON lines file `path`.
-
-    Every `show_steps` steps it also shows the best and the worst of them on the terminal.
-    """
-    from transformers import TrainerCallback
-
-    class KeepCompletions(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # KILL may have torn the last one
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_bytes(b"".join(line + b"\n" for line in kept))  # a run that is carried on repeats the rest
-            temporary.replace(path)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            # TRL has no public way to a step's completions but a table on every log: these are its own records.
-            logs = trainer._logs
-            rows = [
-                {
-                    "step": state.global_step,
-                    "prompt": prompt,
-                    "completion": completion,
-                    "advantage": round(advantage, 4),
-                }
-                for prompt, completion, advantage in zip(
-                    logs["prompt"], logs["completion"], logs["advantages"], strict=True
-                )
-            ]
-            for name, values in logs["rewards"].items():
-                for row, value in zip(rows, values, strict=True):
-                    row[name] = value
-            if (state.global_step - 1) % args.num_iterations == 0:  # the other steps go over the same ones again
-                with path.open("a") as file:
-                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            if state.global_step % show_steps == 0:
-                show(rows, state.global_step)
-
-    return KeepCompletions()
-
-
-def settle_heap() -> Any:
-    """Return a callback that takes what lives after the first step out of the rounds of Python's garbage collector.
-
-    Model, trainer and what torch compiled live to the end, and a step's completions are many small objects, which set
-    off a walk over all that lives: up to 0.7 s of a step of 12 s, as measured with nothing taken out. vLLM takes out
-    what there is when it starts, and Unsloth would before the first step, but not where somebody did already.
-    """
-    from transformers import TrainerCallback
-
-    class SettleHeap(TrainerCallback):
-        settled = False
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if not self.settled:
-                gc.collect()
-                gc.freeze()
-                self.settled = True
-
-        def on_train_end(self, args, state, control, **kwargs):
-            gc.unfreeze()
-
-    return SettleHeap()
-
-
-def show(rows: list[dict[str, Any]], step: int) -> None:
-    """Show the completion of a step with the highest advantage and the one with the lowest, with what each was paid."""
-    from tqdm import tqdm
-
-    lines = []
-    for name, row in (
-        ("best", max(rows, key=lambda row: row["advantage"])),
-        ("worst", min(rows, key=lambda row: row["advantage"])),
-    ):
-        paid = "  ".join(
-            f"{key} {value:g}" for key, value in row.items() if key not in ("step", "prompt", "completion")
-        )
-        lines += [
-            f"step {step}, {name}: {paid}",
-            *("    " + line for line in row["completion"].strip().splitlines()[:12]),
-        ]
-    tqdm.write("\n".join(lines))
 
 
 if __name__ == "__main__":

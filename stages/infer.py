@@ -27,7 +27,7 @@ MODELS = ("base", "sft", "grpo")
 @options.base_model
 @options.out
 def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Path | None, out: Path) -> None:
-    run_recipe = read_recipe(recipe)
+    run_recipe = read_recipe(recipe, base_model)
     inputs = {"prepare-data": prepare_data, "sft": sft, "grpo": grpo}
     inputs |= {"base-model": base_model} if base_model else {}
     tables = run_recipe.tables("model", "vllm", "format", "infer")
@@ -35,16 +35,14 @@ def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Pa
         with (prepare_data / "eval.jsonl").open() as file:
             problems = [json.loads(line) for _, line in zip(range(run_recipe.infer.problems), file, strict=False)]
         adapters = {"sft": sft / "adapter", "grpo": grpo / "adapter"}
-        rows = answer(run_recipe, problems, base_model, adapters)
+        rows = answer(run_recipe, problems, adapters)
         with (run.folder / "answers.jsonl").open("w") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         run.metrics.update(examine(rows))
         click.echo(table(run.metrics))
 
 
-def answer(
-    recipe: Recipe, problems: list[dict[str, Any]], base_model: Path | None, adapters: dict[str, Path]
-) -> list[dict[str, Any]]:
+def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, Path]) -> list[dict[str, Any]]:
     """Return every model's greedy answer to every problem, a row each, in the order of the problems.
 
     A row holds `id`, `question`, `answer` (the right one), `model`, `completion`, `tokens` (the end token counted),
@@ -57,7 +55,7 @@ def answer(
     sampling = Sampling(knobs.max_completion_tokens)
     rows = []
     with (
-        open_generator(recipe, base_model, adapters, knobs.max_completion_tokens, seed=0) as generator,
+        open_generator(recipe, adapters, knobs.max_completion_tokens, seed=0) as generator,
         tqdm(total=len(MODELS) * len(problems), desc="infer", unit="answer", dynamic_ncols=True) as bar,
     ):
         tokenizer = generator.tokenizer

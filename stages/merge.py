@@ -46,8 +46,8 @@ NF4_MAX_MEAN_KL = GGUF_TYPES["q4_0"]  # nats; the plain 4-bit type's
 @options.base_model
 @options.out
 def main(recipe: Path, grpo: Path, prepare_data: Path, base_model: Path | None, out: Path) -> None:
-    run_recipe = read_recipe(recipe)
-    name, revision = locate_model(run_recipe.model, base_model)
+    run_recipe = read_recipe(recipe, base_model)
+    name, revision = locate_model(run_recipe)
     inputs = {"grpo": grpo, "prepare-data": prepare_data, **({"base-model": base_model} if base_model else {})}
     four_bits = "merged_4bit" in run_recipe.save
     room = room_bytes(local_model_folder(name, revision), run_recipe.merge, four_bits=four_bits)

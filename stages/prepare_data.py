@@ -45,7 +45,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 )
 @options.out
 def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) -> None:
-    run_recipe = read_recipe(recipe)
+    run_recipe = read_recipe(recipe, base_model)
     given = run_recipe.data.sources
     if data and not any(is_hub_name(source.name) for source in given):
         raise UserError(f"--data {data}: {recipe} names nothing on the hub that it could stand in for")
@@ -54,7 +54,7 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     located = [files_of_source(source, base_model, data) for source in given]
     raw = {label(source, file): file for source, files in zip(given, located, strict=True) for file in files}
     room = sum((32 if file.suffix == ".parquet" else 8) * file.stat().st_size for file in raw.values()) + (1 << 26)
-    model = Path(locate_model(run_recipe.model, base_model)[0])
+    model = Path(locate_model(run_recipe)[0])
     raw |= {f"tokenizer {name}": model / name for name in TOKENIZER_FILES if (model / name).is_file()}
     if not base_model and model.is_dir():  # all stages after this go by what it states: the weights trained are these
         raw |= {f"model {file.name}": file for file in sorted([*model.glob("*.safetensors"), model / "config.json"])}
@@ -66,10 +66,10 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     inputs = {"base-model": base_model} if base_model else {}
     with write_artifact(out, "prepare-data", tables, inputs, sources=raw, room_bytes=room) as run:
         with helpers(located) as pool:  # they start while this process loads the tokenizer
-            refuse_base(run_recipe, base_model)
-            tokenizer = load_tokenizer(run_recipe, base_model)
+            refuse_base(run_recipe)
+            tokenizer = load_tokenizer(run_recipe)
             with ThreadPoolExecutor(1) as beside:  # llama.cpp's converter takes seconds to start
-                checked = beside.submit(check_tokenizer, run_recipe, tokenizer, base_model)
+                checked = beside.submit(check_tokenizer, run_recipe, tokenizer)
                 check_chat_template(run_recipe, tokenizer)
                 check_completion(run_recipe, tokenizer)
                 metrics = prepare(
@@ -80,14 +80,14 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
         click.echo(summary(run.metrics))
 
 
-def refuse_base(recipe: Recipe, base_model: Path | None) -> None:
+def refuse_base(recipe: Recipe) -> None:
     """Raise `UserError` if the base is stored in a few bits, which merge would refuse after all the training.
 
     Or, where the recipe names a folder on this disk, if its weights are no safetensors or not whole.
     """
-    name, revision = locate_model(recipe.model, base_model)
+    name, revision = locate_model(recipe)
     refuse_quantized_base(model_folder(name, revision), recipe.model.name)
-    if base_model is None and revision is None:
+    if recipe.model.name != "base-model" and revision is None:
         weight_shapes(Path(name))
 
 
@@ -122,9 +122,9 @@ def check_completion(recipe: Recipe, tokenizer: Any) -> None:
         )
 
 
-def check_tokenizer(recipe: Recipe, tokenizer: Any, base_model: Path | None) -> None:
+def check_tokenizer(recipe: Recipe, tokenizer: Any) -> None:
     """Raise `UserError` if llama.cpp's converter would refuse or misread the tokenizer, after all the training."""
-    name, revision = locate_model(recipe.model, base_model)
+    name, revision = locate_model(recipe)
     check_conversion(tokenizer, model_folder(name, revision), recipe.model.name)
 
 

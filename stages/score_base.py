@@ -37,7 +37,7 @@ NO_VARIANCE = 1e-6  # rewards no further apart than this are the same: the round
 @options.base_model
 @options.out
 def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | None, out: Path) -> None:
-    run_recipe = read_recipe(recipe)
+    run_recipe = read_recipe(recipe, base_model)
     knobs = run_recipe.score_base
     if knobs is None:
         raise UserError(f"{recipe}: has no [score_base] table; score-base needs one, like that of recipes/tiny.toml")
@@ -51,7 +51,7 @@ def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | 
     with contextlib.suppress(SystemExit), writing as run:  # the exit of what is up to date: its advice still holds
         with (prepare_data / "grpo.jsonl").open() as file:
             problems = draw([json.loads(line) for line in file], knobs)
-        rows = sample(run_recipe, problems, base_model, sft / "adapter" if sft else None)
+        rows = sample(run_recipe, problems, sft / "adapter" if sft else None)
         write(run.folder / "scores.jsonl", rows)
         run.metrics["model"] = "sft" if sft else "base"
         run.metrics.update(score(rows, run_recipe.rewards.weights, knobs.completions_per_problem))
@@ -73,9 +73,7 @@ def draw(problems: list[dict[str, Any]], knobs: ScoreBase) -> list[dict[str, Any
     return [problems[place] for place in sorted(random.Random(knobs.seed).sample(range(len(problems)), count))]
 
 
-def sample(
-    recipe: Recipe, problems: list[dict[str, Any]], base_model: Path | None, adapter: Path | None
-) -> list[dict[str, Any]]:
+def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None) -> list[dict[str, Any]]:
     """Return the completions of every problem, a row each, group after group, sampled and paid as GRPO will.
 
     A row holds `id`, `question`, `answer` (the right one), `completion`, `tokens` (the end token counted), `ended`
@@ -85,15 +83,7 @@ def sample(
     from tqdm import tqdm
 
     answer_format = formats.get(recipe.format.name)
-    functions = load_rewards(
-        recipe.rewards.functions,
-        answer_format,
-        recipe.path.parent,
-        max_completion_tokens=recipe.grpo.max_completion_tokens,
-        length_cache_tokens=recipe.rewards.length_cache_tokens,
-        repetition_ngram_tokens=recipe.rewards.repetition_ngram_tokens,
-        repetition_max_penalty=recipe.rewards.repetition_max_penalty,
-    )
+    functions = load_rewards(recipe)
     knobs = recipe.score_base
     sampling = Sampling(
         recipe.grpo.max_completion_tokens,
@@ -106,7 +96,7 @@ def sample(
     adapters = {"sft": adapter} if adapter else {}
     each = [problem for problem in problems for _ in range(knobs.completions_per_problem)]
     with (
-        open_generator(recipe, base_model, adapters, sampling.max_completion_tokens, knobs.seed) as generator,
+        open_generator(recipe, adapters, sampling.max_completion_tokens, knobs.seed) as generator,
         tqdm(total=len(each), desc="score-base", unit="completion", dynamic_ncols=True) as bar,
     ):
         prompts = [

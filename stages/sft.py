@@ -13,6 +13,7 @@ from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
 from stages.lib.train import ladder
+from stages.lib.train.config import shared_arguments
 from stages.lib.train.run import configure, keep_logs, read_rows, run_trainer, save_adapter
 
 ROOM_BYTES = 500_000_000
@@ -24,26 +25,17 @@ ROOM_BYTES = 500_000_000
 @options.base_model
 @options.out
 def main(recipe: Path, prepare_data: Path, base_model: Path | None, out: Path) -> None:
-    run_recipe = read_recipe(recipe)
+    run_recipe = read_recipe(recipe, base_model)
     inputs = {"prepare-data": prepare_data, **({"base-model": base_model} if base_model else {})}
     tables = run_recipe.tables("model", "format", "lora", "sft")
     with write_artifact(out, "sft", tables, inputs, room_bytes=ROOM_BYTES) as run:
-        run.metrics.update(train(run_recipe, prepare_data / "sft.jsonl", base_model, run))
+        run.metrics.update(train(run_recipe, prepare_data / "sft.jsonl", run))
 
 
-def top(recipe: Recipe) -> ladder.Rung:
-    """Return how much memory the recipe asks for."""
-    return ladder.Rung(recipe.sft.micro_batch_size)
-
-
-def arguments(recipe: Recipe, output: Path, rung: ladder.Rung) -> dict[str, Any]:
+def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
     """Return the fields of TRL's SFTConfig: every one that changes the result, none left to a default."""
     knobs = recipe.sft
-    return {
-        "output_dir": str(output),
-        "max_steps": knobs.steps,
-        "per_device_train_batch_size": rung.micro_batch_size,
-        "gradient_accumulation_steps": knobs.batch_size // rung.micro_batch_size,
+    return shared_arguments(recipe, knobs, knobs.batch_size, output) | {
         "max_length": knobs.max_tokens,
         "packing": knobs.packing,
         "packing_strategy": "bfd",
@@ -51,51 +43,13 @@ def arguments(recipe: Recipe, output: Path, rung: ladder.Rung) -> dict[str, Any]
         "completion_only_loss": True,
         "assistant_only_loss": False,
         "loss_type": "nll",
-        "router_aux_loss_coef": None,
         "shuffle_dataset": False,  # the sampler shuffles
         "train_sampling_strategy": "random",
-        "learning_rate": knobs.learning_rate,
-        "lr_scheduler_type": knobs.lr_scheduler,
-        "warmup_steps": knobs.warmup_steps,
-        "optim": knobs.optimizer,
-        "weight_decay": knobs.weight_decay,
-        "adam_beta1": knobs.adam_beta1,
-        "adam_beta2": knobs.adam_beta2,
-        "adam_epsilon": 1e-8,
-        "max_grad_norm": knobs.max_grad_norm,
-        "lr_scheduler_kwargs": None,
-        "optim_args": None,
-        "label_smoothing_factor": 0.0,
-        "neftune_noise_alpha": None,
-        "bf16": recipe.model.dtype == "bfloat16",
-        "fp16": recipe.model.dtype == "float16",
-        "tf32": None,
-        "gradient_checkpointing": knobs.gradient_checkpointing,
-        "torch_compile": False,
-        "use_liger_kernel": False,
-        "auto_find_batch_size": False,
         "activation_offloading": False,
-        "average_tokens_across_devices": True,
-        "seed": knobs.seed,
-        "data_seed": knobs.seed,
-        "dataloader_drop_last": False,
-        "dataloader_num_workers": 0,
-        "dataloader_pin_memory": False,
-        "save_strategy": "steps",
-        "save_steps": knobs.save_steps,
-        "save_total_limit": 2,
-        "ignore_data_skip": False,
-        "logging_strategy": "steps",
-        "logging_steps": knobs.log_steps,
-        "logging_nan_inf_filter": False,
-        "eval_strategy": "no",
-        "report_to": ["tensorboard"],
-        "push_to_hub": False,
-        "trust_remote_code": False,
     }
 
 
-def train(recipe: Recipe, examples: Path, base_model: Path | None, run: Run) -> dict[str, Any]:
+def train(recipe: Recipe, examples: Path, run: Run) -> dict[str, Any]:
     """Train a LoRA adapter on `examples`, save it under `run.folder`, return what it came to.
 
     Metrics: `examples` used, `dropped_too_long`, `loss` (mean nats a completion token over the last tenth of the
@@ -107,9 +61,9 @@ def train(recipe: Recipe, examples: Path, base_model: Path | None, run: Run) -> 
 
     set_seed(recipe.sft.seed)  # the trainer does so only after PEFT has drawn the adapter's first weights
     keep_logs(run.checkpoints)
-    rung, steps_down = ladder.read(run.checkpoints, top(recipe))
-    tokenizer = load_tokenizer(recipe, base_model)
-    model = load_trainable(recipe, base_model, None, recipe.sft.max_tokens)
+    recipe = ladder.lowered(recipe, "sft", run.checkpoints)
+    tokenizer = load_tokenizer(recipe)
+    model = load_trainable(recipe, adapter=None)
     rows = read_rows(examples, run).select_columns(["prompt", "completion"])
 
     def fits(row: dict[str, Any]) -> bool:
@@ -123,11 +77,11 @@ def train(recipe: Recipe, examples: Path, base_model: Path | None, run: Run) -> 
         )
     trainer = SFTTrainer(
         model=model,
-        args=configure(SFTConfig, arguments(recipe, run.checkpoints, rung)),
+        args=configure(SFTConfig, arguments(recipe, run.checkpoints)),
         train_dataset=kept,
         processing_class=tokenizer,
     )
-    with ladder.stepping_down(run.checkpoints, rung, None, trainer):
+    with ladder.stepping_down(recipe, "sft", run.checkpoints, trainer):
         run_trainer(trainer, run.checkpoints, ("loss",), recipe.health)
     save_adapter(trainer, tokenizer, run)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -137,7 +91,7 @@ def train(recipe: Recipe, examples: Path, base_model: Path | None, run: Run) -> 
         "dropped_too_long": len(rows) - len(kept),
         "loss": sum(last) / len(last),
         "trainable_parameters": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
-        "memory_ladder": steps_down,
+        "memory_ladder": ladder.read_steps(run.checkpoints),
     }
 
 

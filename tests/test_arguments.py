@@ -25,13 +25,13 @@ def test_the_config_takes_the_arguments_of_every_recipe_on_every_rung_and_keeps_
     recipe = RECIPES[name]
     config = {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}[stage]
     for rung in rungs(stage, recipe):
-        stated = STAGES[stage].arguments(recipe, tmp_path, rung)
+        stated = STAGES[stage].arguments(rung, tmp_path)
         of_unsloth = UNSLOTH_ONLY if stage == "grpo" and recipe.model.engine == "unsloth" else set()
         assert {field for field in stated if field.startswith("unsloth")} == of_unsloth
         built = config(**{field: value for field, value in stated.items() if field not in of_unsloth}, use_cpu=True)
         for field in stated.keys() - of_unsloth:
             found = getattr(built, field)
-            assert getattr(found, "value", found) == stated[field], (rung, field)
+            assert getattr(found, "value", found) == stated[field], (ladder.values(rung, stage), field)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -40,7 +40,7 @@ def test_an_optimizer_step_takes_as_many_rows_on_every_rung(name, stage, tmp_pat
     recipe = RECIPES[name]
     rows = {"sft": recipe.sft.batch_size, "grpo": recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt}
     for rung in rungs(stage, recipe):
-        stated = STAGES[stage].arguments(recipe, tmp_path, rung)
+        stated = STAGES[stage].arguments(rung, tmp_path)
         assert stated["per_device_train_batch_size"] * stated["gradient_accumulation_steps"] == rows[stage]
 
 
@@ -50,7 +50,7 @@ def test_trl_refuses_a_field_that_it_does_not_have(stage, tmp_path):
 
     config = {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}[stage]
     recipe = RECIPES["tiny"]
-    stated = STAGES[stage].arguments(recipe, tmp_path, STAGES[stage].top(recipe))
+    stated = STAGES[stage].arguments(recipe, tmp_path)
     with pytest.raises(TypeError, match="lerning_rate"):
         config(**stated, lerning_rate=1e-5)
 
@@ -62,11 +62,11 @@ def test_trl_refuses_a_field_that_it_does_not_have(stage, tmp_path):
 @pytest.mark.parametrize("scored", [{"num_iterations": 2}, {"beta": 0.04}], ids=str)
 def test_a_scoring_pass_takes_four_micro_batches_at_once(completions_per_step, micro_batch_size, parts, scored):
     recipe = RECIPES["qwen3-1.7b-dapo"]
-    table = replace(recipe.grpo, prompts_per_step=completions_per_step // 8, completions_per_prompt=8)
-    rung = ladder.Rung(micro_batch_size)
-    stated = grpo.unsloth_arguments(replace(recipe, grpo=replace(table, **scored)), rung)
+    step = {"prompts_per_step": completions_per_step // 8, "completions_per_prompt": 8}
+    table = replace(recipe.grpo, **step, micro_batch_size=micro_batch_size)
+    stated = grpo.unsloth_arguments(replace(recipe, grpo=replace(table, **scored)))
     assert stated == {"unsloth_grpo_mini_batch": parts, "unsloth_logit_chunk_multiplier": 1}
-    spared = grpo.unsloth_arguments(replace(recipe, grpo=table), rung)  # the pass with gradients takes a micro-batch
+    spared = grpo.unsloth_arguments(replace(recipe, grpo=table))  # the pass with gradients takes a micro-batch
     assert spared == {"unsloth_grpo_mini_batch": 1, "unsloth_logit_chunk_multiplier": 1}
 
 

@@ -21,11 +21,10 @@ from click.testing import CliRunner
 
 from stages import doctor
 from stages.lib.machine.copies import local_model, start_tokenizer_check, tokenizer_finding
-from stages.lib.machine.disk import recipe_rooms
 from stages.lib.machine.findings import Finding
 from stages.lib.machine.hub import endpoint
 from stages.lib.machine.memory import gpu_estimates
-from stages.lib.machine.room import most_room
+from stages.lib.machine.room import disk_rooms, most_room
 from stages.lib.machine.shape import SHAPES
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Gguf, Grpo, Lora, Merge, Model, Ollama, Sft, Vllm
@@ -686,5 +685,5 @@ def test_the_gpus_and_disks_on_the_page_follow_from_the_estimate(name):
     for size, stages in ((whole, ("sft", "grpo", "merge and gguf")), (alone, ("sft", "grpo"))):
         needs = gpu_estimates(run, shape, size << 30)
         assert not size or max(needs[stage].peak_bytes for stage in stages) < 0.97 * (size << 30)
-    room = most_room(recipe_rooms(run, shape))
+    room = most_room(disk_rooms(shape, run))
     assert disk - 1 < room / 1e9 <= disk

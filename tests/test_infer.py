@@ -126,14 +126,14 @@ def test_each_model_is_the_one_it_is_called_and_the_batch_does_not_change_its_an
     """The stage switches adapters on one base; here each model is loaded alone and asked one problem at a time."""
     from peft import PeftModel
 
-    recipe = read_recipe(finished / "micro.toml")
+    recipe = read_recipe(finished / "micro.toml", finished / "base-model")
     told = [json.loads(line) for line in (finished / "infer" / "answers.jsonl").read_text().split("\n")[:-1]]
     problems = [json.loads(line) for line in (finished / "prepare-data" / "eval.jsonl").read_text().split("\n")[:20]]
-    tokenizer = load_tokenizer(recipe, finished / "base-model")
+    tokenizer = load_tokenizer(recipe)
     texts = {}
     for name in ("base", "sft", "grpo"):
         adapter = None if name == "base" else finished / name / "adapter"
-        model = load_model(recipe, finished / "base-model").eval()
+        model = load_model(recipe).eval()
         model = PeftModel.from_pretrained(model, adapter) if adapter else model
         limit = recipe.infer.max_completion_tokens
         texts[name] = [greedy(model, tokenizer, problem["prompt"], limit) for problem in problems]

@@ -101,7 +101,7 @@ def test_a_generation_config_that_contradicts_itself_keeps_its_token_ids(tmp_pat
 
 def test_a_base_whose_weights_are_not_in_the_cache_any_more_is_fetched_whole(tmp_path, monkeypatch):
     (tmp_path / "snapshot").mkdir()
-    monkeypatch.setattr("stages.merge.locate_model", lambda model, base_model: ("owner/name", "a" * 40))
+    monkeypatch.setattr("stages.merge.locate_model", lambda recipe: ("owner/name", "a" * 40))
     monkeypatch.setattr("stages.merge.local_model_folder", lambda name, revision: None)
     monkeypatch.setattr("stages.merge.model_folder", lambda name, revision: tmp_path / "snapshot")
 

@@ -192,11 +192,12 @@ def test_the_table_has_a_line_a_reward_and_one_for_the_sum():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("completions_per_problem = 8", "completions_per_problem = 1", "completions_per_problem 2 or more"),
-        ("problems = 100", "problems = 0", "problems must be 1 or more"),
+        ("per_problem = 8", "per_problem = 1", "completions_per_problem = 1; expected 2 or more"),
+        ("problems = 100", "problems = 0", "[score_base] problems = 0; expected 1 or more"),
         ("batch_size = 200", "batch_size = 100", "batch_size = 100 is not a multiple of completions_per_problem = 8"),
         ("min_pass_rate = 0.0", "min_pass_rate = -0.1", "expected 0 to 1"),
         ("max_pass_rate = 1.0", "max_pass_rate = 100.0", "expected 0 to 1"),
+        ("min_pass_rate = 0.0  #", "min_pass_rate = 1.5  #", "min_pass_rate = 1.5; expected 0 to 1"),
         ("min_pass_rate = 0.0", "min_pass_rat = 0.0", "did you mean 'min_pass_rate'"),
     ],
 )
@@ -207,6 +208,16 @@ def test_a_table_that_makes_no_sense_is_refused(tmp_path, old, new, message):
     path.write_text(text[:start] + text[start:].replace(old, new, 1))
     with pytest.raises(UserError, match=re.escape(message)):
         read_recipe(path)
+
+
+def test_bounds_that_hold_no_pass_rate_are_refused(tmp_path):
+    text = Path("recipes/tiny.toml").read_text()
+    text = text.replace("min_pass_rate = 0.0", "min_pass_rate = 0.9").replace(
+        "max_pass_rate = 1.0", "max_pass_rate = 0.1"
+    )
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(UserError, match=r"min_pass_rate = 0\.9 is over max_pass_rate = 0\.1"):
+        read_recipe(tmp_path / "recipe.toml")
 
 
 # ---- what GRPO takes from it ---------------------------------------------------------------------------------------

@@ -104,8 +104,7 @@ UNCHANGING_GRPO = {
 
 def arguments_of(stage, recipe: Path, output: Path) -> dict[str, object]:
     """Return the trainer's arguments for a recipe's file, with all the memory that it asks for."""
-    read = read_recipe(recipe)
-    return stage.arguments(read, output, stage.top(read))
+    return stage.arguments(read_recipe(recipe), output)
 
 
 @pytest.mark.parametrize(("stage", "own"), [(sft, UNCHANGING_SFT), (grpo, UNCHANGING_GRPO)], ids=STAGES)

@@ -183,7 +183,7 @@ def test_merge_hands_over_16_bits_and_nf4(work, trained):
 
 
 def test_sparing_the_scoring_pass_changes_no_gradient(work, trained):
-    keep = "from stages.lib import models; needs_scoring_pass = lambda recipe: True"
+    keep = "from stages.lib.model import unsloth; unsloth.needs_scoring_pass = lambda recipe: True"
     metrics, _ = work.run("grpo", work.recipe("scoring", grpo__steps=1), "grpo-scoring", before=keep)
     assert completions(work.folder / "grpo-scoring", 1) == completions(work.folder / "grpo", 1)  # by the seed
     assert metrics["first"]["importance_ratio"] == pytest.approx(trained["first"]["importance_ratio"], abs=2e-3)
@@ -196,9 +196,9 @@ def test_sparing_the_scoring_pass_changes_no_gradient(work, trained):
 # The limit is kept in a file: the process that is started anew, one rung down, gets the same.
 CAP = """
 import os, pathlib, torch
-from stages.lib import models
+from stages.lib.model import engine
 limit = pathlib.Path(os.environ["CAP_FILE"])
-start = import_engine
+start = engine.import_engine
 
 def start_capped(recipe):
     start(recipe)
@@ -219,7 +219,7 @@ def start_capped(recipe):
 
     trainer.DEFAULT_CALLBACKS.append(Cap)
 
-import_engine = start_capped
+engine.import_engine = start_capped
 """
 
 
@@ -262,8 +262,8 @@ def test_term_saves_and_ends_and_the_same_command_carries_on(work, trained, monk
 
 # What is free of the GPU's memory after each step, while vLLM sleeps. Awake it has nine tenths, whatever it was told.
 FREE = """
-from stages.lib import models
-start = import_engine
+from stages.lib.model import engine
+start = engine.import_engine
 
 def start_watched(recipe):
     start(recipe)
@@ -277,7 +277,7 @@ def start_watched(recipe):
 
     trainer.DEFAULT_CALLBACKS.append(Watch)
 
-import_engine = start_watched
+engine.import_engine = start_watched
 """
 
 

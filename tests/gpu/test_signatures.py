@@ -94,7 +94,7 @@ def fate(stage: str, config: type, output: Path) -> dict[str, list]:
     changed = []
     for name, recipe in OURS.items():
         for rung in rungs(stage, recipe):
-            stated = STAGES[stage].arguments(recipe, output, rung)
+            stated = STAGES[stage].arguments(rung, output)
             built = config(**stated)
             for field, value in stated.items():
                 found = getattr(built, field, "nothing")
@@ -138,7 +138,7 @@ def test_every_name_that_we_pass_is_one_that_is_taken(seen, function, callee):
 
 def test_vllm_knows_what_the_trainer_is_to_tell_it(seen):
     grpo = STAGES["grpo"]
-    told = grpo.arguments(ONE, Path("out"), grpo.top(ONE))["generation_kwargs"]
+    told = grpo.arguments(ONE, Path("out"))["generation_kwargs"]
     assert told.keys() - set(seen["SamplingParams"]) == set()
 
 

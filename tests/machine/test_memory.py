@@ -1,7 +1,9 @@
 """The memory estimate: shapes add up to the published models, parts are what arithmetic by hand gives, peaks behave."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,8 @@ from stages.lib.machine.memory import (
 )
 from stages.lib.machine.room import Room, disk_rooms, gguf_bits, most_room
 from stages.lib.machine.shape import LINEAR_LAYERS, SHAPES, Shape, shape_of_config
+from stages.lib.recipe.tables import Lora, Recipe
+from tests.support.arguments import RECIPES
 
 ROOT = Path(__file__).parents[2]
 ALL = list(LINEAR_LAYERS)
@@ -26,9 +30,26 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 # hidden 8, 2 heads of 4, 1 key-value head, MLP 16, vocabulary 32: small enough to count by hand.
 SMALL = Shape(3, 8, 2, 1, 4, 16, 32, True)
 PLAIN = {
-    "engine": "trl", "dtype": "bfloat16", "load_in_4bit": False, "rank": 2, "target_modules": ALL,
-    "optimizer": "adamw_torch",
+    "model": {"engine": "trl", "dtype": "bfloat16", "load_in_4bit": False},
+    "lora": {"rank": 2, "target_modules": ALL},
+    "data": {"max_prompt_tokens": 4},
+    "sft": {"optimizer": "adamw_torch", "micro_batch_size": 2, "max_tokens": 10, "gradient_checkpointing": False},
+    "grpo": {
+        "optimizer": "adamw_torch", "micro_batch_size": 2, "prompts_per_step": 2, "completions_per_prompt": 4,
+        "max_completion_tokens": 6, "gradient_checkpointing": True,
+    },
+    "merge": {"prompts": 1, "positions_per_prompt": 3},
+    "gguf": {"types": ["q8_0", "q4_k_m"], "prompts": 1, "positions_per_prompt": 5},
+    "ollama": {"quantization": "Q4_K_M"},
+    "vllm": {"memory_share": 0.5, "sequences": 64, "standby": False},
 }  # fmt: skip
+
+
+def recipe(save: list[str] | None = None, **changes: dict[str, Any]) -> Recipe:
+    """Return a recipe with the numbers of PLAIN, and of `changes`, a dict a table, where these have others."""
+    made = RECIPES["qwen3-1.7b-dapo"]
+    tables = {name: replace(getattr(made, name), **PLAIN[name] | changes.get(name, {})) for name in PLAIN}
+    return replace(made, save=save or ["gguf"], **tables)
 
 
 @pytest.mark.parametrize(
@@ -145,13 +166,13 @@ def test_four_bits_leave_embeddings_and_vision_tower_in_sixteen():
     ],
 )
 def test_an_adapter_by_hand(modules, parameters):
-    assert adapter_parameters(SMALL, 2, modules) == parameters
+    assert adapter_parameters(SMALL, Lora(2, 2, 0.0, modules)) == parameters
 
 
 def test_the_published_size_of_an_adapter():
     # PEFT prints 41,943,040 trainable parameters for rank 16 on all linear layers of Llama 3.1 8B
     shape = SHAPES["meta-llama/Llama-3.1-8B-Instruct"]
-    assert adapter_parameters(shape, 16, ["all-linear"]) == 41_943_040
+    assert adapter_parameters(shape, Lora(16, 16, 0.0, ["all-linear"])) == 41_943_040
 
 
 def test_a_kv_cache_by_hand_and_sliding_layers_forget():
@@ -162,9 +183,11 @@ def test_a_kv_cache_by_hand_and_sliding_layers_forget():
     assert kv_bytes(gemma, 1024) == 1024 * (4 * 1024 + 22 * 512)
 
 
+UNSLOTH = {"engine": "unsloth"}
+
+
 def sft(**changes):
-    knobs = PLAIN | {"micro_batch_size": 2, "max_tokens": 10, "checkpointing": False} | changes
-    return sft_estimate(SMALL, **knobs)
+    return sft_estimate(SMALL, recipe(**changes))
 
 
 def test_training_parts_by_hand():
@@ -182,35 +205,31 @@ def test_training_parts_by_hand():
 
 
 def test_checkpointing_keeps_the_layers_inputs_and_one_layer():
-    plain, checkpointed = sft().parts, sft(checkpointing=True).parts
+    plain, checkpointed = sft().parts, sft(sft={"gradient_checkpointing": True}).parts
     assert checkpointed["layer inputs"] == 3 * 20 * 8 * 2
     assert checkpointed["activations"] < plain["activations"] / 2
-    offloaded = sft(checkpointing=True, engine="unsloth").parts
+    offloaded = sft(sft={"gradient_checkpointing": True}, model=UNSLOTH).parts
     assert offloaded["layer inputs"] == 2 * 20 * 8 * 2
 
 
 def test_an_8_bit_optimizer_takes_a_quarter():
-    assert sft(optimizer="paged_adamw_8bit").parts["optimizer"] == sft().parts["optimizer"] // 4
+    assert sft(sft={"optimizer": "paged_adamw_8bit"}).parts["optimizer"] == sft().parts["optimizer"] // 4
 
 
 def test_four_bit_training_unpacks_a_layer_at_a_time():
-    assert sft(load_in_4bit=True, engine="unsloth").parts["unpacked layer"] == 2 * 8 * 16 * 2
+    assert sft(model=UNSLOTH | {"load_in_4bit": True}).parts["unpacked layer"] == 2 * 8 * 16 * 2
 
 
 def test_unsloth_never_has_all_logits_of_a_large_vocabulary_at_once():
     shape = SHAPES["google/gemma-3-1b-it"]
-    knobs = PLAIN | {"micro_batch_size": 8, "max_tokens": 2048, "checkpointing": True}
-    whole = sft_estimate(shape, **knobs).parts["logits"]
+    knobs = {"micro_batch_size": 8, "max_tokens": 2048, "gradient_checkpointing": True}
+    whole = sft_estimate(shape, recipe(sft=knobs)).parts["logits"]
     assert whole == 16_384 * 262_144 * 16
-    assert sft_estimate(shape, **knobs | {"engine": "unsloth"}).parts["logits"] == 4 << 30
+    assert sft_estimate(shape, recipe(sft=knobs, model=UNSLOTH)).parts["logits"] == 4 << 30
 
 
-def grpo(shape=SMALL, **changes):
-    knobs = PLAIN | {
-        "micro_batch_size": 2, "completions_per_step": 8, "prompt_tokens": 4, "completion_tokens": 6,
-        "checkpointing": True,
-    } | changes  # fmt: skip
-    return grpo_estimate(shape, **knobs)
+def grpo(shape=SMALL, gpu_bytes=0, **changes):
+    return grpo_estimate(shape, recipe(**changes), gpu_bytes)
 
 
 def test_grpo_without_vllm_generates_a_whole_step_and_then_trains():
@@ -223,24 +242,21 @@ def test_grpo_without_vllm_generates_a_whole_step_and_then_trains():
 
 def test_vllm_fills_its_share_however_little_it_needs():
     shape = SHAPES["unsloth/Qwen3-1.7B-Base"]
-    vllm = {"engine": "unsloth", "gpu_bytes": 80_000_000_000, "vllm_memory_share": 0.5, "vllm_sequences": 64}
-    parts = grpo(shape, **vllm).parts
+    half, quarter = (grpo(shape, 80_000_000_000, model=UNSLOTH, vllm={"memory_share": share}) for share in (0.5, 0.25))
+    parts = half.parts
     assert parts["weights"] + parts["vLLM"] + parts["KV cache"] == 40_000_000_000
     assert parts["logits"] == 3 * 151_936 * 16  # a quarter of ten tokens, rounded up
-    less = grpo(shape, **vllm | {"vllm_memory_share": 0.25})
-    assert grpo(shape, **vllm).peak_bytes - less.peak_bytes == 20_000_000_000
+    assert half.peak_bytes - quarter.peak_bytes == 20_000_000_000
 
 
 def test_a_share_too_small_for_the_weights_leaves_no_negative_cache():
-    vllm = {"engine": "unsloth", "gpu_bytes": 1_000_000, "vllm_memory_share": 0.5, "vllm_sequences": 1}
-    assert grpo(**vllm).parts["KV cache"] == 0
+    assert grpo(gpu_bytes=1_000_000, model=UNSLOTH, vllm={"sequences": 1}).parts["KV cache"] == 0
 
 
 @pytest.mark.parametrize(("gib", "share"), [(140, 0.925), (40, 0.925), (24, 0.825), (15.5, 0.8), (8, 0.75)])
 def test_in_standby_unsloths_own_share_counts_and_not_the_recipes(gib, share):
     shape, size = SHAPES["google/gemma-3-1b-it"], int(gib * 2**30)
-    vllm = {"engine": "unsloth", "gpu_bytes": size, "vllm_sequences": 1, "vllm_standby": True}
-    parts = grpo(shape, **vllm, vllm_memory_share=0.2).parts
+    parts = grpo(shape, size, model=UNSLOTH, vllm={"memory_share": 0.2, "sequences": 1, "standby": True}).parts
     assert parts["weights"] + parts["vLLM"] + parts["KV cache"] == int(0.95 * share * size)
 
 
@@ -254,11 +270,12 @@ def test_in_standby_the_larger_of_cache_and_step_counts():
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"micro_batch_size": 4}, "activations"),
-        ({"completion_tokens": 60}, "logits"),
-        ({"rank": 8}, "adapter"),
-        ({"completions_per_step": 16}, "KV cache"),
-        ({"dtype": "float32"}, "weights"),
+        ({"grpo": {"micro_batch_size": 4}}, "activations"),
+        ({"grpo": {"max_completion_tokens": 60}}, "logits"),
+        ({"data": {"max_prompt_tokens": 60}}, "activations"),
+        ({"lora": {"rank": 8}}, "adapter"),
+        ({"grpo": {"prompts_per_step": 4}}, "KV cache"),
+        ({"model": {"dtype": "float32"}}, "weights"),
     ],
 )
 def test_more_of_anything_needs_more_memory(change, part):
@@ -285,12 +302,8 @@ def test_the_bits_of_every_type_are_those_that_the_gguf_stage_makes_room_for(tmp
     assert room - alone == added
 
 
-def rooms(**changes):
-    knobs = {
-        "types": ["q8_0", "q4_k_m"], "rank": 2, "target_modules": ALL, "merge_positions": 3, "gguf_positions": 5,
-        "recommended": "Q4_K_M", "save": ["gguf"],
-    } | changes  # fmt: skip
-    return disk_rooms(SMALL, **knobs)
+def rooms(*types, save=None):
+    return disk_rooms(SMALL, recipe(save, gguf={"types": list(types)} if types else {}))
 
 
 def test_disk_by_hand():
@@ -306,9 +319,9 @@ def test_disk_by_hand():
 
 
 def test_a_16_bit_file_that_was_asked_for_is_kept_and_is_no_scratch():
-    assert rooms(types=["f16", "q4_k_m"])["gguf"] == Room(4080 + 2040 * 7 // 8, 5 * 32 * 4)
-    assert rooms(types=["bf16", "q4_k_m"])["gguf"].scratch == 5 * 32 * 4
-    assert rooms(types=["f16", "bf16"])["gguf"] == Room(2 * 4080, 5 * 32 * 4)
+    assert rooms("f16", "q4_k_m")["gguf"] == Room(4080 + 2040 * 7 // 8, 5 * 32 * 4)
+    assert rooms("bf16", "q4_k_m")["gguf"].scratch == 5 * 32 * 4
+    assert rooms("f16", "bf16")["gguf"] == Room(2 * 4080, 5 * 32 * 4)
 
 
 def test_what_else_is_handed_over_takes_room():

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from stages.lib.answers.formats import THINK, XML
-from stages.lib.rewards.names import SUITES, load_rewards
+from stages.lib.rewards.names import SUITES
+from tests.support.rewards import load_rewards
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "rewards.md"
 

@@ -17,10 +17,10 @@ STAGES = {"sft": sft, "grpo": grpo}
 UNSLOTH_ONLY = {"unsloth_grpo_mini_batch", "unsloth_logit_chunk_multiplier"}
 
 
-def rungs(stage: str, recipe: Recipe) -> list[ladder.Rung]:
-    """Return every rung of the ladder, the recipe's own values first."""
-    made = [STAGES[stage].top(recipe)]
-    while below := ladder.lower(made[-1], recipe.grpo.min_completion_tokens):
+def rungs(stage: str, recipe: Recipe) -> list[Recipe]:
+    """Return the recipe on every rung of the ladder, from the top."""
+    made = [recipe]
+    while below := ladder.lower(made[-1], stage):
         made.append(below)
     return made
 

@@ -7,29 +7,48 @@ from dataclasses import replace
 
 import pytest
 
-from stages import grpo
 from stages.lib.errors import UserError
+from stages.lib.recipe.tables import Recipe
 from stages.lib.train import ladder
-from stages.lib.train.ladder import Rung
 from tests.support.arguments import RECIPES
 
 
-def down(rung: Rung, min_completion_tokens: int | None = None) -> list[Rung]:
-    """Return every rung under `rung`."""
-    below = ladder.lower(rung, min_completion_tokens)
-    return [] if below is None else [below, *down(below, min_completion_tokens)]
+def of_vllm(size: int, share: float, tokens: int, least: int | None = None) -> Recipe:
+    """Return a recipe of engine unsloth with this micro-batch, share of the GPU and completion length."""
+    made = RECIPES["qwen2.5-3b-gsm8k"]
+    table = replace(made.grpo, micro_batch_size=size, max_completion_tokens=tokens, min_completion_tokens=least)
+    return replace(made, grpo=table, vllm=replace(made.vllm, memory_share=share, standby=False))
+
+
+def of_transformers(size: int) -> Recipe:
+    """Return a recipe of engine trl with this micro-batch in SFT and GRPO."""
+    made = RECIPES["tiny"]
+    tables = {name: replace(getattr(made, name), micro_batch_size=size) for name in ("sft", "grpo")}
+    return replace(made, **tables)
+
+
+def down(recipe: Recipe, stage: str = "grpo") -> list[tuple[float, ...]]:
+    """Return what is left on every rung under the recipe's."""
+    below = ladder.lower(recipe, stage)
+    return [] if below is None else [tuple(ladder.values(below, stage).values()), *down(below, stage)]
 
 
 def test_vllms_share_goes_first_then_the_micro_batch_and_the_length_only_where_it_may():
-    top = Rung(4, 0.4, 256)
-    assert down(top) == [
-        Rung(4, 0.3, 256),
-        Rung(4, 0.225, 256),
-        Rung(4, 0.2, 256),
-        Rung(2, 0.2, 256),
-        Rung(1, 0.2, 256),
-    ]
-    assert down(top, 100)[5:] == [Rung(1, 0.2, 128), Rung(1, 0.2, 100)]
+    assert down(of_vllm(4, 0.4, 256)) == [
+        (4, 0.3, 256), (4, 0.225, 256), (4, 0.2, 256), (2, 0.2, 256), (1, 0.2, 256),
+    ]  # fmt: skip
+    assert down(of_vllm(4, 0.4, 256, least=100))[5:] == [(1, 0.2, 128), (1, 0.2, 100)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_rung_changes_nothing_of_the_recipe_but_what_the_manifest_will_state(name, stage):
+    recipe = RECIPES[name]
+    below = ladder.lower(recipe, stage)
+    assert below is not None
+    assert below != recipe
+    back = ladder.with_values(below, stage, ladder.values(recipe, stage))
+    assert back == recipe
 
 
 TOO_SMALL = [
@@ -41,49 +60,52 @@ TOO_SMALL = [
 
 @pytest.mark.parametrize("message", TOO_SMALL)
 def test_a_share_that_is_too_small_for_vllm_goes_back_and_stays_and_the_micro_batch_halves(tmp_path, restarts, message):
-    rung = top = Rung(4, 0.6, 768)
+    recipe = top = of_vllm(4, 0.6, 768)
     errors = [RuntimeError("CUDA out of memory")] * 2 + [ValueError(message)] + [RuntimeError("CUDA out of memory")]
     for step, error in enumerate(errors):
-        with pytest.raises(Restarted), ladder.stepping_down(tmp_path, rung, None):
+        with pytest.raises(Restarted), ladder.stepping_down(recipe, "grpo", tmp_path):
             raise error
-        rung, steps = ladder.read(tmp_path, top)
+        recipe, steps = ladder.lowered(top, "grpo", tmp_path), ladder.read_steps(tmp_path)
         assert len(steps) == step + 1
     assert [(each["to"]["memory_share"], each["to"]["micro_batch_size"]) for each in steps] == [
         (0.45, 4), (0.338, 4), (0.45, 2), (0.45, 1),
     ]  # fmt: skip
-    assert ladder.lower(rung) is None
+    with (
+        pytest.raises(UserError, match=r"nothing left to give up: micro_batch_size = 1, memory_share = 0\.45, "),
+        ladder.stepping_down(recipe, "grpo", tmp_path),
+    ):
+        raise RuntimeError("CUDA out of memory")
 
 
 @pytest.mark.parametrize("message", TOO_SMALL)
 def test_a_recipes_own_share_that_is_too_small_ends_the_run_with_advice(tmp_path, restarts, message):
     with (
         pytest.raises(UserError, match=r"memory_share = 0\.3 of this GPU is too small.*Raise it"),
-        ladder.stepping_down(tmp_path, Rung(4, 0.3, 768), None),
+        ladder.stepping_down(of_vllm(4, 0.3, 768), "grpo", tmp_path),
     ):
         raise ValueError(message)
     assert not (tmp_path / ladder.FILE).exists()
 
 
 def test_with_standby_the_share_is_left_alone():
-    recipe = RECIPES["qwen2.5-3b-gsm8k"]
+    recipe = of_vllm(8, 0.5, 768)
     standby = replace(recipe, vllm=replace(recipe.vllm, standby=True))
-    assert ladder.lower(grpo.top(recipe)).memory_share < recipe.vllm.memory_share
-    below = ladder.lower(grpo.top(standby))
-    assert below.memory_share == recipe.vllm.memory_share
-    assert below.micro_batch_size == recipe.grpo.micro_batch_size // 2
+    assert down(recipe)[0] == (8, 0.375, 768)
+    assert down(standby)[0] == (4, 0.5, 768)
 
 
 def test_the_new_process_is_told_nothing_of_the_one_process_group(tmp_path, restarts, monkeypatch):
     for name in ladder.DISTRIBUTED:
         monkeypatch.setenv(name, "0")
     with pytest.raises(Restarted):
-        ladder.step_down(tmp_path, Rung(2), None, 1, RuntimeError("CUDA out of memory"))
+        ladder.step_down(of_transformers(2), "sft", tmp_path, 1, RuntimeError("CUDA out of memory"))
     assert not set(ladder.DISTRIBUTED) & set(os.environ)
 
 
 def test_without_vllm_only_the_micro_batch_halves():
-    assert down(Rung(8)) == [Rung(4), Rung(2), Rung(1)]
-    assert down(Rung(12)) == [Rung(6), Rung(3)]  # 1 would not divide the batch as 3 does
+    assert down(of_transformers(8), "sft") == [(4,), (2,), (1,)]
+    assert down(of_transformers(8), "grpo") == [(4, 64), (2, 64), (1, 64)]
+    assert down(of_transformers(12), "sft") == [(6,), (3,)]  # 1 would not divide the batch as 3 does
 
 
 class Restarted(Exception):
@@ -105,25 +127,31 @@ def restarts(monkeypatch):
 
 
 def test_a_step_down_is_written_before_the_process_starts_anew_and_read_by_it(tmp_path, restarts, capsys):
-    top = Rung(8, 0.2, 256)
-    assert ladder.read(tmp_path, top) == (top, [])
+    top, checkpoints = of_vllm(8, 0.2, 256), tmp_path / "checkpoints"
+    assert (ladder.lowered(top, "grpo", checkpoints), ladder.read_steps(checkpoints)) == (top, [])
     with pytest.raises(Restarted):
-        ladder.step_down(tmp_path / "checkpoints", top, None, 7, RuntimeError("CUDA out of memory.\nmore"))
+        ladder.step_down(top, "grpo", checkpoints, 7, RuntimeError("CUDA out of memory.\nmore"))
     assert restarts == [(sys.executable, [sys.executable, "-m", "stages.grpo", "--out", "x"])]
-    rung, steps = ladder.read(tmp_path / "checkpoints", top)
-    assert rung == Rung(4, 0.2, 256)
-    assert [(step["at_step"], step["reason"]) for step in steps] == [(7, "CUDA out of memory.")]
+    once = ladder.lowered(top, "grpo", checkpoints)
+    assert once == of_vllm(4, 0.2, 256)
+    assert ladder.read_steps(checkpoints) == [
+        {
+            "at_step": 7, "reason": "CUDA out of memory.",
+            "from": {"micro_batch_size": 8, "memory_share": 0.2, "max_completion_tokens": 256},
+            "to": {"micro_batch_size": 4, "memory_share": 0.2, "max_completion_tokens": 256},
+        }
+    ]  # fmt: skip
     assert "micro_batch_size 8 -> 4" in capsys.readouterr().err
     with pytest.raises(Restarted):
-        ladder.step_down(tmp_path / "checkpoints", rung, None, 9, RuntimeError("CUDA out of memory"))
-    rung, steps = ladder.read(tmp_path / "checkpoints", top)
-    assert (rung, len(steps)) == (Rung(2, 0.2, 256), 2)
-    assert json.loads((tmp_path / "checkpoints" / ladder.FILE).read_text()) == steps
+        ladder.step_down(once, "grpo", checkpoints, 9, RuntimeError("CUDA out of memory"))
+    assert ladder.lowered(top, "grpo", checkpoints) == of_vllm(2, 0.2, 256)
+    assert json.loads((checkpoints / ladder.FILE).read_text()) == ladder.read_steps(checkpoints)
+    assert [step["at_step"] for step in ladder.read_steps(checkpoints)] == [7, 9]
 
 
 def test_at_the_bottom_the_run_ends_with_advice(tmp_path, restarts):
     with pytest.raises(UserError, match=r"nothing left to give up.*load_in_4bit") as refused:
-        ladder.step_down(tmp_path, Rung(1, 0.2, 256), None, 3, RuntimeError("CUDA out of memory"))
+        ladder.step_down(of_vllm(1, 0.2, 256), "grpo", tmp_path, 3, RuntimeError("CUDA out of memory"))
     assert "at step 3" in refused.value.message
     assert restarts == []
 
@@ -146,12 +174,13 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_what_counts_as_out_of_memory(tmp_path, restarts, error, expected):
-    with pytest.raises(Restarted if expected else type(error)), ladder.stepping_down(tmp_path, Rung(2), None):
+    expected_end = pytest.raises(Restarted if expected else type(error))
+    with expected_end, ladder.stepping_down(of_transformers(2), "sft", tmp_path):
         raise error
 
 
 def test_an_out_of_memory_that_another_error_wraps_is_found(tmp_path, restarts):
-    with pytest.raises(Restarted), ladder.stepping_down(tmp_path, Rung(2), None):
+    with pytest.raises(Restarted), ladder.stepping_down(of_transformers(2), "sft", tmp_path):
         try:
             raise OutOfMemoryError("Tried to allocate")
         except OutOfMemoryError as error:
@@ -159,6 +188,6 @@ def test_an_out_of_memory_that_another_error_wraps_is_found(tmp_path, restarts):
 
 
 def test_what_is_no_lack_of_memory_writes_nothing(tmp_path):
-    with pytest.raises(KeyError), ladder.stepping_down(tmp_path, Rung(2), None):
+    with pytest.raises(KeyError), ladder.stepping_down(of_transformers(2), "sft", tmp_path):
         raise KeyError("out of memory")
     assert list(tmp_path.iterdir()) == []

@@ -98,10 +98,9 @@ def read_tokenizer(path: str, model: str) -> None:
     from stages.lib.gguf.tokens import check_conversion
     from stages.lib.model.tokenizer import load_tokenizer
 
-    recipe = read_recipe(Path(path))
-    artifact = ARTIFACTS / recipe.path.stem / "base-model" if recipe.model.name == "base-model" else None
+    recipe = read_recipe(Path(path), ARTIFACTS / Path(path).stem / "base-model")
     try:
-        check_conversion(load_tokenizer(recipe, artifact), Path(model), recipe.model.name)
+        check_conversion(load_tokenizer(recipe), Path(model), recipe.model.name)
     except UserError as error:
         sys.exit(error.message)
 

@@ -22,21 +22,11 @@ def existing(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
-def recipe_rooms(recipe: Recipe, shape: Shape) -> dict[str, Room]:
-    """Return what each stage of `recipe` adds to the disk, by its name."""
-    return disk_rooms(
-        shape, types=recipe.gguf.types, rank=recipe.lora.rank, target_modules=recipe.lora.target_modules,
-        merge_positions=recipe.merge.prompts * recipe.merge.positions_per_prompt,
-        gguf_positions=recipe.gguf.prompts * recipe.gguf.positions_per_prompt, recommended=recipe.ollama.quantization,
-        save=recipe.save,
-    )  # fmt: skip
-
-
 def disk_findings(recipe: Recipe, shape: Shape, model: Path | None, cache: Path) -> Iterator[Finding]:
     """Yield, for each file system that stages write to, whether there is room for those that are not finished."""
     out = ARTIFACTS / recipe.path.stem
     systems: dict[int, tuple[set[str], dict[str, Room]]] = {}
-    for stage, room in recipe_rooms(recipe, shape).items():
+    for stage, room in disk_rooms(shape, recipe).items():
         done = model is not None if stage == "base" else (out / stage / "manifest.json").is_file()
         place = existing(cache if stage == "base" and is_hub_name(recipe.model.name) else out)
         if not done:

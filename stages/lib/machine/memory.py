@@ -8,11 +8,10 @@ needs most, for a LoRA adapter on a frozen base.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from stages.lib.machine.findings import Finding, gigabytes
 from stages.lib.machine.shape import LINEAR_LAYERS, Shape
-from stages.lib.recipe.tables import Recipe
+from stages.lib.recipe.tables import Grpo, Lora, Recipe, Sft
 
 # NF4 with double quantization (arXiv 2305.14314): 4 bits, an 8-bit scale a block of 64 weights, and a float32 scale for
 # 256 of those.
@@ -52,9 +51,9 @@ def weight_bytes(shape: Shape, dtype: str, load_in_4bit: bool = False) -> int:
     return int(shape.linear_parameters * NF4_BITS / 8) + others * DTYPE_BYTES[dtype]
 
 
-def adapter_parameters(shape: Shape, rank: int, target_modules: Sequence[str]) -> int:
-    """Return the weights of a LoRA adapter (arXiv 2106.09685): `rank` x (inputs + outputs) a layer it sits on."""
-    return shape.layers * rank * sum(sum(shape.linear[name]) for name in adapted(target_modules))
+def adapter_parameters(shape: Shape, lora: Lora) -> int:
+    """Return the weights of a LoRA adapter (arXiv 2106.09685): its rank x (inputs + outputs) a layer it sits on."""
+    return shape.layers * lora.rank * sum(sum(shape.linear[name]) for name in adapted(lora.target_modules))
 
 
 def adapted(target_modules: Sequence[str]) -> list[str]:
@@ -69,17 +68,17 @@ def kv_bytes(shape: Shape, tokens: int) -> int:
     return 2 * 2 * shape.kv_heads * shape.head_dim * (full + sliding)
 
 
-def training_parts(
-    shape: Shape, *, dtype: str, load_in_4bit: bool, rank: int, target_modules: Sequence[str], optimizer: str,
-    tokens: int, logit_rows: int, checkpointing: bool, fused: bool,
-) -> dict[str, int]:  # fmt: skip
+def training_parts(shape: Shape, recipe: Recipe, knobs: Sft | Grpo, tokens: int, logit_rows: int) -> dict[str, int]:
     """Return the parts, in bytes, of one forward and backward pass over `tokens` tokens, padding included.
 
-    `logit_rows` is how many tokens have their logits in memory at once. `checkpointing` keeps a layer's input alone and
-    computes the rest of it again. `fused` is Unsloth's kernels, which keep less; its checkpoints wait in system memory.
+    `knobs` is the trainer's table of `recipe`. `logit_rows` is how many tokens have their logits in memory at once.
+    Gradient checkpointing keeps a layer's input alone and computes the rest of it again. Unsloth's fused kernels keep
+    less, and its checkpoints wait in system memory.
     """
-    element = DTYPE_BYTES[dtype]
-    adapter = adapter_parameters(shape, rank, target_modules)
+    target_modules, checkpointing = recipe.lora.target_modules, knobs.gradient_checkpointing
+    fused = recipe.model.engine == "unsloth"
+    element = DTYPE_BYTES[recipe.model.dtype]
+    adapter = adapter_parameters(shape, recipe.lora)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # What a layer keeps for its backward pass, in units of an element.
     if fused:
@@ -96,44 +95,30 @@ def training_parts(
     gradients = 3 * shape.intermediate_size + 2 * shape.hidden_size  # of the layer that backward is in
     saved = (OFFLOADED_LAYERS if fused else shape.layers) if checkpointing else 0
     parts = {
-        "weights": weight_bytes(shape, dtype, load_in_4bit),
+        "weights": weight_bytes(shape, recipe.model.dtype, recipe.model.load_in_4bit),
         "adapter": adapter * ADAPTER_BYTES,
         "gradients": adapter * ADAPTER_BYTES,
-        "optimizer": adapter * (2 if "8bit" in optimizer else 8),  # Adam's two moments
+        "optimizer": adapter * (2 if "8bit" in knobs.optimizer else 8),  # Adam's two moments
         "layer inputs": saved * tokens * shape.hidden_size * element,
         "activations": tokens * (layers * kept + gradients) * element,
         "logits": logit_rows * shape.vocabulary_size * LOGIT_BYTES,
         "CUDA": CUDA_BYTES,
     }
-    if load_in_4bit:  # one layer at a time, forward and backward
+    if recipe.model.load_in_4bit:  # one layer at a time, forward and backward
         parts["unpacked layer"] = 2 * max(a * b for a, b in shape.linear.values()) * element
     comes_and_goes = sum(parts[name] for name in ("layer inputs", "activations", "logits"))
     return parts | {"fragments": int(FRAGMENTS * comes_and_goes)}
 
 
-def sft_estimate(
-    shape: Shape, *, engine: str, dtype: str, load_in_4bit: bool, rank: int, target_modules: Sequence[str],
-    optimizer: str, micro_batch_size: int, max_tokens: int, checkpointing: bool,
-) -> Estimate:  # fmt: skip
+def sft_estimate(shape: Shape, recipe: Recipe) -> Estimate:
     """Return what SFT needs when every example of a micro-batch is as long as the recipe allows."""
-    tokens = micro_batch_size * max_tokens
-    unsloth = engine == "unsloth"
-    chunk = max(1, UNSLOTH_SFT_CHUNK_BYTES // (shape.vocabulary_size * LOGIT_BYTES))
-    return Estimate(
-        training_parts(
-            shape, dtype=dtype, load_in_4bit=load_in_4bit, rank=rank, target_modules=target_modules,
-            optimizer=optimizer, tokens=tokens, logit_rows=min(tokens, chunk) if unsloth else tokens,
-            checkpointing=checkpointing, fused=unsloth,
-        )
-    )  # fmt: skip
+    tokens = rows = recipe.sft.micro_batch_size * recipe.sft.max_tokens
+    if recipe.model.engine == "unsloth":
+        rows = min(tokens, max(1, UNSLOTH_SFT_CHUNK_BYTES // (shape.vocabulary_size * LOGIT_BYTES)))
+    return Estimate(training_parts(shape, recipe, recipe.sft, tokens, rows))
 
 
-def grpo_estimate(
-    shape: Shape, *, engine: str, dtype: str, load_in_4bit: bool, rank: int, target_modules: Sequence[str],
-    optimizer: str, micro_batch_size: int, completions_per_step: int, prompt_tokens: int, completion_tokens: int,
-    checkpointing: bool, gpu_bytes: int = 0, vllm_memory_share: float = 0.0, vllm_sequences: int = 0,
-    vllm_standby: bool = False,
-) -> Estimate:  # fmt: skip
+def grpo_estimate(shape: Shape, recipe: Recipe, gpu_bytes: int) -> Estimate:
     """Return what GRPO needs when prompts and completions are as long as the recipe allows.
 
     Engine "unsloth" generates with vLLM on the trainer's own weights, and vLLM fills its share of the GPU's `gpu_bytes`
@@ -141,20 +126,18 @@ def grpo_estimate(
     a step side by side, and frees the KV cache before it trains. Not counted is what Unsloth's scoring pass holds
     where a recipe needs one (`needs_scoring_pass`).
     """
-    length = prompt_tokens + completion_tokens
-    unsloth = engine == "unsloth"
-    rows = -(-length // UNSLOTH_GRPO_CHUNKS) if unsloth else micro_batch_size * (completion_tokens + 1)
-    parts = training_parts(
-        shape, dtype=dtype, load_in_4bit=load_in_4bit, rank=rank, target_modules=target_modules, optimizer=optimizer,
-        tokens=micro_batch_size * length, logit_rows=rows, checkpointing=checkpointing, fused=unsloth,
-    )  # fmt: skip
-    if not unsloth:
-        cache = completions_per_step * kv_bytes(shape, length)
-        return Estimate(parts | {"KV cache": cache}, takes_turns=True)
-    parts |= vllm_parts(shape, vllm_sequences)
-    share = standby_share(gpu_bytes) if vllm_standby else vllm_memory_share
+    knobs = recipe.grpo
+    length = recipe.data.max_prompt_tokens + knobs.max_completion_tokens
+    tokens = knobs.micro_batch_size * length
+    if recipe.model.engine != "unsloth":
+        rows = knobs.micro_batch_size * (knobs.max_completion_tokens + 1)
+        cache = knobs.prompts_per_step * knobs.completions_per_prompt * kv_bytes(shape, length)
+        return Estimate(training_parts(shape, recipe, knobs, tokens, rows) | {"KV cache": cache}, takes_turns=True)
+    parts = training_parts(shape, recipe, knobs, tokens, -(-length // UNSLOTH_GRPO_CHUNKS))
+    parts |= vllm_parts(shape, recipe.vllm.sequences)
+    share = standby_share(gpu_bytes) if recipe.vllm.standby else recipe.vllm.memory_share
     parts["KV cache"] = max(0, int(share * gpu_bytes) - parts["weights"] - parts["vLLM"])
-    return Estimate(parts, takes_turns=vllm_standby)
+    return Estimate(parts, takes_turns=recipe.vllm.standby)
 
 
 def standby_share(gpu_bytes: int) -> float:
@@ -183,27 +166,11 @@ def comparison_estimate(shape: Shape) -> Estimate:
 
 def gpu_estimates(recipe: Recipe, shape: Shape, gpu_bytes: int) -> dict[str, Estimate]:
     """Return what each stage that fills the GPU needs of its `gpu_bytes`, by name."""
-    common: dict[str, Any] = {
-        "engine": recipe.model.engine, "dtype": recipe.model.dtype, "load_in_4bit": recipe.model.load_in_4bit,
-        "rank": recipe.lora.rank, "target_modules": recipe.lora.target_modules,
-    }  # fmt: skip
-    vllm: dict[str, Any] = {} if recipe.vllm is None else {
-        "vllm_memory_share": recipe.vllm.memory_share, "vllm_sequences": recipe.vllm.sequences,
-        "vllm_standby": recipe.vllm.standby,
-    }  # fmt: skip
     return {
-        "sft": sft_estimate(
-            shape, **common, optimizer=recipe.sft.optimizer, micro_batch_size=recipe.sft.micro_batch_size,
-            max_tokens=recipe.sft.max_tokens, checkpointing=recipe.sft.gradient_checkpointing,
-        ),
-        "grpo": grpo_estimate(
-            shape, **common, **vllm, optimizer=recipe.grpo.optimizer, micro_batch_size=recipe.grpo.micro_batch_size,
-            completions_per_step=recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt,
-            prompt_tokens=recipe.data.max_prompt_tokens, completion_tokens=recipe.grpo.max_completion_tokens,
-            checkpointing=recipe.grpo.gradient_checkpointing, gpu_bytes=gpu_bytes,
-        ),
+        "sft": sft_estimate(shape, recipe),
+        "grpo": grpo_estimate(shape, recipe, gpu_bytes),
         "merge and gguf": comparison_estimate(shape),
-    }  # fmt: skip
+    }
 
 
 def gpu_memory_findings(recipe: Recipe, shape: Shape, total: int, free: int) -> Iterator[Finding]:

@@ -1,11 +1,12 @@
 """The disk room that a recipe needs, from its model's shape alone."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stages.lib.machine.memory import ADAPTER_BYTES, adapter_parameters, weight_bytes
 from stages.lib.machine.shape import Shape
+from stages.lib.recipe.tables import Recipe
 
 
 def gguf_bits(kind: str) -> int:
@@ -25,21 +26,16 @@ class Room:
     scratch: int = 0  # besides, while it works
 
 
-def disk_rooms(
-    shape: Shape, *, types: Sequence[str], rank: int, target_modules: Sequence[str], merge_positions: int,
-    gguf_positions: int, recommended: str, save: Sequence[str],
-) -> dict[str, Room]:  # fmt: skip
-    """Return what each stage adds to the disk, by its name, in the order they run; "base" is the model itself.
-
-    `merge_positions` and `gguf_positions` are at how many tokens each stage keeps rows of float32 logits to compare.
-    `recommended` is the type that ollama-modelfile copies, `save` the recipe's list of what is handed over.
-    """
-    size = shape.parameters
-    kinds = {name.lower() for name in types}
+def disk_rooms(shape: Shape, recipe: Recipe) -> dict[str, Room]:
+    """Return what each stage adds to the disk, by its name, in the order they run; "base" is the model itself."""
+    size, save = shape.parameters, recipe.save
+    kinds = {name.lower() for name in recipe.gguf.types}
     source = "bf16" if "bf16" in kinds and "f16" not in kinds else "f16"  # all others are made from this one
     files = sum(size * gguf_bits(kind) // 8 for kind in kinds)
-    row = shape.vocabulary_size * 4
-    adapter = adapter_parameters(shape, rank, target_modules)
+    row = shape.vocabulary_size * 4  # float32 logits at one position
+    merge_rows = 2 * recipe.merge.prompts * recipe.merge.positions_per_prompt
+    gguf_rows = recipe.gguf.prompts * recipe.gguf.positions_per_prompt
+    adapter = adapter_parameters(shape, recipe.lora)
     checkpoints = 2 * adapter * (ADAPTER_BYTES + 8)  # with Adam's moments
     four_bits = weight_bytes(shape, "bfloat16", load_in_4bit=True) if "merged_4bit" in save else 0
     lora_base = 2 * size if "lora" in save else 0  # the converter takes an adapter beside its base
@@ -48,9 +44,9 @@ def disk_rooms(
         "base": Room(2 * size),
         "sft": run,
         "grpo": run,
-        "merge": Room(2 * size + four_bits, 2 * merge_positions * row),
-        "gguf": Room(files, gguf_positions * row + (0 if source in kinds else 2 * size) + lora_base),
-        "ollama-modelfile": Room(size * gguf_bits(recommended.lower()) // 8),
+        "merge": Room(2 * size + four_bits, merge_rows * row),
+        "gguf": Room(files, gguf_rows * row + (0 if source in kinds else 2 * size) + lora_base),
+        "ollama-modelfile": Room(size * gguf_bits(recipe.ollama.quantization.lower()) // 8),
     }
 
 

@@ -41,31 +41,29 @@ class Generator:
 
 @contextlib.contextmanager
 def open_generator(
-    recipe: Recipe, base_model: Path | None, adapters: dict[str, Path], max_completion_tokens: int, seed: int
+    recipe: Recipe, adapters: dict[str, Path], max_completion_tokens: int, seed: int
 ) -> Iterator[Generator]:
     """Give the recipe's base model, ready to complete prompts with each of `adapters` or none."""
     require_engine(recipe)
-    tokenizer = load_tokenizer(recipe, base_model)
+    tokenizer = load_tokenizer(recipe)
     if recipe.model.engine == "unsloth":
         max_tokens = recipe.data.max_prompt_tokens + max_completion_tokens
-        generator = load_vllm(recipe, base_model, adapters, tokenizer, max_tokens, seed)
+        generator = load_vllm(recipe, adapters, tokenizer, max_tokens, seed)
     else:
-        generator = load_transformers(recipe, base_model, adapters, tokenizer, seed)
+        generator = load_transformers(recipe, adapters, tokenizer, seed)
     try:
         yield generator
     finally:
         close_engine(getattr(generator.model, "llm_engine", None))
 
 
-def load_transformers(
-    recipe: Recipe, base_model: Path | None, adapters: dict[str, Path], tokenizer: Any, seed: int
-) -> Generator:
+def load_transformers(recipe: Recipe, adapters: dict[str, Path], tokenizer: Any, seed: int) -> Generator:
     """Return the base, and every adapter on it, on the GPU if there is one."""
     import torch
     from peft import PeftModel
 
     torch.manual_seed(seed)
-    model = load_model(recipe, base_model)
+    model = load_model(recipe)
     ends = end_ids(model.generation_config, tokenizer)
     for name, adapter in adapters.items():
         if isinstance(model, PeftModel):
@@ -75,15 +73,13 @@ def load_transformers(
     return Generator(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, ends, adapters)
 
 
-def load_vllm(
-    recipe: Recipe, base_model: Path | None, adapters: dict[str, Path], tokenizer: Any, max_tokens: int, seed: int
-) -> Generator:
+def load_vllm(recipe: Recipe, adapters: dict[str, Path], tokenizer: Any, max_tokens: int, seed: int) -> Generator:
     """Return vLLM with the base as it was in training, in this process, for sequences of up to `max_tokens`."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process of its own could outlive this one
     from transformers import GenerationConfig
     from vllm import LLM
 
-    folder = whole_model_folder(*locate_model(recipe.model, base_model))
+    folder = whole_model_folder(*locate_model(recipe))
     stated = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
     model = LLM(
         model=str(folder),

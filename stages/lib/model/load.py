@@ -10,30 +10,28 @@ from stages.lib.model.unsloth import load_unsloth
 from stages.lib.recipe.tables import Recipe
 
 
-def load_model(recipe: Recipe, base_model: Path | None) -> Any:
+def load_model(recipe: Recipe) -> Any:
     """Return the base model in the recipe's dtype, as transformers loads it."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    name, revision = locate_model(recipe.model, base_model)
+    name, revision = locate_model(recipe)
     dtype = getattr(torch, recipe.model.dtype)
     with fetching_model(name, revision):
         return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True, **SAFE)
 
 
-def load_trainable(
-    recipe: Recipe, base_model: Path | None, adapter: Path | None, max_tokens: int, memory_share: float | None = None
-) -> Any:
-    """Return the base model with a LoRA adapter to train: a new one, or that saved in `adapter`. `start` comes first.
+def load_trainable(recipe: Recipe, adapter: Path | None) -> Any:
+    """Return the base model with a LoRA adapter to train: a new one for SFT, or for GRPO that saved in `adapter`.
 
-    Engine "unsloth" makes it for sequences of up to `max_tokens` and, where `memory_share` of the GPU is named, with a
-    vLLM engine on the same weights, as its attribute `vllm_engine`.
+    `import_engine` comes first. Engine "unsloth" makes the model for sequences as long as the stage trains on and, for
+    GRPO, with a vLLM engine on the same weights, as its attribute `vllm_engine`.
     """
     if recipe.model.engine == "unsloth":
-        return load_unsloth(recipe, base_model, adapter, max_tokens, memory_share)
+        return load_unsloth(recipe, adapter)
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    model = load_model(recipe, base_model)
+    model = load_model(recipe)
     if adapter is not None:
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
     require_modules(recipe, model)

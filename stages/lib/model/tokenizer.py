@@ -10,14 +10,14 @@ from stages.lib.model.locate import SAFE, locate_model
 from stages.lib.recipe.tables import Recipe
 
 
-def load_tokenizer(recipe: Recipe, base_model: Path | None) -> Any:
+def load_tokenizer(recipe: Recipe) -> Any:
     """Return the model's tokenizer with the chat template that this run trains and ships.
 
     Raises `UserError` when a local model folder has no tokenizer, or when neither model nor format has a chat template.
     """
     from transformers import AutoTokenizer
 
-    name, revision = locate_model(recipe.model, base_model)
+    name, revision = locate_model(recipe)
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
         raise UserError(f"{name}: the model folder has no tokenizer; expected one of {', '.join(files)}")

@@ -11,17 +11,16 @@ from stages.lib.model.lora import adapted_modules, require_modules
 from stages.lib.recipe.tables import Recipe
 
 
-def load_unsloth(
-    recipe: Recipe, base_model: Path | None, adapter: Path | None, max_tokens: int, memory_share: float | None
-) -> Any:
+def load_unsloth(recipe: Recipe, adapter: Path | None) -> Any:
     """Return Unsloth's model: see `load_trainable`."""
     import torch
     from transformers import GenerationConfig
-    from unsloth import FastLanguageModel  # isort: skip  (`start` imported it before transformers)
+    from unsloth import FastLanguageModel  # isort: skip  (`import_engine` imported it before transformers)
 
     # A folder, not a hub name: vLLM can't be given a revision, and Unsloth puts other repositories in a name's place.
-    folder = whole_model_folder(*locate_model(recipe.model, base_model))
-    vllm = memory_share is not None
+    folder = whole_model_folder(*locate_model(recipe))
+    vllm = adapter is not None  # for GRPO, which samples
+    max_tokens = recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens if vllm else recipe.sft.max_tokens
     sequences = recipe.vllm.sequences + (recipe.vllm.sequences == 256)  # Unsloth takes 256 for "not said"
     checkpointing = "unsloth" if (recipe.grpo if vllm else recipe.sft).gradient_checkpointing else False
     model, _ = FastLanguageModel.from_pretrained(
@@ -30,7 +29,7 @@ def load_unsloth(
         dtype=getattr(torch, recipe.model.dtype),
         load_in_4bit=recipe.model.load_in_4bit,
         full_finetuning=False,
-        **({"gpu_memory_utilization": memory_share, "max_num_seqs": sequences} if vllm else {}),
+        **({"gpu_memory_utilization": recipe.vllm.memory_share, "max_num_seqs": sequences} if vllm else {}),
         fast_inference=vllm,
         max_lora_rank=recipe.lora.rank,
         use_gradient_checkpointing=checkpointing,

@@ -6,16 +6,16 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from stages.lib.answers import formats
 from stages.lib.errors import UserError, nearest
 from stages.lib.recipe.rules import check_recipe
-from stages.lib.recipe.tables import Recipe
+from stages.lib.recipe.tables import Recipe, is_hub_name
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe.
+def read_recipe(path: Path, base_model: Path | None = None) -> Recipe:
+    """Read a recipe. `base_model` is the artifact of the base-model stage, for one that makes its own model.
 
     Raises `UserError`, naming file, key and nearest match, for an unknown, missing or mistyped key, for a number out of
     its bounds, and for what contradicts itself across tables.
@@ -26,15 +26,24 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: there is no such recipe. Run: make help") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not TOML: {error}") from error
-    recipe: Recipe = build_table(Recipe, tables, path, "", given={"path": path})
+    recipe: Recipe = build_table(Recipe, tables, path, "", given={"path": path, "model_folder": None})
     try:
         own_prompt = formats.get(recipe.format.name).system_prompt
     except UserError as error:
         raise UserError(f"{path}: [format] name: {error.message}") from error
-    prompt = recipe.format.system_prompt or own_prompt
-    recipe = dataclasses.replace(recipe, format=dataclasses.replace(recipe.format, system_prompt=prompt))
+    answer_format = dataclasses.replace(recipe.format, system_prompt=recipe.format.system_prompt or own_prompt)
+    recipe = dataclasses.replace(
+        recipe, format=answer_format, model_folder=folder_on_disk(recipe.model.name, base_model)
+    )
     check_recipe(recipe)
     return recipe
+
+
+def folder_on_disk(name: str, base_model: Path | None) -> Path | None:
+    """Return where the model `name` of a recipe lies on this disk; None: on the hub, or base-model has not made it."""
+    if name == "base-model":
+        return base_model / "model" if base_model else None
+    return None if is_hub_name(name) else Path(name)
 
 
 def build_table(kind: Any, table: dict[str, Any], path: Path, where: str, given: dict[str, Any] | None = None) -> Any:
@@ -45,7 +54,7 @@ def build_table(kind: Any, table: dict[str, Any], path: Path, where: str, given:
         if key not in fields:
             name = f"[{where}] {key}" if where else f"[{key}]" if isinstance(value, dict) else key
             raise UserError(f"{path}: {name} is not known{nearest(key, fields)}; known: {', '.join(sorted(fields))}")
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     values = dict(given)
     for name, field in fields.items():
         spelled = f"[{where}] {name}" if where else name if name == "save" else f"[{name}]"
@@ -57,8 +66,14 @@ def build_table(kind: Any, table: dict[str, Any], path: Path, where: str, given:
 
 
 def convert_value(value: Any, hint: Any, path: Path, where: str, spelled: str) -> Any:
-    """Return `value` as the type `hint` asks for, or raise `UserError`."""
+    """Return `value` as the type `hint` asks for, within its bound, or raise `UserError`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        kind, bound = arguments
+        value = convert_value(value, kind, path, where, spelled)
+        if not bound.holds(value):
+            raise UserError(f"{path}: {spelled} = {value}; expected {bound.words}")
+        return value
     if origin in (typing.Union, types.UnionType):
         return convert_value(value, next(kind for kind in arguments if kind is not type(None)), path, where, spelled)
     if origin is Literal:

@@ -3,14 +3,11 @@
 import re
 from pathlib import Path
 
-from stages.lib.answers import formats
 from stages.lib.errors import UserError, nearest
 from stages.lib.gguf.types import GGUF_TYPES, NEED_IMPORTANCE
 from stages.lib.ollama import modelfile
 from stages.lib.recipe.tables import (
-    BOUNDS,
     MAX_VLLM_RANK,
-    OVER_0,
     BaseModel,
     Gguf,
     Health,
@@ -22,85 +19,87 @@ from stages.lib.rewards.names import check_reward_names
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise `UserError` for a value that is out of bounds, and for values that contradict each other."""
+    """Raise `UserError` for values that contradict each other."""
     path = recipe.path
-    check_bounds(recipe)
-    pinned = [("[model]", recipe.model.name, recipe.model.revision)]
-    # A dataset without any is refused when it is about to be fetched: a local copy of it needs none.
-    pinned += [("[[data.sources]]", source.name, source.revision) for source in recipe.data.sources if source.revision]
-    for where, name, revision in pinned:
-        if is_hub_name(name) and not re.fullmatch(r"[0-9a-f]{40}", revision):
-            raise UserError(
-                f"{path}: {where} name = {name!r} is fetched from the hub, so revision must be a commit "
-                f"(40 hex digits); found {revision!r}"
-            )
-        if name == "base-model" and recipe.base_model is None:
-            raise UserError(f"{path}: {where} name = 'base-model' asks for a [base_model] table; there is none")
-    if recipe.model.engine == "unsloth":
-        if recipe.vllm is None or not 0 < recipe.vllm.memory_share < 1 or recipe.vllm.sequences < 1:
-            raise UserError(
-                f"{path}: [model] engine = 'unsloth' needs a [vllm] table with memory_share between 0 and 1 and "
-                f"sequences of 1 or more; found {recipe.vllm}"
-            )
-        if recipe.model.dtype == "float32":
-            raise UserError(f"{path}: [model] dtype = 'float32' is nothing for engine 'unsloth'; expected 'bfloat16'")
-        if recipe.health.min_entropy is not None or recipe.health.max_entropy is not None:
-            raise UserError(
-                f"{path}: [health] min_entropy and max_entropy are without effect with engine 'unsloth', which "
-                f"measures no entropy. Leave them out"
-            )
-        if recipe.lora.rank > MAX_VLLM_RANK:
-            raise UserError(f"{path}: [lora] rank = {recipe.lora.rank}; vLLM takes at most {MAX_VLLM_RANK}")
-        if recipe.grpo.loss_type == "dr_grpo" and recipe.grpo.scale_rewards == "group":
-            raise UserError(
-                f"{path}: [grpo] scale_rewards = 'group' with loss_type = 'dr_grpo': engine 'unsloth' takes it for "
-                f"'none'. Write 'none' or 'batch'"
-            )
-    elif recipe.model.load_in_4bit:
-        raise UserError(f"{path}: [model] load_in_4bit = true needs engine = 'unsloth'; found {recipe.model.engine!r}")
+    check_names(recipe)
+    check_engine(recipe)
     if not recipe.save or len(set(recipe.save)) < len(recipe.save):
         raise UserError(f"{path}: save = {recipe.save}; expected one or more, each once")
-    check_rewards(recipe, formats.get(recipe.format.name))
+    check_rewards(recipe)
     check_health(path, recipe.health)
     if recipe.base_model is not None:
         check_base_model(path, recipe.base_model)
     check_data(recipe)
     if not recipe.lora.target_modules:
         raise UserError(f'{path}: [lora] target_modules = []; expected module names, or ["all-linear"]')
-    require_divides(path, "[sft] batch_size", recipe.sft.batch_size, "micro_batch_size", recipe.sft.micro_batch_size)
-    batch = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt
-    what = "[grpo] prompts_per_step x completions_per_prompt"
-    require_divides(path, what, batch, "micro_batch_size", recipe.grpo.micro_batch_size)
-    for where, table in (("[sft]", recipe.sft), ("[grpo]", recipe.grpo)):
-        if not 1 <= table.log_steps <= table.steps or table.save_steps < 1:
-            raise UserError(f"{path}: {where} log_steps must be 1 to steps = {table.steps}, save_steps 1 or more")
-    if recipe.grpo.completions_per_prompt < 2:
+    check_steps(recipe)
+    if recipe.score_base is not None:
+        check_score_base(path, recipe.score_base)
+    check_gguf(path, recipe.gguf)
+    check_ollama(recipe)
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raise `UserError` for a name on the hub without a commit, and for a base-model that the recipe does not make."""
+    pinned = [("[model]", recipe.model.name, recipe.model.revision)]
+    # A dataset without any is refused when it is about to be fetched: a local copy of it needs none.
+    pinned += [("[[data.sources]]", source.name, source.revision) for source in recipe.data.sources if source.revision]
+    for where, name, revision in pinned:
+        if is_hub_name(name) and not re.fullmatch(r"[0-9a-f]{40}", revision):
+            raise UserError(
+                f"{recipe.path}: {where} name = {name!r} is fetched from the hub, so revision must be a commit "
+                f"(40 hex digits); found {revision!r}"
+            )
+        if name == "base-model" and recipe.base_model is None:
+            raise UserError(f"{recipe.path}: {where} name = 'base-model' asks for a [base_model] table; there is none")
+
+
+def check_engine(recipe: Recipe) -> None:
+    """Raise `UserError` for what the recipe's engine can't do."""
+    path = recipe.path
+    if recipe.model.engine != "unsloth":
+        if recipe.model.load_in_4bit:
+            raise UserError(
+                f"{path}: [model] load_in_4bit = true needs engine = 'unsloth'; found {recipe.model.engine!r}"
+            )
+        return
+    if recipe.vllm is None:
+        raise UserError(f"{path}: [model] engine = 'unsloth' needs a [vllm] table; there is none")
+    if recipe.model.dtype == "float32":
+        raise UserError(f"{path}: [model] dtype = 'float32' is nothing for engine 'unsloth'; expected 'bfloat16'")
+    if recipe.health.min_entropy is not None or recipe.health.max_entropy is not None:
         raise UserError(
-            f"{path}: [grpo] completions_per_prompt must be 2 or more: a reward counts against its group's mean"
+            f"{path}: [health] min_entropy and max_entropy are without effect with engine 'unsloth', which measures no "
+            f"entropy. Leave them out"
         )
-    least, most = recipe.grpo.min_completion_tokens, recipe.grpo.max_completion_tokens
+    if recipe.lora.rank > MAX_VLLM_RANK:
+        raise UserError(f"{path}: [lora] rank = {recipe.lora.rank}; vLLM takes at most {MAX_VLLM_RANK}")
+    if recipe.grpo.loss_type == "dr_grpo" and recipe.grpo.scale_rewards == "group":
+        raise UserError(
+            f"{path}: [grpo] scale_rewards = 'group' with loss_type = 'dr_grpo': engine 'unsloth' takes it for 'none'. "
+            f"Write 'none' or 'batch'"
+        )
+
+
+def check_steps(recipe: Recipe) -> None:
+    """Raise `UserError` for steps of SFT or GRPO that do not divide as they must, or never log."""
+    path, sft, grpo = recipe.path, recipe.sft, recipe.grpo
+    require_divides(path, "[sft] batch_size", sft.batch_size, "micro_batch_size", sft.micro_batch_size)
+    what, batch = (
+        "[grpo] prompts_per_step x completions_per_prompt",
+        grpo.prompts_per_step * grpo.completions_per_prompt,
+    )
+    require_divides(path, what, batch, "micro_batch_size", grpo.micro_batch_size)
+    for where, table in (("[sft]", sft), ("[grpo]", grpo)):
+        if table.log_steps > table.steps:
+            raise UserError(f"{path}: {where} log_steps = {table.log_steps}; expected at most steps = {table.steps}")
+    least, most = grpo.min_completion_tokens, grpo.max_completion_tokens
     if least is not None and not (recipe.rewards.length_cache_tokens or 1) <= least <= most:
         raise UserError(
             f"{path}: [grpo] min_completion_tokens = {least}; expected at least [rewards] length_cache_tokens = "
             f"{recipe.rewards.length_cache_tokens} (or 1 without) and at most max_completion_tokens = {most}"
         )
-    check_score_base(path, recipe.score_base)
-    require_divides(path, "[grpo] save_steps", recipe.grpo.save_steps, "num_iterations", recipe.grpo.num_iterations)
-    check_gguf(path, recipe.gguf)
-    check_ollama(recipe)
-
-
-def check_bounds(recipe: Recipe) -> None:
-    """Raise `UserError` for the first number that is not within `BOUNDS`, and for a limit of [gguf.max_mean_kl]."""
-    for table, bounds in BOUNDS.items():
-        for name, (expected, holds) in bounds.items():
-            value = getattr(getattr(recipe, table), name, None)  # None: the table, or the key, is not in the recipe
-            if value is not None and not holds(value):
-                raise UserError(f"{recipe.path}: [{table}] {name} = {value}; expected {expected}")
-    expected, holds = OVER_0
-    for name, limit in recipe.gguf.max_mean_kl.items():
-        if not holds(limit):
-            raise UserError(f"{recipe.path}: [gguf.max_mean_kl] {name} = {limit}; expected {expected}")
+    require_divides(path, "[grpo] save_steps", grpo.save_steps, "num_iterations", grpo.num_iterations)
 
 
 def check_health(path: Path, health: Health) -> None:
@@ -146,7 +145,7 @@ def check_ollama(recipe: Recipe) -> None:
             raise UserError(f"{path}: {where}: {error.message}") from error
 
 
-def check_rewards(recipe: Recipe, answer_format: formats.Format) -> None:
+def check_rewards(recipe: Recipe) -> None:
     """Raise `UserError` for a reward that GRPO could not find, or could not weigh."""
     path, table = recipe.path, recipe.rewards
     if not table.functions:
@@ -156,15 +155,7 @@ def check_rewards(recipe: Recipe, answer_format: formats.Format) -> None:
     if not any(table.weights):
         raise UserError(f"{path}: [rewards] weights = {table.weights}; expected one or more that are not 0")
     try:
-        check_reward_names(
-            table.functions,
-            answer_format,
-            path.parent,
-            max_completion_tokens=recipe.grpo.max_completion_tokens,
-            length_cache_tokens=table.length_cache_tokens,
-            repetition_ngram_tokens=table.repetition_ngram_tokens,
-            repetition_max_penalty=table.repetition_max_penalty,
-        )
+        check_reward_names(recipe)
     except UserError as error:
         raise UserError(f"{path}: {error.message}") from error
 
@@ -202,24 +193,18 @@ def check_data(recipe: Recipe) -> None:
             raise UserError(f"{path}: no [[data.sources]] has {name!r} in its use; sft, grpo and eval all need one")
 
 
-def check_score_base(path: Path, table: ScoreBase | None) -> None:
-    """Raise `UserError` when groups are too small to differ or don't fill batches, or the bounds hold nothing."""
-    if table is None:
-        return
-    if table.problems < 1 or table.completions_per_problem < 2:
-        raise UserError(f"{path}: [score_base] problems must be 1 or more, completions_per_problem 2 or more")
+def check_score_base(path: Path, table: ScoreBase) -> None:
+    """Raise `UserError` when groups don't fill batches, or no pass rate is within the two that are asked for."""
     size = table.completions_per_problem
     require_divides(path, "[score_base] batch_size", table.batch_size, "completions_per_problem", size)
     low, high = table.min_pass_rate, table.max_pass_rate
-    if not 0 <= low <= high <= 1:
-        raise UserError(
-            f"{path}: [score_base] min_pass_rate = {low} and max_pass_rate = {high}; expected 0 to 1, the smaller first"
-        )
+    if low > high:
+        raise UserError(f"{path}: [score_base] min_pass_rate = {low} is over max_pass_rate = {high}")
 
 
 def require_divides(path: Path, what: str, whole: int, by: str, part: int) -> None:
-    """Raise `UserError` unless `part` is positive and divides `whole`."""
-    if part < 1 or whole < 1 or whole % part:
+    """Raise `UserError` unless `part` divides `whole`."""
+    if whole % part:
         raise UserError(f"{path}: {what} = {whole} is not a multiple of {by} = {part}")
 
 

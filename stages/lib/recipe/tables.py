@@ -9,9 +9,30 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 MAX_VLLM_RANK = 512  # of a LoRA (vllm/config/lora.py)
+
+
+class Bound(NamedTuple):
+    """What a number may be. A bound that depends on another key is in `rules.py`."""
+
+    words: str  # of the error message
+    holds: Callable[[float], bool]
+
+
+OVER_0 = Bound("over 0", lambda value: value > 0)
+OVER_0_UNDER_1 = Bound("over 0 and under 1", lambda value: 0 < value < 1)
+OVER_0_TO_1 = Bound("over 0 and at most 1", lambda value: 0 < value <= 1)
+FROM_0 = Bound("0 or more", lambda value: value >= 0)
+FROM_0_UNDER_1 = Bound("0 or more and under 1", lambda value: 0 <= value < 1)
+FROM_0_TO_1 = Bound("0 to 1", lambda value: 0 <= value <= 1)
+FROM_1 = Bound("1 or more", lambda value: value >= 1)
+FROM_2 = Bound("2 or more", lambda value: value >= 2)
+GROUP = Bound("2 or more: a reward counts against its group's mean", lambda value: value >= 2)
+SEED = Bound("0 to 4294967295", lambda value: 0 <= value < 2**32)  # what NumPy takes
+# 6 control tokens, 256 bytes, and 65 characters in prompts and problems: SentencePiece has no smaller vocabulary.
+VOCABULARY = Bound("327 or more", lambda value: value >= 327)
 
 
 @dataclass(frozen=True)
@@ -29,8 +50,8 @@ class Model:
 class Vllm:
     """`[vllm]`: what generates completions with engine "unsloth", on the GPU that also trains."""
 
-    memory_share: float  # of the GPU's memory, for the weights and the KV cache
-    sequences: int  # completions decoded side by side
+    memory_share: Annotated[float, OVER_0_UNDER_1]  # of the GPU's memory, for the weights and the KV cache
+    sequences: Annotated[int, FROM_1]  # completions decoded side by side
     standby: bool = False  # in GRPO, give the KV cache's memory back while the trainer works; Unsloth then takes nine
     #   tenths of the GPU while decoding, whatever memory_share says
 
@@ -39,10 +60,10 @@ class Vllm:
 class Health:
     """`[health]`: what ends a training run that would only waste GPU hours (`stages/lib/train/health.py`)."""
 
-    log_entries: int = 20  # a sign counts when so many log entries in a row show it; nan counts at once
-    max_kl: float | None = None  # nats; with beta = 0 none is measured
-    min_entropy: float | None = None  # nats a token; not with engine unsloth, which measures none
-    max_entropy: float | None = None
+    log_entries: Annotated[int, FROM_1] = 20  # in a row, all of which show a sign, before it counts; nan counts at once
+    max_kl: Annotated[float, OVER_0] | None = None  # nats; with beta = 0 none is measured
+    min_entropy: Annotated[float, FROM_0] | None = None  # nats a token; not with engine unsloth, which measures none
+    max_entropy: Annotated[float, OVER_0] | None = None
     warn_only: list[Literal["nan", "constant_reward", "cut_off", "kl", "entropy"]] = dataclasses.field(
         default_factory=list
     )  # checks that only say so; the others stop the run
@@ -52,25 +73,25 @@ class Health:
 class BaseModel:
     """`[base_model]`: the embedded tiny base model, made by its own stage for recipes that have this table."""
 
-    seed: int
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    attention_heads: int
-    key_value_heads: int
-    initializer_range: float
-    vocabulary_size: int
-    max_position_tokens: int
-    corpus_problems: int  # word problems in the corpus, each once as a conversation
-    drill_share: float  # of the corpus' documents, those that are nine single steps and no conversation
-    eval_problems: int  # problems kept out of the corpus, for prepare-data to examine on
-    train_problems: int  # likewise, to train on
-    working_share: float  # of train_problems, those whose solution shows its working
-    steps: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    warmup_steps: int
+    seed: Annotated[int, SEED]
+    layers: Annotated[int, FROM_1]
+    hidden_size: Annotated[int, FROM_1]
+    intermediate_size: Annotated[int, FROM_1]
+    attention_heads: Annotated[int, FROM_1]
+    key_value_heads: Annotated[int, FROM_1]
+    initializer_range: Annotated[float, OVER_0]
+    vocabulary_size: Annotated[int, VOCABULARY]
+    max_position_tokens: Annotated[int, FROM_1]
+    corpus_problems: Annotated[int, FROM_1]  # word problems in the corpus, each once as a conversation
+    drill_share: Annotated[float, FROM_0_UNDER_1]  # of the corpus: documents of nine single steps, no conversation
+    eval_problems: Annotated[int, FROM_1]  # problems kept out of the corpus, for prepare-data to examine on
+    train_problems: Annotated[int, FROM_1]  # likewise, to train on
+    working_share: Annotated[float, FROM_0_TO_1]  # of train_problems, those whose solution shows its working
+    steps: Annotated[int, FROM_1]
+    batch_size: Annotated[int, FROM_1]
+    learning_rate: Annotated[float, OVER_0]
+    weight_decay: Annotated[float, FROM_0]
+    warmup_steps: Annotated[int, FROM_0]
 
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -102,12 +123,12 @@ class Data:
     """`[data]`: which problems, how they are cleaned and split."""
 
     sources: list[Source]
-    max_prompt_tokens: int  # of the rendered prompt, chat markup and system prompt included; longer ones are dropped
-    ngram_words: int  # questions are compared by their runs of so many words (a sign counts as one)
-    near_duplicate_jaccard: float  # in a set, of two questions that share this much of their n-grams one stays; 1: only
-    #   exact duplicates go
-    contamination_overlap: float  # a training question goes when this share of its n-grams, or of those of an eval
-    #   question (whichever has fewer), is in both
+    max_prompt_tokens: Annotated[int, FROM_1]  # of the rendered prompt, chat markup included; longer ones are dropped
+    ngram_words: Annotated[int, FROM_1]  # questions are compared by their runs of so many words (a sign counts as one)
+    near_duplicate_jaccard: Annotated[float, OVER_0_TO_1]  # of two questions in a set that share so many n-grams one
+    #   stays; 1: only exact duplicates go
+    contamination_overlap: Annotated[float, OVER_0_TO_1]  # a training question goes when this share of its n-grams, or
+    #   of an eval question's (whichever has fewer), is in both
 
 
 @dataclass(frozen=True)
@@ -122,9 +143,9 @@ class Format:
 class Lora:
     """`[lora]`: the adapter that SFT starts and GRPO goes on with."""
 
-    rank: int  # of the product that is added to each weight matrix
-    alpha: int  # what is added is scaled by alpha / rank
-    dropout: float  # of the adapter's input, in training; 0: none, which Unsloth's fast kernels ask for
+    rank: Annotated[int, FROM_1]  # of the product that is added to each weight matrix
+    alpha: Annotated[int, FROM_1]  # what is added is scaled by alpha / rank
+    dropout: Annotated[float, FROM_0_UNDER_1]  # of the adapter's input, in training; Unsloth's fast kernels ask for 0
     target_modules: list[str]  # module names, or ["all-linear"]
 
 
@@ -140,23 +161,23 @@ BitsandbytesOptimizer = Literal[
 class Sft:
     """`[sft]`: supervised fine-tuning on worked solutions."""
 
-    seed: int
-    steps: int
-    batch_size: int  # examples an optimizer step
-    micro_batch_size: int  # examples a forward pass
-    max_tokens: int  # of prompt and completion together; longer examples are refused, not cut
-    learning_rate: float
+    seed: Annotated[int, SEED]
+    steps: Annotated[int, FROM_1]
+    batch_size: Annotated[int, FROM_1]  # examples an optimizer step
+    micro_batch_size: Annotated[int, FROM_1]  # examples a forward pass
+    max_tokens: Annotated[int, FROM_2]  # of prompt and completion together; longer examples are refused, not cut
+    learning_rate: Annotated[float, OVER_0]
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"]
-    warmup_steps: int
+    warmup_steps: Annotated[int, FROM_0]
     optimizer: Literal[TorchOptimizer, BitsandbytesOptimizer]
-    weight_decay: float
-    adam_beta1: float
-    adam_beta2: float
-    max_grad_norm: float
+    weight_decay: Annotated[float, FROM_0]
+    adam_beta1: Annotated[float, FROM_0_UNDER_1]
+    adam_beta2: Annotated[float, FROM_0_UNDER_1]
+    max_grad_norm: Annotated[float, FROM_0]
     packing: bool  # several examples in one row of max_tokens, instead of padding
     gradient_checkpointing: bool  # compute a layer's activations again instead of keeping them: less memory, slower
-    save_steps: int  # a checkpoint every so many steps
-    log_steps: int  # a log entry every so many steps
+    save_steps: Annotated[int, FROM_1]  # a checkpoint every so many steps
+    log_steps: Annotated[int, FROM_1]  # a log entry every so many steps
 
 
 @dataclass(frozen=True)
@@ -174,37 +195,37 @@ class Rewards:
 class Grpo:
     """`[grpo]`: group relative policy optimization (arXiv 2402.03300) and what came after it."""
 
-    seed: int
-    steps: int
-    prompts_per_step: int
-    completions_per_prompt: int
-    micro_batch_size: int  # completions a forward and backward pass
-    num_iterations: int  # optimizer passes over one batch of completions
-    max_completion_tokens: int
-    temperature: float  # of sampling; 1.0: the model's own distribution
-    top_p: float  # 1.0: all tokens
-    top_k: int  # 0: all
-    min_p: float  # of the likeliest token's probability, what a token must have; 0.0: nothing
-    repetition_penalty: float  # 1.0: none
+    seed: Annotated[int, SEED]
+    steps: Annotated[int, FROM_1]
+    prompts_per_step: Annotated[int, FROM_1]
+    completions_per_prompt: Annotated[int, GROUP]
+    micro_batch_size: Annotated[int, FROM_1]  # completions a forward and backward pass
+    num_iterations: Annotated[int, FROM_1]  # optimizer passes over one batch of completions
+    max_completion_tokens: Annotated[int, FROM_1]
+    temperature: Annotated[float, OVER_0]  # of sampling; 1.0: the model's own distribution
+    top_p: Annotated[float, OVER_0_TO_1]  # 1.0: all tokens
+    top_k: Annotated[int, FROM_0]  # 0: all
+    min_p: Annotated[float, FROM_0_TO_1]  # of the likeliest token's probability, what a token must have; 0.0: nothing
+    repetition_penalty: Annotated[float, OVER_0]  # 1.0: none
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"]  # by what the sum over tokens is divided
     scale_rewards: Literal["group", "batch", "none"]  # by whose standard deviation advantages are divided
-    beta: float  # weight of the KL divergence from the model before GRPO (engine unsloth: from the base, before SFT as
-    #   well, so that it also pulls back what SFT taught); 0: it is not measured
-    epsilon: float  # the probability ratio of a token counts down to 1 - epsilon
-    epsilon_high: float  # and up to 1 + epsilon_high
+    beta: Annotated[float, FROM_0]  # weight of the KL divergence from the model before GRPO (engine unsloth: from
+    #   the base, so that it also pulls back what SFT taught); 0: it is not measured
+    epsilon: Annotated[float, OVER_0_UNDER_1]  # the probability ratio of a token counts down to 1 - epsilon
+    epsilon_high: Annotated[float, OVER_0]  # and up to 1 + epsilon_high
     mask_truncated_completions: bool  # what was cut off teaches nothing
-    learning_rate: float
+    learning_rate: Annotated[float, OVER_0]
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"]
-    warmup_steps: int
+    warmup_steps: Annotated[int, FROM_0]
     optimizer: Literal[TorchOptimizer, BitsandbytesOptimizer]
-    weight_decay: float
-    adam_beta1: float
-    adam_beta2: float
-    max_grad_norm: float
+    weight_decay: Annotated[float, FROM_0]
+    adam_beta1: Annotated[float, FROM_0_UNDER_1]
+    adam_beta2: Annotated[float, FROM_0_UNDER_1]
+    max_grad_norm: Annotated[float, FROM_0]
     gradient_checkpointing: bool  # as in [sft]
-    save_steps: int  # a checkpoint every so many steps
-    log_steps: int  # a log entry every so many steps
-    show_completions_steps: int  # every so many steps, a table of samples on the terminal
+    save_steps: Annotated[int, FROM_1]  # a checkpoint every so many steps
+    log_steps: Annotated[int, FROM_1]  # a log entry every so many steps
+    show_completions_steps: Annotated[int, FROM_1]  # every so many steps, a table of samples on the terminal
     min_completion_tokens: int | None = None  # out of GPU memory, the last resort is completions down to this; None: no
 
 
@@ -212,21 +233,21 @@ class Grpo:
 class ScoreBase:
     """`[score_base]`: what the rewards pay before GRPO, which it samples as `[grpo]` says. For the score-base stage."""
 
-    problems: int  # at most so many of the grpo set, drawn by the seed
-    completions_per_problem: int
-    batch_size: int  # completions a batch, whole groups
-    seed: int
-    min_pass_rate: float  # problems with a share of right answers between these two, themselves included, are the
-    max_pass_rate: float  #   subset that GRPO can be given; 0.0 and 1.0: no subset is made
+    problems: Annotated[int, FROM_1]  # at most so many of the grpo set, drawn by the seed
+    completions_per_problem: Annotated[int, GROUP]
+    batch_size: Annotated[int, FROM_1]  # completions a batch, whole groups
+    seed: Annotated[int, SEED]
+    min_pass_rate: Annotated[float, FROM_0_TO_1]  # problems with this share of right answers or more, and with
+    max_pass_rate: Annotated[float, FROM_0_TO_1]  #   this or less, are the subset for GRPO; 0.0 and 1.0: none is made
 
 
 @dataclass(frozen=True)
 class Infer:
     """`[infer]`: the examination on held-out problems."""
 
-    problems: int  # at most so many of the eval set
-    batch_size: int
-    max_completion_tokens: int
+    problems: Annotated[int, FROM_1]  # at most so many of the eval set
+    batch_size: Annotated[int, FROM_1]
+    max_completion_tokens: Annotated[int, FROM_1]
 
 
 @dataclass(frozen=True)
@@ -234,9 +255,9 @@ class Merge:
     """`[merge]`: the adapter folded into the base."""
 
     dtype: Literal["bfloat16", "float16"]
-    prompts: int = 50  # of the eval set, on which merged and adapter-on-base are compared
-    positions_per_prompt: int = 64  # at which next-token distributions are compared, spread over the prompt
-    max_mean_kl: float = 1e-4  # nats
+    prompts: Annotated[int, FROM_1] = 50  # of the eval set, on which merged and adapter-on-base are compared
+    positions_per_prompt: Annotated[int, FROM_2] = 64  # at which next-token distributions are compared, over the prompt
+    max_mean_kl: Annotated[float, OVER_0] = 1e-4  # nats
 
 
 @dataclass(frozen=True)
@@ -244,11 +265,12 @@ class Gguf:
     """`[gguf]`: the quantizations, and how far from the merged model each may be."""
 
     types: list[str]  # out of GGUF_TYPES, in any case
-    prompts: int = 200  # of the eval set, on which every file is held against the merged model
-    positions_per_prompt: int = 32  # at which next-token distributions are compared, spread over prompt and completion
-    max_mean_kl: dict[str, float] = dataclasses.field(default_factory=dict)  # nats, by type; GGUF_TYPES has the others'
-    importance_prompts: int = 0  # of the sft set, for an importance matrix; 0: none
-    max_lost_ends: int = 0  # prompts for which a file may not end by itself though the merged model does
+    prompts: Annotated[int, FROM_1] = 200  # of the eval set, on which every file is held against the merged model
+    positions_per_prompt: Annotated[int, FROM_2] = 32  # likewise, over prompt and completion
+    max_mean_kl: dict[str, Annotated[float, OVER_0]] = dataclasses.field(default_factory=dict)  # nats, by type; for the
+    #   others GGUF_TYPES has it
+    importance_prompts: Annotated[int, FROM_0] = 0  # of the sft set, for an importance matrix; 0: none
+    max_lost_ends: Annotated[int, FROM_0] = 0  # prompts on which a file may run on though the merged model ends
 
 
 @dataclass(frozen=True)
@@ -256,20 +278,21 @@ class Ollama:
     """`[ollama]`: the Modelfile."""
 
     quantization: str  # the recommended one, out of [gguf] types
-    num_ctx: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repeat_penalty: float = 1.0  # 1: none, as in training; Ollama's own default has been 1.1
+    num_ctx: Annotated[int, FROM_1]
+    temperature: Annotated[float, FROM_0]
+    top_p: Annotated[float, OVER_0_TO_1]
+    top_k: Annotated[int, FROM_0]
+    min_p: Annotated[float, FROM_0_TO_1]
+    repeat_penalty: Annotated[float, OVER_0] = 1.0  # 1: none, as in training; Ollama's own default has been 1.1
     license: str = ""  # the name or the text of the licence that the model goes out under; "": none is stated
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. `path` is the file it was read from."""
+    """A whole recipe, and what `read_recipe` knows besides: two fields that are in no identity."""
 
-    path: Path
+    path: Path  # the file it was read from
+    model_folder: Path | None  # where its model lies on this disk; None: on the hub, or not made yet
     save: list[Literal["merged_16bit", "merged_4bit", "lora", "gguf"]]  # what is handed over (`make push`)
     #   The merged model in 16 bits and the GGUF files are made in any case, these out of that; merged_4bit asks merge
     #   for a copy in NF4 (NVIDIA GPU only), lora asks gguf for the adapter as a GGUF file
@@ -292,57 +315,6 @@ class Recipe:
     def tables(self, *names: str) -> dict[str, Any]:
         """Return the named tables as plain dicts: what a stage's manifest states as used."""
         return {name: dataclasses.asdict(getattr(self, name)) for name in names if getattr(self, name) is not None}
-
-
-# What a number may be: the words of the error message, and the test.
-Bound = tuple[str, Callable[[Any], bool]]
-OVER_0 = ("over 0", lambda value: value > 0)
-OVER_0_UNDER_1 = ("over 0 and under 1", lambda value: 0 < value < 1)
-OVER_0_AT_MOST_1 = ("over 0 and at most 1", lambda value: 0 < value <= 1)
-FROM_0 = ("0 or more", lambda value: value >= 0)
-FROM_0_UNDER_1 = ("0 or more and under 1", lambda value: 0 <= value < 1)
-FROM_0_TO_1 = ("0 to 1", lambda value: 0 <= value <= 1)
-FROM_1 = ("1 or more", lambda value: value >= 1)
-FROM_2 = ("2 or more", lambda value: value >= 2)
-SEED = ("0 to 4294967295", lambda value: 0 <= value < 2**32)  # what NumPy takes
-# 6 control tokens, 256 bytes, and 65 characters in prompts and problems: SentencePiece has no smaller vocabulary.
-VOCABULARY = ("327 or more", lambda value: value >= 327)
-
-# The bounds of every number that has any of its own. Those that depend on another key are in `check`.
-OPTIMIZER: dict[str, Bound] = {
-    "learning_rate": OVER_0, "warmup_steps": FROM_0, "weight_decay": FROM_0, "adam_beta1": FROM_0_UNDER_1,
-    "adam_beta2": FROM_0_UNDER_1, "max_grad_norm": FROM_0,
-}  # fmt: skip
-BOUNDS: dict[str, dict[str, Bound]] = {
-    "health": {"log_entries": FROM_1, "max_kl": OVER_0, "min_entropy": FROM_0, "max_entropy": OVER_0},
-    "base_model": {
-        "seed": SEED, "layers": FROM_1, "hidden_size": FROM_1, "intermediate_size": FROM_1, "attention_heads": FROM_1,
-        "key_value_heads": FROM_1, "initializer_range": OVER_0, "vocabulary_size": VOCABULARY,
-        "max_position_tokens": FROM_1, "corpus_problems": FROM_1, "drill_share": FROM_0_UNDER_1,
-        "eval_problems": FROM_1, "train_problems": FROM_1, "working_share": FROM_0_TO_1, "steps": FROM_1,
-        "batch_size": FROM_1, "learning_rate": OVER_0, "weight_decay": FROM_0, "warmup_steps": FROM_0,
-    },
-    "data": {
-        "max_prompt_tokens": FROM_1, "ngram_words": FROM_1, "near_duplicate_jaccard": OVER_0_AT_MOST_1,
-        "contamination_overlap": OVER_0_AT_MOST_1,
-    },
-    "lora": {"rank": FROM_1, "alpha": FROM_1, "dropout": FROM_0_UNDER_1},
-    "sft": {"seed": SEED, "steps": FROM_1, "max_tokens": FROM_2} | OPTIMIZER,
-    "grpo": {
-        "seed": SEED, "steps": FROM_1, "prompts_per_step": FROM_1, "num_iterations": FROM_1,
-        "max_completion_tokens": FROM_1, "temperature": OVER_0, "top_p": OVER_0_AT_MOST_1, "top_k": FROM_0,
-        "min_p": FROM_0_TO_1, "repetition_penalty": OVER_0, "beta": FROM_0, "epsilon": OVER_0_UNDER_1,
-        "epsilon_high": OVER_0, "show_completions_steps": FROM_1,
-    } | OPTIMIZER,
-    "score_base": {"seed": SEED},
-    "infer": {"problems": FROM_1, "batch_size": FROM_1, "max_completion_tokens": FROM_1},
-    "merge": {"prompts": FROM_1, "positions_per_prompt": FROM_2, "max_mean_kl": OVER_0},
-    "gguf": {"prompts": FROM_1, "positions_per_prompt": FROM_2, "importance_prompts": FROM_0, "max_lost_ends": FROM_0},
-    "ollama": {
-        "num_ctx": FROM_1, "temperature": FROM_0, "top_p": OVER_0_AT_MOST_1, "top_k": FROM_0, "min_p": FROM_0_TO_1,
-        "repeat_penalty": OVER_0,
-    },
-}  # fmt: skip
 
 
 def is_hub_name(name: str) -> bool:

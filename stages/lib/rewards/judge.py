@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from stages.lib.answers.formats import THINK, XML, Format
@@ -10,16 +9,6 @@ from stages.lib.answers.number import canonical_number, given_number, number_val
 
 Completion = str | list[dict[str, Any]]
 Reward = Callable[..., list[float]]
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What some rewards have to be told. None is "not said", which is an error if a reward that needs it is used."""
-
-    max_completion_tokens: int | None = None  # length_penalty: [grpo] has it
-    length_cache_tokens: int | None = None  # length_penalty: the last so many tokens cost
-    repetition_ngram_tokens: int | None = None  # repetition_penalty: the length of what is repeated
-    repetition_max_penalty: float | None = None  # repetition_penalty: what all repetition and nothing else would cost
 
 
 # --- what a completion is, looked at once for all functions of a suite ---------------------------------------------

@@ -12,12 +12,13 @@ without paying.
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from stages.lib.answers import formats
 from stages.lib.answers.formats import Format
 from stages.lib.errors import UserError, nearest
-from stages.lib.rewards.judge import Completion, Parameters, Reward
+from stages.lib.recipe.tables import Recipe, Rewards
+from stages.lib.rewards.judge import Completion, Reward
 from stages.lib.rewards.lengths import length_penalty, repetition_penalty
 from stages.lib.rewards.math_correct import _MATH_WORKER, math_correct
 from stages.lib.rewards.own import is_own, load_own, look_for_own, own_path
@@ -33,29 +34,27 @@ SUITES: dict[str, dict[str, Reward]] = {
 FOR_ANY_FORMAT: dict[str, Reward] = {f.__name__: f for f in (math_correct, length_penalty, repetition_penalty)}
 
 
-def load_rewards(names: Sequence[str], format: Format, recipe_folder: Path, **parameters: Any) -> list[Reward]:
-    """Give the reward functions that a recipe names, in order, each with the `__name__` that logs show it by.
+def load_rewards(recipe: Recipe) -> list[Reward]:
+    """Return the reward functions that `recipe` names, in order, each with the `__name__` that logs show it by.
 
-    `names` are those of the suite of `format`, those for any format, and `FILE.py:FUNCTION` for the user's own, the
-    file relative to `recipe_folder`. `parameters` are fields of `Parameters`. Raises UserError for what is unknown,
-    missing, named twice or not to be called as a reward.
+    A name is one of the suite of the recipe's format, one for any format, or `FILE.py:FUNCTION` for the user's own, the
+    file relative to the recipe. Raises UserError for what is unknown, missing, named twice or not to be called as a
+    reward.
     """
-    told = Parameters(**parameters)
-    rewards = [_load_one(name, format, recipe_folder, told) for name in names]
-    _refuse_twice(names)
+    rewards = [_load_one(name, recipe) for name in recipe.rewards.functions]
+    _refuse_twice(recipe.rewards.functions)
     return rewards
 
 
-def check_reward_names(names: Sequence[str], format: Format, recipe_folder: Path, **parameters: Any) -> None:
-    """Raise UserError for what `load` would refuse, as far as shows without running a line of the user's."""
-    told = Parameters(**parameters)
-    for name in names:
+def check_reward_names(recipe: Recipe) -> None:
+    """Raise UserError for what `load_rewards` would refuse, as far as shows without running a line of the user's."""
+    for name in recipe.rewards.functions:
         if is_own(name):
-            look_for_own(name, own_path(name, recipe_folder))
+            look_for_own(name, own_path(name, recipe.path.parent))
         else:
-            _known(name, format)
-            _parameters_of(name, told)
-    _refuse_twice(names)
+            _known(name, formats.get(recipe.format.name))
+            _parameters_of(name, recipe)
+    _refuse_twice(recipe.rewards.functions)
 
 
 def _refuse_twice(names: Sequence[str]) -> None:
@@ -67,14 +66,15 @@ def _refuse_twice(names: Sequence[str]) -> None:
         seen.add(logged_as)
 
 
-def _load_one(name: str, format: Format, recipe_folder: Path, parameters: Parameters) -> Reward:
+def _load_one(name: str, recipe: Recipe) -> Reward:
     if is_own(name):
-        return load_own(name, recipe_folder)
+        return load_own(name, recipe.path.parent)
+    format = formats.get(recipe.format.name)
     reward = _known(name, format)
     if name == "math_correct":
         _MATH_WORKER.start()
         return _named(name, functools.partial(math_correct, format=format))
-    own = _parameters_of(name, parameters)
+    own = _parameters_of(name, recipe)
     return _named(name, functools.partial(reward, **own)) if own else reward
 
 
@@ -85,16 +85,16 @@ def _known(name: str, format: Format) -> Reward:
     return known[name]
 
 
-def _parameters_of(name: str, parameters: Parameters) -> dict[str, Any]:
+def _parameters_of(name: str, recipe: Recipe) -> dict[str, Any]:
     if name == "length_penalty":
-        limit = _told(name, parameters, "max_completion_tokens", 1)
-        cache = _told(name, parameters, "length_cache_tokens", 1)
+        limit = recipe.grpo.max_completion_tokens
+        cache = _told(name, recipe.rewards, "length_cache_tokens", 1)
         if cache > limit:
             raise UserError(f"[rewards] length_cache_tokens = {cache} is more than max_completion_tokens = {limit}")
         return {"max_completion_tokens": limit, "length_cache_tokens": cache}
     if name == "repetition_penalty":
-        ngram = _told(name, parameters, "repetition_ngram_tokens", 1)
-        penalty = _told(name, parameters, "repetition_max_penalty", 0)
+        ngram = _told(name, recipe.rewards, "repetition_ngram_tokens", 1)
+        penalty = _told(name, recipe.rewards, "repetition_max_penalty", 0)
         return {"repetition_ngram_tokens": ngram, "repetition_max_penalty": penalty}
     return {}
 
@@ -108,8 +108,8 @@ def _why_unknown(name: str, known: dict[str, Reward], format: Format) -> str:
     return f"is not known{nearest(name, known)}; known: {', '.join(known)}, or your own as 'FILE.py:FUNCTION'"
 
 
-def _told(name: str, parameters: Parameters, key: str, least: int) -> Any:
-    told = getattr(parameters, key)
+def _told(name: str, table: Rewards, key: str, least: int) -> Any:
+    told = getattr(table, key)
     if told is None:
         raise UserError(f"[rewards] {key} is missing: {name} needs it")
     if not told >= least:

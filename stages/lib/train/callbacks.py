@@ -1,5 +1,6 @@
-"""Callbacks of transformers' Trainer: progress bar, an orderly stop, health."""
+"""Callbacks of transformers' Trainer: progress bar, an orderly stop, health, the garbage collector."""
 
+import gc
 import signal
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,27 @@ def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tup
                     tqdm.write(f"step {state.global_step}, {check} check: {advice}")
 
     return Progress(), StopOnSignal(), Watch()
+
+
+def settle_heap() -> Any:
+    """Return a callback that takes what lives after the first step out of the rounds of Python's garbage collector.
+
+    Model, trainer and what torch compiled live to the end, and a step's completions are many small objects, which set
+    off a walk over all that lives: up to 0.7 s of a step of 12 s, as measured with nothing taken out. vLLM takes out
+    what there is when it starts, and Unsloth would before the first step, but not where somebody did already.
+    """
+    from transformers import TrainerCallback
+
+    class SettleHeap(TrainerCallback):
+        settled = False
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if not self.settled:
+                gc.collect()
+                gc.freeze()
+                self.settled = True
+
+        def on_train_end(self, args, state, control, **kwargs):
+            gc.unfreeze()
+
+    return SettleHeap()

@@ -9,13 +9,14 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from stages.lib.errors import UserError
+from stages.lib.recipe.tables import Recipe, Vllm
 
 FILE = "memory_ladder.json"
 MIN_MEMORY_SHARE = 0.2  # less would hold no useful KV cache beside the weights
@@ -28,89 +29,110 @@ DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NOT_MEMORY = "NOT an out of memory error"  # Unsloth's word on two failures to start that more memory would not mend
 
 
-@dataclass(frozen=True)
-class Rung:
-    """How much memory a run may take: the recipe's own values at the top."""
+def lower(recipe: Recipe, stage: str, *, share_stays: bool = False) -> Recipe | None:
+    """Return `recipe` one rung down for `stage`, "sft" or "grpo"; None when there is no rung left.
 
-    micro_batch_size: int
-    memory_share: float | None = None  # vLLM's, of the GPU; None: there is no vLLM, or the rung can't change it
-    max_completion_tokens: int | None = None
-    least_memory_share: float = MIN_MEMORY_SHARE  # under which it is never lowered
-
-
-def lower(rung: Rung, min_completion_tokens: int | None = None) -> Rung | None:
-    """Return the next rung down, None when there is none.
-
-    First vLLM's share shrinks by a quarter, down to the least it may be: it costs speed only. Then the micro-batch
-    halves, and accumulation doubles. The completion length, which changes what is learnt, halves last and never below
-    `min_completion_tokens`; None: it does not.
+    First vLLM's share shrinks by a quarter, down to MIN_MEMORY_SHARE: it costs speed only. With standby it takes a
+    share of its own, whatever it is told, so that a lower one would bring nothing; `share_stays` says the same of one
+    that was too small before. Then the micro-batch halves, and accumulation doubles. The completion length, which
+    changes what is learnt, halves last and never below `min_completion_tokens`; None: it does not.
     """
-    values = asdict(rung)
-    if rung.memory_share is not None and rung.memory_share > rung.least_memory_share:
-        return Rung(**values | {"memory_share": max(rung.least_memory_share, round(0.75 * rung.memory_share, 3))})
-    if rung.micro_batch_size % 2 == 0:
-        return Rung(**values | {"micro_batch_size": rung.micro_batch_size // 2})
-    tokens = rung.max_completion_tokens
-    if tokens is not None and min_completion_tokens is not None and tokens > min_completion_tokens:
-        return Rung(**values | {"max_completion_tokens": max(min_completion_tokens, tokens // 2)})
+    table, vllm = getattr(recipe, stage), vllm_beside(recipe, stage)
+    if vllm and not (vllm.standby or share_stays) and vllm.memory_share > MIN_MEMORY_SHARE:
+        share = max(MIN_MEMORY_SHARE, round(0.75 * vllm.memory_share, 3))
+        return replace(recipe, vllm=replace(vllm, memory_share=share))
+    if table.micro_batch_size % 2 == 0:
+        return replace(recipe, **{stage: replace(table, micro_batch_size=table.micro_batch_size // 2)})
+    least = table.min_completion_tokens if stage == "grpo" else None
+    if least is not None and table.max_completion_tokens > least:
+        tokens = max(least, table.max_completion_tokens // 2)
+        return replace(recipe, grpo=replace(table, max_completion_tokens=tokens))
     return None
 
 
-def read(checkpoints: Path, top: Rung) -> tuple[Rung, list[dict[str, Any]]]:
-    """Return the rung that a run stands on, and its steps down so far, as the manifest states them."""
+def vllm_beside(recipe: Recipe, stage: str) -> Vllm | None:
+    """Return `[vllm]` where `stage` has vLLM on the GPU beside the trainer, else None."""
+    return recipe.vllm if stage == "grpo" and recipe.model.engine == "unsloth" else None
+
+
+def values(recipe: Recipe, stage: str) -> dict[str, float]:
+    """Return what the ladder lowers for `stage`, by the recipe's keys."""
+    found: dict[str, float] = {"micro_batch_size": getattr(recipe, stage).micro_batch_size}
+    if vllm := vllm_beside(recipe, stage):
+        found["memory_share"] = vllm.memory_share
+    if stage == "grpo":
+        found["max_completion_tokens"] = recipe.grpo.max_completion_tokens
+    return found
+
+
+def with_values(recipe: Recipe, stage: str, found: dict[str, float]) -> Recipe:
+    """Return `recipe` with what `values` says in `found`."""
+    own = {key: value for key, value in found.items() if key != "memory_share"}
+    recipe = replace(recipe, **{stage: replace(getattr(recipe, stage), **own)})
+    if "memory_share" in found and (vllm := vllm_beside(recipe, stage)):
+        recipe = replace(recipe, vllm=replace(vllm, memory_share=found["memory_share"]))
+    return recipe
+
+
+def read_steps(checkpoints: Path) -> list[dict[str, Any]]:
+    """Return the steps down that a run took so far, as its manifest will state them."""
     path = checkpoints / FILE
-    steps = json.loads(path.read_text()) if path.is_file() else []
-    return (Rung(**steps[-1]["to"]) if steps else top), steps
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def lowered(recipe: Recipe, stage: str, checkpoints: Path) -> Recipe:
+    """Return `recipe` as far down as the run of `stage` has stepped."""
+    steps = read_steps(checkpoints)
+    return with_values(recipe, stage, steps[-1]["to"]) if steps else recipe
 
 
 @contextlib.contextmanager
-def stepping_down(
-    checkpoints: Path, rung: Rung, min_completion_tokens: int | None, trainer: Any = None
-) -> Iterator[None]:
-    """Around loading or training: when the GPU's memory runs out, start the process anew one rung down."""
+def stepping_down(recipe: Recipe, stage: str, checkpoints: Path, trainer: Any = None) -> Iterator[None]:
+    """Around loading or training: when the GPU's memory runs out, start the process anew one rung under `recipe`."""
     try:
         yield
     # torch's OutOfMemoryError is the first, vLLM's refusal the second, Unsloth's while vLLM loads the third.
     except (RuntimeError, ValueError, MemoryError) as error:
         if not (says(error, TOO_SMALL) or is_out_of_memory(error)):
             raise
-        step_down(checkpoints, rung, min_completion_tokens, trainer.state.global_step if trainer else 0, error)
+        step_down(recipe, stage, checkpoints, trainer.state.global_step if trainer else 0, error)
 
 
-def step_down(checkpoints: Path, rung: Rung, min_completion_tokens: int | None, step: int, error: Exception) -> None:
-    """Note the rung under `rung` beside the checkpoints and start this process anew on it; it does not return.
+def step_down(recipe: Recipe, stage: str, checkpoints: Path, step: int, error: Exception) -> None:
+    """Note the rung under `recipe` beside the checkpoints and start this process anew on it; it does not return.
 
     `step` is the optimizer step at which `error`, the lack of memory, came. A share of the GPU that turns out too small
     for vLLM goes back to what it was before, and stays there. Raises `UserError` when no rung is left.
     """
-    steps = read(checkpoints, rung)[1]
+    steps = read_steps(checkpoints)
     reason = str(error).splitlines()[0]
-    start = rung
+    before, start = values(recipe, stage), recipe
+    stays = any(each["to"].get("memory_share", 0) > each["from"].get("memory_share", 0) for each in steps)
     if says(error, TOO_SMALL):
-        shares = [share for each in steps if (share := each["from"]["memory_share"]) > rung.memory_share]
+        shares = [share for each in steps if (share := each["from"]["memory_share"]) > before["memory_share"]]
         if not shares:
             raise UserError(
-                f"[vllm] memory_share = {rung.memory_share} of this GPU is too small for the model's weights and the "
-                f"KV cache of one completion. Raise it, or use a GPU with more memory, [model] load_in_4bit = true or "
-                f"a shorter max_completion_tokens. {reason}"
+                f"[vllm] memory_share = {before['memory_share']} of this GPU is too small for the model's weights and "
+                f"the KV cache of one completion. Raise it, or use a GPU with more memory, [model] load_in_4bit = true "
+                f"or a shorter max_completion_tokens. {reason}"
             ) from error
-        start = replace(rung, memory_share=shares[-1], least_memory_share=shares[-1])
-    below = lower(start, min_completion_tokens)
+        start, stays = with_values(recipe, stage, {"memory_share": shares[-1]}), True
+    below = lower(start, stage, share_stays=stays)
     if below is None:
+        held = ", ".join(f"{name} = {value}" for name, value in before.items())
         raise UserError(
-            f"out of GPU memory at step {step} with nothing left to give up: {rung}. Use a GPU with more memory, "
+            f"out of GPU memory at step {step} with nothing left to give up: {held}. Use a GPU with more memory, "
             f"[model] load_in_4bit = true, a shorter max_completion_tokens or max_tokens, or a lower [lora] rank. "
             f"{reason}"
         ) from error
-    steps.append({"at_step": step, "from": asdict(rung), "to": asdict(below), "reason": reason})
+    after = values(below, stage)
+    steps.append({"at_step": step, "from": before, "to": after, "reason": reason})
     checkpoints.mkdir(parents=True, exist_ok=True)
     temporary = checkpoints / f"{FILE}.tmp"
     temporary.write_text(json.dumps(steps, indent=2))
     temporary.rename(checkpoints / FILE)
-    changed = [
-        f"{name} {old} -> {asdict(below)[name]}" for name, old in asdict(rung).items() if old != asdict(below)[name]
-    ]
-    click.echo(f"out of GPU memory at step {step}: {', '.join(changed)}, and on from the last checkpoint", err=True)
+    changed = ", ".join(f"{name} {old} -> {after[name]}" for name, old in before.items() if old != after[name])
+    click.echo(f"out of GPU memory at step {step}: {changed}, and on from the last checkpoint", err=True)
     sys.stdout.flush()
     sys.stderr.flush()
     for name in DISTRIBUTED:

@@ -23,6 +23,7 @@ from stages.lib.model.files import refuse_quantized_base
 from stages.lib.recipe.read import build_table, read_recipe
 from stages.lib.recipe.tables import Source
 from tests.support import micro
+from tests.support.recipes import read_tables, write_tables
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "support"
@@ -46,9 +47,8 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def write_recipe(folder: Path, sources: list[dict[str, Any]], **knobs: Any) -> Path:
     """Write the tiny recipe with other sources; `knobs` are keys of [data], or whole tables' changes by table name."""
-    tables = tomllib.loads((ROOT / "recipes" / "tiny.toml").read_text())
+    tables = read_tables()
     tables.pop("base_model")
-    tables["gguf"].pop("max_mean_kl")  # a table within a table, which the lines below do not write
     tables["data"] = {
         "max_prompt_tokens": 500, "ngram_words": 5, "near_duplicate_jaccard": 0.8, "contamination_overlap": 0.6,
     }  # fmt: skip
@@ -62,14 +62,8 @@ def write_recipe(folder: Path, sources: list[dict[str, Any]], **knobs: Any) -> P
             tables[name] |= value
         else:
             tables["data"][name] = value
-    lines = [f"save = {json.dumps(tables.pop('save'))}"]
-    for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    for source in sources:
-        lines += ["[[data.sources]]", *(f"{key} = {json.dumps(value)}" for key, value in {**COLUMNS, **source}.items())]
-    path = folder / "recipe.toml"
-    path.write_text("\n".join(lines))
-    return path
+    tables["data"]["sources"] = [{**COLUMNS, **source} for source in sources]
+    return write_tables(folder / "recipe.toml", tables)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -586,6 +586,7 @@ def test_a_program_that_hangs_is_given_up_on(machine):
     assert "nvidia-smi did not answer within 0.3 s" in lines["driver"][0]
 
 
+@pytest.mark.torch
 def test_a_tokenizer_that_llama_cpp_reads_otherwise_fails(finished, tmp_path, monkeypatch):
     recipe = tmp_path / "micro.toml"
     recipe.write_text((finished / "micro.toml").read_text())

@@ -191,6 +191,7 @@ def tokenizer(name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_prepares_its_data_from_local_copies(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -267,6 +267,7 @@ def run(recipe: Path, *inputs: str):
     return tiny_models.run_stage("score_base", recipe, out, "prepare-data", "base-model", *inputs), out
 
 
+@pytest.mark.torch
 def test_a_run_that_fails_keeps_what_it_measured_and_fails_again_without_sampling_again(tmp_path):
     (tmp_path / "own.py").write_text("def always(completions, **kwargs):\n    return [0.25] * len(completions)\n")
     recipe = arrange(tmp_path, ["xmlcount", "own.py:always"])
@@ -293,6 +294,7 @@ def test_a_run_that_fails_keeps_what_it_measured_and_fails_again_without_samplin
     assert [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()] == rows  # the seed decides
 
 
+@pytest.mark.torch
 def test_a_run_of_the_sft_model_samples_as_the_recipe_says_and_writes_the_subset(tmp_path):
     with write_artifact(tmp_path / "sft", "sft", {}, {}) as made:
         tiny_models.adapter(base_model() / "model", made.folder, steps=0)
@@ -318,6 +320,7 @@ def test_a_run_of_the_sft_model_samples_as_the_recipe_says_and_writes_the_subset
     assert (again.exit_code, "up to date" in again.output, "weighted sum" in again.output) == (0, True, True)
 
 
+@pytest.mark.torch
 def test_a_recipe_without_the_table_is_told_to_have_one(tmp_path):
     recipe = arrange(tmp_path, ["xmlcount"])
     recipe.write_text(re.sub(r"\[score_base\]\n.*?\n(?=\[)", "", recipe.read_text(), flags=re.DOTALL))

@@ -16,6 +16,8 @@ from stages.lib.errors import UserError
 from stages.lib.model.engine import require_engine
 from stages.lib.recipe.read import read_recipe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["apt", "common", "gotemplate/build", "install", "llama", "lock", "run"]
 IMAGE = "sha256:" + "1234abcd" * 8

@@ -320,6 +320,7 @@ EDITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "old", "new", "same"), EDITS)
 def test_code_counts_where_the_stage_reaches_it_but_comments_and_docstrings_do_not(
     tmp_path, monkeypatch, file, old, new, same

@@ -242,6 +242,7 @@ def test_any_concatenation_by_role_is_derived(words, trims_user, folds):
     assert render_by_go(found.template, kept) == wanted
 
 
+@pytest.mark.slow
 def test_no_template_holds_what_a_modelfile_would_lose():
     for name in FAMILIES:
         template = derived(name)[1].template

@@ -77,6 +77,7 @@ def test_the_hubs_own_parser_reads_every_card_back(kind, recipe, manifests):
     assert str(card) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "measured"),
     [

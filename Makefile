@@ -85,7 +85,7 @@ comma := ,
 
 # In a container if an engine answers, with the GPUs if it can hand them over; else in the virtual environment. Targets
 # that start no stage do not ask.
-ifneq ($(filter-out help clean setup test lock doctor,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(filter-out help clean setup check test lock doctor,$(or $(MAKECMDGOALS),help)),)
   ifeq ($(RUNTIME),)
     override RUNTIME := $(if $(shell timeout 10 $(DOCKER) info > /dev/null 2>&1 && echo yes),docker,local)
     chosen := yes
@@ -171,7 +171,7 @@ endif
 override MOUNT := $(strip $(MOUNT) $(shell $(named) | while read -r name; do \
   [[ $$name = *[[:blank:],]* || ! -e $$name ]] || echo "$$name"; done))
 
-.PHONY: all help test test-gpu clean setup ask chat serve push ollama image shell lock sbom doctor FORCE
+.PHONY: all help check test test-gpu clean setup ask chat serve push ollama image shell lock sbom doctor FORCE
 stages := base-model prepare-data sft score-base grpo infer merge gguf ollama-modelfile
 .PHONY: $(stages)
 # A manifest is never half written: make, interrupted in the moment after one appeared, must not delete it.
@@ -271,7 +271,7 @@ ollama: $(call done,ollama-modelfile)  ## Hand the model to the machine's Ollama
 setup: $(VENV)/installed  ## Make the virtual environment (the other targets do it when it is missing; GO=)
 
 $(VENV)/installed: docker/install docker/llama docker/common docker/cpu.lock docker/cpu-cuda.lock \
-    $(wildcard docker/gotemplate/*)
+    docker/dev.lock $(wildcard docker/gotemplate/*)
 	docker/install $(VENV)
 
 # The image is the environment and nothing else; its id stands in a file, and in the manifests.
@@ -309,8 +309,12 @@ doctor: export RUNTIME := $(RUNTIME)
 doctor: export GPUS := $(GPUS)
 doctor: export DATA := $(DATA)
 
-test: $(VENV)/installed  ## Run the tests, on the machine itself
-	$(VENV)/bin/python -m pytest $(TESTS)
+check: $(VENV)/installed  ## Look at style and types, and run the tests that need no torch: 20 seconds
+	$(VENV)/bin/python -m ruff check . && $(VENV)/bin/python -m ruff format --check . && $(VENV)/bin/python -m mypy && \
+	  $(VENV)/bin/python -m pytest -m "not torch and not slow" --numprocesses auto --quiet
+
+test: $(VENV)/installed  ## Run the tests, on the machine itself, in parallel
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --durations 30 $(TESTS)
 
 test-gpu: $(ready)  ## Run the tests that need an NVIDIA GPU, where the stages run (log: artifacts/test-gpu.log)
 	@mkdir -p artifacts

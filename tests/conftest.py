@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread, and one small run of the stages that train."""
 
 import os
+import sys
 
 # Before torch is imported, and for the processes that tests start: at this size a second thread costs more than it
 # gives, and sums in another order would be other bytes.
@@ -11,14 +12,29 @@ from pathlib import Path
 import pytest
 
 from tests.support import micro
+from tests.support.once import once_a_run, run_folder
+
+run_folder()  # of this process, before it starts others
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with micro.toml and the artifacts base-model, prepare-data, sft, grpo and infer made with it."""
-    folder = tmp_path_factory.mktemp("finished")
+def pytest_configure(config: pytest.Config) -> None:
+    """With `-m "not torch"`, let an import of torch fail, so that a test that needs it and does not say so is found."""
+    if "not torch" in config.option.markexpr:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way to say: none
+
+
+@once_a_run
+def micro_run() -> Path:
+    folder = run_folder() / "micro"
+    folder.mkdir(exist_ok=True)
     micro.write_recipe(folder)
     for stage in micro.INPUTS:
         result = micro.run(stage, folder)
         assert result.exit_code == 0, result.output
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished() -> Path:
+    """Return a folder with micro.toml and the artifacts base-model, prepare-data, sft, grpo and infer made with it."""
+    return micro_run()

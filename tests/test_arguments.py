@@ -17,6 +17,7 @@ from tests.support.arguments import RECIPES, STAGES, UNSLOTH_ONLY, passed, rungs
 # ---- TRL's configurations -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_config_takes_the_arguments_of_every_recipe_on_every_rung_and_keeps_each(name, stage, tmp_path):

@@ -2,10 +2,13 @@
 
 import re
 
+import pytest
 from click.testing import CliRunner, Result
 
 from stages import ask
 from tests.support import tiny_models
+
+pytestmark = pytest.mark.torch
 
 
 def asked(question: str) -> Result:

@@ -64,6 +64,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_tokenizer_gives_sentencepieces_own_ids_and_the_text_back(tokenizer, pieces, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -72,6 +73,7 @@ def test_the_tokenizer_gives_sentencepieces_own_ids_and_the_text_back(tokenizer,
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
+@pytest.mark.torch
 def test_every_problem_of_the_run_has_sentencepieces_own_ids(finished, tokenizer, pieces):
     for name in ("train", "eval"):
         lines = (finished / "base-model" / "problems" / f"{name}.jsonl").read_text().splitlines()
@@ -82,6 +84,7 @@ def test_every_problem_of_the_run_has_sentencepieces_own_ids(finished, tokenizer
             assert tokenizer(text, add_special_tokens=False)["input_ids"] == pieces.encode(text)
 
 
+@pytest.mark.torch
 def test_a_number_is_its_digits_and_a_line_break_is_one_piece(tokenizer):
     digits = tokenizer("5720", add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(digits) == ["5", "7", "2", "0"]
@@ -89,6 +92,7 @@ def test_a_number_is_its_digits_and_a_line_break_is_one_piece(tokenizer):
     assert not [piece for piece in tokenizer.get_vocab() if len(piece.strip("▁")) > 1 and piece.strip("▁").isdigit()]
 
 
+@pytest.mark.torch
 def test_the_special_tokens_have_the_ids_of_the_code(tokenizer, pieces):
     names = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     assert tokenizer.convert_tokens_to_ids(names) == [0, 1, 2, 3, 4, 5]
@@ -98,6 +102,7 @@ def test_the_special_tokens_have_the_ids_of_the_code(tokenizer, pieces):
     assert len(tokenizer) == pieces.vocab_size() == 512
 
 
+@pytest.mark.torch
 def test_the_answer_tags_are_plain_text(tokenizer):
     for kind in formats.FORMATS.values():
         for tag in (kind.reasoning_open, kind.reasoning_close, kind.answer_open, kind.answer_close):
@@ -106,6 +111,7 @@ def test_the_answer_tags_are_plain_text(tokenizer):
             assert not set(ids) & set(tokenizer.all_special_ids)
 
 
+@pytest.mark.torch
 def test_the_template_writes_one_bos_the_system_prompt_in_the_users_turn_and_a_turn_end(tokenizer):
     turns = [
         {"role": "system", "content": "Be brief."},
@@ -123,12 +129,14 @@ def test_the_template_writes_one_bos_the_system_prompt_in_the_users_turn_and_a_t
         tokenizer.apply_chat_template(turns[:1] + turns[2:], tokenize=False)
 
 
+@pytest.mark.torch
 def test_generation_ends_at_both_ends(finished):
     settings = json.loads((model_folder(finished) / "generation_config.json").read_text())
     assert sorted(settings["eos_token_id"]) == [1, 5]
     assert (settings["bos_token_id"], settings["pad_token_id"]) == (2, 0)
 
 
+@pytest.mark.torch
 def test_the_folder_is_a_whole_model_with_the_original_tokenizer_and_safetensors_only(finished):
     names = {path.name for path in model_folder(finished).iterdir()}
     assert names == {
@@ -169,6 +177,7 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.torch
 def test_what_is_learnt_is_the_reply_and_the_results_of_drills(tokenizer):
     own = knobs(corpus_problems=40, drill_share=0.5)
     corpus = base_model.conversations(own)
@@ -190,6 +199,7 @@ def test_what_is_learnt_is_the_reply_and_the_results_of_drills(tokenizer):
         assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
 
 
+@pytest.mark.torch
 def test_the_network_has_about_1_3_million_parameters(tmp_path):
     own = knobs(corpus_problems=300, eval_problems=20, train_problems=20, steps=1, batch_size=2, warmup_steps=0)
     corpus = base_model.conversations(own)
@@ -202,6 +212,7 @@ def test_the_network_has_about_1_3_million_parameters(tmp_path):
     assert config["hidden_size"] % 256 == 0  # llama.cpp's k-quants
 
 
+@pytest.mark.torch
 def test_two_runs_give_the_same_bytes_whatever_was_drawn_before(finished, tmp_path):
     import torch
 
@@ -212,6 +223,7 @@ def test_two_runs_give_the_same_bytes_whatever_was_drawn_before(finished, tmp_pa
     assert manifest_digest(first) == manifest_digest(second)
 
 
+@pytest.mark.torch
 def test_another_seed_is_other_problems_and_another_network(finished, tmp_path):
     recipe = micro.write_recipe(tmp_path, base_model={"seed": 2})
     assert micro.run("base-model", finished, tmp_path / "base-model", recipe).exit_code == 0

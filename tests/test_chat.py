@@ -30,12 +30,14 @@ def typed(*lines: str) -> Result:
     return result
 
 
+@pytest.mark.torch
 def test_each_line_is_answered_and_the_end_of_the_input_ends_the_chat():
     result = typed("What is 17 + 25?", "", "What is 2 + 3?")
     assert result.stdout.count("</answer>\n") >= 2
     assert "model.q8_0.gguf, 1,024 tokens of context. /reset /quit" in result.stderr
 
 
+@pytest.mark.torch
 def test_quit_ends_the_chat_and_a_mistyped_command_is_no_question():
     result = typed("/qiut", "/quit", "What is 2 + 3?")
     assert result.stdout == ""
@@ -111,6 +113,7 @@ def test_an_answer_that_is_stopped_is_no_part_of_the_conversation():
     assert "(stopped; this turn is left out of the conversation)" in shown
 
 
+@pytest.mark.torch
 def test_in_a_terminal_it_prompts_answers_and_ends_on_ctrl_d():
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "stages.chat", *arguments()]

@@ -18,6 +18,7 @@ def divergence(reference: list[float], other: list[float]) -> float:
     return float(kl_divergence(*rows)[0])
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("reference", "other", "expected"),
     [
@@ -36,6 +37,7 @@ def test_kl_is_that_of_the_two_distributions(reference, other, expected):
     assert divergence(reference, other) == pytest.approx(expected, abs=1e-7, nan_ok=True)
 
 
+@pytest.mark.torch
 def test_kl_sees_a_difference_of_a_ten_millionth_in_a_large_vocabulary():
     chance = np.random.default_rng(0)
     reference = chance.normal(size=(1, 150_000)).astype(np.float32)
@@ -79,6 +81,7 @@ TEXTS = [Text([0, 1, 0], [0, 1]), Text([1, 1], [0])]
 REFERENCE = np.array([HALF, SKEWED, HALF], np.float32)
 
 
+@pytest.mark.torch
 def test_compare_gives_shares_and_perplexities_over_all_positions(tmp_path):
     path = tmp_path / "reference.npy"
     store_logits(path, TEXTS, 2, iter([REFERENCE[:2], REFERENCE[2:]]))
@@ -93,6 +96,7 @@ def test_compare_gives_shares_and_perplexities_over_all_positions(tmp_path):
     assert found["perplexity"] == pytest.approx((4 * 4 * 2) ** (1 / 3))
 
 
+@pytest.mark.torch
 def test_chunks_change_nothing(tmp_path, monkeypatch):
     path = tmp_path / "reference.npy"
     store_logits(path, TEXTS, 2, [REFERENCE])
@@ -102,6 +106,7 @@ def test_chunks_change_nothing(tmp_path, monkeypatch):
     assert compare_logits(path, TEXTS, [other[:1], other[1:1], other[1:]]) == whole
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("rows", [0, 2])
 def test_a_model_that_gives_too_few_logits_is_refused(tmp_path, rows):
     path = tmp_path / "reference.npy"

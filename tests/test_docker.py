@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ import pytest
 from stages.lib.errors import UserError
 from stages.lib.model.engine import require_engine
 from stages.lib.recipe.read import read_recipe
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["apt", "common", "gotemplate/build", "install", "llama", "lock", "run"]
@@ -378,11 +381,13 @@ def asked(name: str) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9-]+)(?:\[\w+\])?(?:==([^\s#]+))?", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("lock", ["cpu.lock", "cpu-cuda.lock", "cuda.lock"])
-def test_a_lock_names_each_package_by_version_and_hash_and_no_address(lock):
+@pytest.mark.parametrize(
+    ("lock", "least"), [("cpu.lock", 90), ("cpu-cuda.lock", 15), ("cuda.lock", 150), ("sky.lock", 50), ("dev.lock", 5)]
+)
+def test_a_lock_names_each_package_by_version_and_hash_and_no_address(lock, least):
     text = (ROOT / "docker" / lock).read_text()
     blocks = re.split(r"^(?=[a-z])", text, flags=re.MULTILINE)[1:]
-    assert len(blocks) >= 15
+    assert len(blocks) >= least
     for block in blocks:
         assert re.fullmatch(
             r"[a-z0-9.-]+==[^ ;\\]+( ; [^\\\n]+)? \\\n( +--hash=sha256:[0-9a-f]{64}( \\)?\n)+", block
@@ -412,9 +417,19 @@ def test_both_images_ask_for_the_same_where_both_ask():
     assert blocks[0] == blocks[1]
 
 
+def dev_group() -> set[str]:
+    return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["dev"])
+
+
+def test_the_dev_group_is_locked_and_changes_nothing_that_cpu_lock_holds():
+    assert dev_group() >= {"mypy", "pytest", "pytest-xdist", "ruff"}
+    assert dev_group() <= entries("cpu.lock").keys() | entries("dev.lock").keys()
+    assert not entries("cpu.lock").keys() & entries("dev.lock").keys()
+
+
 def test_every_direct_dependency_is_explained():
     text = (ROOT / "docs" / "dependencies.md").read_text()
-    for name in asked("cpu.in").keys() | asked("cuda.in").keys():
+    for name in asked("cpu.in").keys() | asked("cuda.in").keys() | dev_group():
         assert f"`{name}`" in text, name
 
 

@@ -15,6 +15,7 @@ import time
 import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -28,6 +29,7 @@ from stages.lib.machine.room import disk_rooms, most_room
 from stages.lib.machine.shape import SHAPES
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Gguf, Grpo, Lora, Merge, Model, Ollama, Sft, Vllm
+from tests.support.recipes import read_tables, write_tables
 
 ROOT = Path(__file__).parents[1]
 H200 = "NVIDIA H200, 580.95.05, 143771, 143151, 9.0"
@@ -59,9 +61,9 @@ class Machine:
         self.asked = []  # path, method and Authorization of what reached the hub
         self.hub_seconds_ahead = 0.0
         self.model = "meta-llama/Llama-3.1-8B-Instruct"
-        self.model_lines = ["load_in_4bit = true"]
+        self.model_keys: dict[str, Any] = {"load_in_4bit": True}
         self.engine, self.dtype, self.share = "unsloth", "bfloat16", 0.5
-        self.sources = ""
+        self.sources: list[dict[str, Any]] = []  # besides the tiny recipe's own
         self.commit = "c" * 40  # the newest of every repository on the hub
         (folder / "bin").mkdir()
         (folder / "shm").mkdir()
@@ -112,17 +114,14 @@ class Machine:
         return folder
 
     def recipe(self) -> Path:
-        text = (ROOT / "recipes" / "tiny.toml").read_text()
-        lines = [f'name = "{self.model}"', f'engine = "{self.engine}"', f'dtype = "{self.dtype}"', *self.model_lines]
-        lines += [f'revision = "{"a" * 40}"']
-        vllm = f"\n[vllm]\nmemory_share = {self.share}\nsequences = 64\n" if self.engine == "unsloth" else ""
-        text = re.sub(r"\[model\]\n(.+\n)+", "[model]\n" + "\n".join(lines) + "\n" + vllm, text, count=1)
-        text = text.replace("gradient_checkpointing = false", "gradient_checkpointing = true")
-        text = text.replace("micro_batch_size = 64", "micro_batch_size = 4")
-        text = text.replace("[format]\n", self.sources + "[format]\n", 1)
-        path = self.folder / "big.toml"
-        path.write_text(text)
-        return path
+        model = {"name": self.model, "engine": self.engine, "dtype": self.dtype, "revision": "a" * 40}
+        tables = read_tables() | {"model": model | self.model_keys}
+        if self.engine == "unsloth":
+            tables["vllm"] = {"memory_share": self.share, "sequences": 64}
+        tables["sft"] |= {"gradient_checkpointing": True, "micro_batch_size": 4}
+        tables["grpo"] |= {"gradient_checkpointing": True, "micro_batch_size": 4}
+        tables["data"]["sources"] += self.sources
+        return write_tables(self.folder / "big.toml", tables)
 
     def look(self) -> tuple[int, dict[str, list[str]]]:
         """Return the exit code and the lines, by the name of the check."""
@@ -161,7 +160,7 @@ def machine(tmp_path, monkeypatch) -> Machine:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     made.env(HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}")
     yield made
     server.shutdown()
@@ -180,8 +179,8 @@ def test_a_machine_that_is_fine_has_only_ok_lines(machine):
     assert "weights 5.7" in lines["GPU memory"][1]
 
 
-def source(name: str) -> str:
-    return f'[[data.sources]]\nname = "{name}"\nrevision = "{"b" * 40}"\nuse = ["grpo"]\nquestion = "q"\nanswer = "a"\n'
+def source(name: str, revision: str = "b" * 40) -> list[dict[str, Any]]:
+    return [{"name": name, "revision": revision, "use": ["grpo"], "question": "q", "answer": "a"}]
 
 
 def old_driver(machine):
@@ -198,7 +197,7 @@ def shared_gpu(machine):
 
 def small_gpu(machine):
     machine.program("nvidia-smi", "NVIDIA RTX A4000, 580.95.05, 16376, 16101, 8.6")
-    machine.model_lines = []
+    machine.model_keys = {}
 
 
 def gpu_below_float32(machine):
@@ -537,7 +536,7 @@ def test_the_hub_is_asked_by_head_and_a_redirect_is_not_followed_with_the_token(
 
 @pytest.mark.parametrize("status", [200, 307])
 def test_for_a_dataset_without_revision_the_newest_commit_is_named(machine, status):
-    machine.sources = source("openai/gsm8k").replace("b" * 40, "")
+    machine.sources = source("openai/gsm8k", revision="")
     machine.status["/resolve/"] = status
     code, lines = machine.look()
     assert code == 1
@@ -565,7 +564,7 @@ def test_a_hub_in_trouble_is_a_warning(machine):
 
 
 def test_a_cpu_recipe_needs_no_gpu_no_docker_and_no_shared_memory(machine):
-    machine.engine, machine.dtype, machine.model_lines = "trl", "float32", []
+    machine.engine, machine.dtype, machine.model_keys = "trl", "float32", {}
     machine.model = "base-model"
     for program in ("nvidia-smi", "docker"):
         (machine.folder / "bin" / program).unlink()
@@ -586,6 +585,7 @@ def test_a_program_that_hangs_is_given_up_on(machine):
     assert "nvidia-smi did not answer within 0.3 s" in lines["driver"][0]
 
 
+@pytest.mark.torch
 def test_a_tokenizer_that_llama_cpp_reads_otherwise_fails(finished, tmp_path, monkeypatch):
     recipe = tmp_path / "micro.toml"
     recipe.write_text((finished / "micro.toml").read_text())

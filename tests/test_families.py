@@ -11,6 +11,8 @@ from stages.lib.errors import UserError
 from stages.lib.gguf.tokens import check_conversion
 from tests.support import family_models, tiny_models
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.mark.parametrize("name", family_models.FAMILIES)
 def test_the_family_goes_through_merge_and_gguf_and_their_gates(tmp_path, name):

@@ -23,6 +23,7 @@ def figures() -> dict:
     return json.loads((tiny_models.quantized() / "parity.json").read_text())
 
 
+@pytest.mark.torch
 def test_the_stage_leaves_the_files_asked_for_and_the_proof():
     names = {path.name for path in tiny_models.quantized().iterdir()}
     assert names == {
@@ -32,6 +33,7 @@ def test_the_stage_leaves_the_files_asked_for_and_the_proof():
     assert (tiny_models.quantized() / "parity.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("kind", "mean_kl", "same_top"), [("f16", 1e-5, 0.999), ("q8_0", 1e-3, 0.98), ("q4_k_m", 1e-2, 0.95)]
 )
@@ -45,10 +47,12 @@ def test_every_file_answers_like_the_merged_model(kind, mean_kl, same_top):
     assert "</answer>" in file["answer"]
 
 
+@pytest.mark.torch
 def test_the_f16_file_writes_the_same_text_on_every_prompt():
     assert figures()["files"]["f16"]["same_text"] == 1.0
 
 
+@pytest.mark.torch
 def test_the_base_with_the_adapters_file_answers_like_the_merged_model():
     lora = figures()["lora"]
     assert 0 < lora["mean_kl"] < 1e-6
@@ -57,12 +61,14 @@ def test_the_base_with_the_adapters_file_answers_like_the_merged_model():
     assert lora["bytes"] == (tiny_models.quantized() / "adapter-f16.gguf").stat().st_size
 
 
+@pytest.mark.torch
 def test_fewer_bits_are_smaller_and_farther():
     files = figures()["files"]
     assert files["q4_k_m"]["bytes"] < files["q8_0"]["bytes"] < files["f16"]["bytes"]
     assert files["q4_k_m"]["mean_kl"] > files["q8_0"]["mean_kl"] > files["f16"]["mean_kl"]
 
 
+@pytest.mark.torch
 def test_flips_and_accuracies_agree():
     reference, files = figures()["reference"], figures()["files"]
     for file in files.values():
@@ -71,12 +77,14 @@ def test_flips_and_accuracies_agree():
         assert 0 <= file["accuracy_low"] <= file["accuracy"] <= file["accuracy_high"] <= 1
 
 
+@pytest.mark.torch
 def test_seconds_are_kept_out_of_the_metrics():
     manifest = json.loads((tiny_models.quantized() / "manifest.json").read_text())
     assert {"convert", "reference", "quantize q8_0", "examine f16"} <= set(manifest["wall"])
     assert manifest["metrics"] == figures()
 
 
+@pytest.mark.torch
 def test_a_second_run_has_nothing_to_do():
     tiny_models.quantized()
     result = tiny_models.run_stage(
@@ -91,6 +99,7 @@ def test_a_second_run_has_nothing_to_do():
     assert (result.exit_code, "up to date" in result.output) == (0, True)
 
 
+@pytest.mark.torch
 def test_the_16_bit_file_goes_unless_it_was_asked_for(tmp_path):
     shutil.copytree(tiny_models.merged(), tmp_path / "merge")
     recipe = tiny_models.recipe(tmp_path, types=["Q8_0"], prompts=2, importance_prompts=5)
@@ -102,6 +111,7 @@ def test_the_16_bit_file_goes_unless_it_was_asked_for(tmp_path):
     assert re.search(r"(?m)^ *lora +0\.\d", result.output)
 
 
+@pytest.mark.torch
 def test_without_lora_in_save_neither_adapter_nor_base_is_looked_at(tmp_path):
     shutil.copytree(tiny_models.merged(), tmp_path / "merge")
     recipe = tiny_models.recipe(tmp_path, types=["q8_0"], prompts=2)
@@ -117,6 +127,7 @@ def test_without_lora_in_save_neither_adapter_nor_base_is_looked_at(tmp_path):
     assert "lora" not in manifest["metrics"]
 
 
+@pytest.mark.torch
 def test_a_file_over_its_limit_fails_the_stage_with_figure_limit_and_cause(tmp_path):
     shutil.copytree(tiny_models.merged(), tmp_path / "merge")
     recipe = tiny_models.recipe(tmp_path, types=["q8_0"], prompts=2)
@@ -128,6 +139,7 @@ def test_a_file_over_its_limit_fails_the_stage_with_figure_limit_and_cause(tmp_p
     assert not (tmp_path / "gguf").exists()
 
 
+@pytest.mark.torch
 def test_too_little_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     tiny_models.merged()
     usage = namedtuple("usage", "total used free")
@@ -140,6 +152,7 @@ def test_too_little_room_is_seen_before_anything_is_written(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == [".gguf.unfinished.lock"]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("types", [["f16"], ["q8_0"], ["f16", "q8_0", "q4_k_m"], ["bf16", "q2_k"], ["f32"], ["iq4_nl"]])
 def test_the_room_asked_for_covers_the_files(types):
     files = figures()["files"]
@@ -153,12 +166,14 @@ def test_the_room_asked_for_covers_the_files(types):
     assert with_adapter > room + 2 * parameters + figures()["lora"]["bytes"]
 
 
+@pytest.mark.torch
 def test_the_smallest_types_need_an_importance_matrix_and_are_refused_without(tmp_path):
     source = tiny_models.quantized() / "model.f16.gguf"
     with pytest.raises(UserError, match=r"(?s)could not quantize model.f16.gguf to iq2_xs:.*imatrix"):
         quantize(source, tmp_path / "model.iq2_xs.gguf", "iq2_xs")
 
 
+@pytest.mark.torch
 def test_an_importance_matrix_is_the_mean_square_of_every_layers_inputs(tmp_path):
     model, source = tiny_models.merged() / "model", tiny_models.quantized() / "model.f16.gguf"
     rows = tiny_models.rows(3, seed=2)
@@ -183,6 +198,7 @@ def first_layer_inputs(model: Path, rows: list[dict]):
     return inputs.square().mean(dim=0).numpy()
 
 
+@pytest.mark.torch
 def test_the_smallest_types_can_be_made_with_an_importance_matrix(tmp_path):
     model, source = tiny_models.merged() / "model", tiny_models.quantized() / "model.f16.gguf"
     importance = gguf.weigh(model, source, tiny_models.rows(20, seed=2))

@@ -105,6 +105,7 @@ base to sft: 5 problems gained, 0 lost, McNemar p = 0.062
 sft to grpo: 4 problems gained, 2 lost, McNemar p = 0.69"""
 
 
+@pytest.mark.torch
 def test_the_stage_keeps_every_answer_of_every_model_to_the_same_problems(finished):
     folder = finished / "infer"
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().split("\n")[:-1]]
@@ -122,6 +123,7 @@ def test_the_stage_keeps_every_answer_of_every_model_to_the_same_problems(finish
     assert metrics == json.loads(json.dumps(infer.examine(answers)))
 
 
+@pytest.mark.torch
 def test_each_model_is_the_one_it_is_called_and_the_batch_does_not_change_its_answers(finished):
     """The stage switches adapters on one base; here each model is loaded alone and asked one problem at a time."""
     from peft import PeftModel

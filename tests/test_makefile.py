@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
 ALL = ["base_model", "prepare_data", "sft", "grpo", "infer", "merge", "gguf", "ollama_modelfile"]

@@ -13,6 +13,7 @@ from stages.lib.recipe.tables import Merge
 from tests.support import tiny_models
 
 
+@pytest.mark.torch
 def test_the_stage_writes_16_bit_safetensors_with_every_tokenizer_file():
     model = tiny_models.merged() / "model"
     names = {path.name for path in model.iterdir()}
@@ -23,6 +24,7 @@ def test_the_stage_writes_16_bit_safetensors_with_every_tokenizer_file():
     assert (model / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
 
 
+@pytest.mark.torch
 def test_the_tokenizer_keeps_its_class_and_says_that_bos_is_added():
     settings = json.loads((tiny_models.merged() / "model" / "tokenizer_config.json").read_text())
     assert (settings["tokenizer_class"], settings["add_bos_token"], settings["add_eos_token"]) == (
@@ -32,11 +34,13 @@ def test_the_tokenizer_keeps_its_class_and_says_that_bos_is_added():
     )
 
 
+@pytest.mark.torch
 def test_generation_ends_at_the_bases_ends_and_the_turn_end():
     settings = json.loads((tiny_models.merged() / "model" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [1, 5]
 
 
+@pytest.mark.torch
 def test_the_manifest_holds_the_gates_figures():
     metrics = json.loads((tiny_models.merged() / "manifest.json").read_text())["metrics"]
     assert metrics["prompts"] == 50
@@ -45,6 +49,7 @@ def test_the_manifest_holds_the_gates_figures():
     assert metrics["bytes"] < 2.1 * metrics["parameters"]
 
 
+@pytest.mark.torch
 def test_merging_twice_gives_the_same_bytes(tmp_path):
     base = tiny_models.made() / "base-model" / "model"
     merge.fold(base, tiny_models.made() / "grpo", "float16", tmp_path / "model")
@@ -52,12 +57,14 @@ def test_merging_twice_gives_the_same_bytes(tmp_path):
     assert again == (tiny_models.merged() / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.torch
 def test_the_room_asked_for_is_enough():
     base = tiny_models.made() / "base-model" / "model"
     used = sum(path.stat().st_size for path in (tiny_models.merged() / "model").iterdir())
     assert used < merge.room_bytes(base, Merge("float16"))
 
 
+@pytest.mark.torch
 def test_an_adapter_that_does_nothing_is_refused(tmp_path):
     made = tiny_models.made()
     tiny_models.adapter(made / "base-model" / "model", tmp_path / "grpo", steps=0)  # B starts at 0
@@ -76,6 +83,7 @@ def test_fewer_problems_than_prompts_are_refused_before_anything_is_merged(tmp_p
         first_rows(path, 50, "[merge] prompts")
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("stated", "expected"), [([], [5]), ([5], [5]), ([1], [1, 5]), ([1, 5], [1, 5]), ([5, 1], [5, 1])]
 )
@@ -99,6 +107,7 @@ def test_a_generation_config_that_contradicts_itself_keeps_its_token_ids(tmp_pat
     assert "generation_config.json of the base contradicts itself" in capsys.readouterr().err
 
 
+@pytest.mark.torch
 def test_a_base_whose_weights_are_not_in_the_cache_any_more_is_fetched_whole(tmp_path, monkeypatch):
     (tmp_path / "snapshot").mkdir()
     monkeypatch.setattr("stages.merge.locate_model", lambda recipe: ("owner/name", "a" * 40))
@@ -115,6 +124,7 @@ def test_a_base_whose_weights_are_not_in_the_cache_any_more_is_fetched_whole(tmp
     assert result.output.strip() == "Error: asked the hub for owner/name at aaaa"
 
 
+@pytest.mark.torch
 def test_a_4_bit_model_is_refused_without_a_gpu_before_any_work(tmp_path, monkeypatch):
     import torch
 
@@ -133,6 +143,7 @@ def test_a_4_bit_model_is_refused_without_a_gpu_before_any_work(tmp_path, monkey
     assert not (tmp_path / "merge").exists()
 
 
+@pytest.mark.torch
 def test_room_for_a_4_bit_model_is_asked_for_where_it_is_made():
     base = tiny_models.made() / "base-model" / "model"
     assert merge.room_bytes(base, Merge("float16"), four_bits=True) > merge.room_bytes(base, Merge("float16"))

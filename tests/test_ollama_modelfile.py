@@ -24,6 +24,8 @@ from stages.lib.ollama.proof import CONVERSATIONS
 from stages.lib.recipe.tables import Format, Ollama
 from tests.support import chat_templates, tiny_models
 
+pytestmark = pytest.mark.slow
+
 KNOBS = Ollama(
     quantization="q4_k_m", num_ctx=512, temperature=0.5, top_p=0.9, top_k=40, min_p=0.05, license="Apache-2.0"
 )

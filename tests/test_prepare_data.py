@@ -23,6 +23,7 @@ from stages.lib.model.files import refuse_quantized_base
 from stages.lib.recipe.read import build_table, read_recipe
 from stages.lib.recipe.tables import Source
 from tests.support import micro
+from tests.support.recipes import read_tables, write_tables
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "support"
@@ -46,9 +47,8 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def write_recipe(folder: Path, sources: list[dict[str, Any]], **knobs: Any) -> Path:
     """Write the tiny recipe with other sources; `knobs` are keys of [data], or whole tables' changes by table name."""
-    tables = tomllib.loads((ROOT / "recipes" / "tiny.toml").read_text())
+    tables = read_tables()
     tables.pop("base_model")
-    tables["gguf"].pop("max_mean_kl")  # a table within a table, which the lines below do not write
     tables["data"] = {
         "max_prompt_tokens": 500, "ngram_words": 5, "near_duplicate_jaccard": 0.8, "contamination_overlap": 0.6,
     }  # fmt: skip
@@ -62,14 +62,8 @@ def write_recipe(folder: Path, sources: list[dict[str, Any]], **knobs: Any) -> P
             tables[name] |= value
         else:
             tables["data"][name] = value
-    lines = [f"save = {json.dumps(tables.pop('save'))}"]
-    for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    for source in sources:
-        lines += ["[[data.sources]]", *(f"{key} = {json.dumps(value)}" for key, value in {**COLUMNS, **source}.items())]
-    path = folder / "recipe.toml"
-    path.write_text("\n".join(lines))
-    return path
+    tables["data"]["sources"] = [{**COLUMNS, **source} for source in sources]
+    return write_tables(folder / "recipe.toml", tables)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -440,6 +434,7 @@ def test_max_rows_reads_the_first_rows_only(tmp_path: Path) -> None:
     assert prepare(tmp_path / "again", sources)["sets"]["sft"]["rows"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_how_many_processes_share_the_work_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
@@ -454,6 +449,7 @@ def test_how_many_processes_share_the_work_does_not_matter(
     assert left == ["eval.jsonl", "grpo.jsonl", "removed.jsonl", "sft.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_bad_row_ends_the_work_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.lib.data.sets.LARGE_BYTES", 0)
     monkeypatch.setattr("stages.lib.data.sets.MAX_PROCESSES", 2)
@@ -550,6 +546,7 @@ def gsm8k_sources(**knobs: Any) -> list[dict[str, Any]]:
     return [{**GSM8K, "use": ["sft", "grpo"], **knobs}, {**GSM8K, "use": ["eval"], "split": "test"}]
 
 
+@pytest.mark.slow
 def test_the_stage_reads_a_local_copy_in_place_of_the_hub(tmp_path: Path, model: Path) -> None:
     result = stage(tmp_path, model, gsm8k_sources(), "--data", DATA / "gsm8k")
     assert result.exit_code == 0, result.output
@@ -568,6 +565,7 @@ def test_the_stage_reads_a_local_copy_in_place_of_the_hub(tmp_path: Path, model:
     assert "grpo          8" in result.output
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bytes(tmp_path: Path, model: Path) -> None:
     digests = []
     for name in ("one", "two"):
@@ -579,6 +577,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path, model: Path) -> None:
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_the_limit_counts_the_tokens_of_the_whole_rendered_prompt(tmp_path: Path, model: Path) -> None:
     question = "Half of the 36 children in a choir are away. How many of them sing today?"
     system = prepare_data.formats.get("xml").system_prompt
@@ -591,6 +590,7 @@ def test_the_limit_counts_the_tokens_of_the_whole_rendered_prompt(tmp_path: Path
     assert len(kept) < 8
 
 
+@pytest.mark.slow
 def test_other_weights_of_a_local_model_are_another_identity_for_all_later_stages(tmp_path: Path, model: Path) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(model, mine)
@@ -604,6 +604,7 @@ def test_other_weights_of_a_local_model_are_another_identity_for_all_later_stage
     assert "finished" in stage(tmp_path, mine, sources).output
 
 
+@pytest.mark.slow
 def test_another_file_of_either_part_of_a_dataset_is_another_identity(tmp_path: Path, model: Path) -> None:
     for part, rows in (("main", numbered(0, 3)), ("extra", numbered(5, 8)), ("held", numbered(9000, 9003))):
         (tmp_path / "data" / part).mkdir(parents=True)
@@ -619,6 +620,7 @@ def test_another_file_of_either_part_of_a_dataset_is_another_identity(tmp_path: 
         assert "finished" in stage(*arguments).output, part
 
 
+@pytest.mark.slow
 def test_too_few_rows_for_merge_and_gguf_are_said_before_anything_is_trained(tmp_path: Path, model: Path) -> None:
     sources = [
         {"name": write_rows(tmp_path / "train.jsonl", numbered(0, 3)), "use": ["sft", "grpo"], **WORKED},
@@ -641,6 +643,7 @@ def test_too_few_rows_for_merge_and_gguf_are_said_before_anything_is_trained(tmp
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -675,6 +678,7 @@ def test_bad_input_ends_with_one_message_and_leaves_what_was_there(
     assert len(rows_of(tmp_path, "sft")) == 4
 
 
+@pytest.mark.slow
 def test_a_second_run_has_nothing_to_do(tmp_path: Path, model: Path, checked: list[str]) -> None:
     assert stage(tmp_path, model, gsm8k_sources(), "--data", DATA / "gsm8k").exit_code == 0
     assert checked == [str(model)]
@@ -684,6 +688,7 @@ def test_a_second_run_has_nothing_to_do(tmp_path: Path, model: Path, checked: li
     assert checked == [str(model)]
 
 
+@pytest.mark.slow
 def test_a_model_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -764,6 +769,7 @@ def test_the_bands_are_as_likely_to_meet_as_the_docstring_says() -> None:
 USER_ONLY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -785,6 +791,7 @@ def test_a_chat_template_that_no_modelfile_can_hold_is_refused_before_training(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_chat_template_that_puts_a_thought_before_each_completion_is_refused(tmp_path: Path, model: Path) -> None:
     """As Qwen3's own does: the prompt ends before the thought, so the model would have to write it first."""
     shutil.copytree(model, tmp_path / "model")
@@ -800,6 +807,7 @@ def test_a_chat_template_that_puts_a_thought_before_each_completion_is_refused(t
     assert r"it has '<think>\n\n</think>\n\n<reasoning>" in result.output
 
 
+@pytest.mark.slow
 def test_a_quantized_base_is_refused_before_training(tmp_path: Path, model: Path) -> None:
     shutil.copytree(model, tmp_path / "model")
     settings = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
@@ -809,6 +817,7 @@ def test_a_quantized_base_is_refused_before_training(tmp_path: Path, model: Path
     assert "model: its weights are quantized (bitsandbytes in its config.json); merge needs the 16-bit" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -20,6 +20,8 @@ from stages.lib.recipe.read import read_recipe
 from stages.lib.report.card import fidelity
 from tests.support import hub_server, uploads
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "hf_" + "s3cret" * 5
 TRANSFERS = ["xet", "lfs", "lfs in parts"]
 LARGE = {  # of the three repositories that the recipe's save asks for: what goes to storage

@@ -3,11 +3,9 @@
 import dataclasses
 import json
 import re
-import tomllib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -21,6 +19,7 @@ from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe, is_hub_name
 from stages.lib.rewards.names import load_rewards
 from tests.support import family_models, micro, tiny_models
+from tests.support.recipes import read_tables, write_tables
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "support"
@@ -186,21 +185,7 @@ def tokenizer(name: str, folder: Path) -> Path:
     return folder
 
 
-def toml(tables: dict[str, Any], inside: str = "") -> str:
-    """Return a recipe's tables as TOML."""
-    lines = [f"{name} = {json.dumps(value)}" for name, value in tables.items() if not isinstance(value, dict)]
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            continue
-        lines += [f"[{inside}{name}]"]
-        plain = {key: value for key, value in table.items() if key not in ("sources", "max_mean_kl")}
-        lines += [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
-        for source in table.get("sources", []):
-            lines += [f"[[{name}.sources]]", *(f"{key} = {json.dumps(value)}" for key, value in source.items())]
-        lines += [toml({"max_mean_kl": table["max_mean_kl"]}, f"{name}.")] if "max_mean_kl" in table else []
-    return "\n".join(lines)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_prepares_its_data_from_local_copies(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -213,7 +198,7 @@ def test_a_recipe_prepares_its_data_from_local_copies(
         "unsloth/OpenMathReasoning-mini": DATA / "openmath",
         "base-model": "base-model",
     }
-    tables = tomllib.loads(RECIPES[name].read_text())
+    tables = read_tables(name)
     arguments = []
     if tables["model"]["name"] == "base-model":
         arguments = ["--base-model", str(base_model(tmp_path / "base-model"))]
@@ -224,8 +209,7 @@ def test_a_recipe_prepares_its_data_from_local_copies(
     for source in tables["data"]["sources"]:
         source |= {"name": str(local[source["name"]]), "revision": ""}
     tables["merge"]["prompts"] = tables["gguf"]["prompts"] = 1  # the copies are small
-    recipe = tmp_path / f"{name}.toml"
-    recipe.write_text(toml(tables))
+    recipe = write_tables(tmp_path / f"{name}.toml", tables)
 
     out = tmp_path / "prepare-data"
     result = CliRunner().invoke(prepare_data.main, ["--recipe", str(recipe), "--out", str(out), *arguments])

@@ -96,6 +96,7 @@ def test_an_input_that_was_never_made(tmp_path, stage):
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("stage", ["sft", "grpo", "infer"])
 def test_an_input_that_was_started_and_not_finished(finished, tmp_path, stage):
     for name in INPUTS[stage]:
@@ -107,6 +108,7 @@ def test_an_input_that_was_started_and_not_finished(finished, tmp_path, stage):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("stage", TRAINING)
 def test_a_foreign_file_in_out(finished, tmp_path, stage):
     (tmp_path / "out").mkdir()
@@ -117,6 +119,7 @@ def test_a_foreign_file_in_out(finished, tmp_path, stage):
     assert not (tmp_path / "out.unfinished").exists()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("stage", TRAINING)
 def test_another_stages_folder_as_out(finished, stage):
     other = next(name for name in TRAINING if name != stage)
@@ -126,6 +129,7 @@ def test_another_stages_folder_as_out(finished, stage):
     assert state(finished) == before
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("stage", TRAINING)
 def test_a_disk_with_too_little_room(finished, tmp_path, stage, monkeypatch):
     usage = namedtuple("usage", "total used free")
@@ -143,6 +147,7 @@ def broken_model(finished: Path, folder: Path, *absent: str) -> Path:
     return micro.write_recipe(folder, model={"name": str(folder / "model")})
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("absent", "message"),
     [
@@ -158,6 +163,7 @@ def test_a_model_folder_that_lacks_something(finished, tmp_path, stage, absent, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.torch
 def test_a_base_model_that_is_not_given(finished, tmp_path):
     arguments = micro.arguments("sft", finished, tmp_path / "out")
     place = arguments.index("--base-model")
@@ -175,6 +181,7 @@ def test_from_a_shell_the_message_is_one_line_on_stderr_and_the_exit_code_1(tmp_
     assert re.fullmatch(r"Error: .*micro\.toml: \[sft\] stepz is not known \(did you mean 'steps'\?\).*\n", done.stderr)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("stage", TRAINING)
 def test_what_is_up_to_date_says_so_and_loads_nothing_heavy(finished, stage):
     before = {name: size for name, (size, _) in state(finished / stage).items()}

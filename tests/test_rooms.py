@@ -1,6 +1,7 @@
 """The rooms of `stages/lib`: each imports only rooms below it, and its files and functions are read in one sitting."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def test_a_room_imports_only_rooms_below_it(path):
     assert [room for room in imported(path) if FLOOR[room] >= FLOOR[room_of(path)]] == []
 
 
+@functools.cache
 def too_large() -> dict[str, str]:
     """Give what is over a limit, by name, with what it has."""
     found = {}

@@ -15,6 +15,8 @@ from stages.lib.model.files import refuse_quantized, weight_shapes
 from stages.lib.recipe.tables import Gguf, Merge
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.torch
+
 
 def base() -> Path:
     return tiny_models.made() / "base-model" / "model"

@@ -1,11 +1,8 @@
 """score-base: what it makes of rewards, when it advises against GRPO, which problems it chooses, and one run of it."""
 
-import atexit
-import functools
 import json
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,8 @@ from stages.lib.model.generate import until_end
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import ScoreBase
 from tests.support import tiny_models
+from tests.support.once import once_a_run, run_folder
+from tests.support.recipes import read_tables, write_tables
 
 KNOBS = ScoreBase(problems=3, completions_per_problem=2, batch_size=2, seed=0, min_pass_rate=0.0, max_pass_rate=1.0)
 
@@ -250,11 +249,10 @@ def test_grpo_refuses_what_has_no_subset_or_was_advised_against(tmp_path, figure
 # ---- a run ---------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@once_a_run
 def base_model() -> Path:
     """Return a finished base-model/ of a network that has learned nothing, with its publisher's favourite sampling."""
-    folder = Path(tempfile.mkdtemp(prefix="temper-test-")) / "base-model"
-    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    folder = run_folder() / "score-base" / "base-model"
     with write_artifact(folder, "base-model", {}, {}) as run:
         tiny_models.trained_gemma(run.folder / "model", steps=0)
         favourite = {"do_sample": True, "top_k": 1, "repetition_penalty": 9.0, "eos_token_id": [1, 5]}
@@ -264,19 +262,15 @@ def base_model() -> Path:
 
 def arrange(folder: Path, functions: list[str], **bounds: float) -> Path:
     """Write a recipe for 6 problems x 4 with these rewards and, beside where the output goes, its inputs."""
-    text = Path("recipes/tiny.toml").read_text()
-    values = {"problems": 6, "completions_per_problem": 4, "batch_size": 16, "seed": 0} | bounds
-    values = {"min_pass_rate": 0.0, "max_pass_rate": 1.0} | values
-    table = "[score_base]\n" + "".join(f"{key} = {value}\n" for key, value in values.items()) + "\n"
-    text = re.sub(r"\[score_base\]\n.*?\n(?=\[)", lambda _: table, text, flags=re.DOTALL)
-    rewards = f"[rewards]\nfunctions = {json.dumps(functions)}\nweights = {[1.0] * len(functions)}\n\n"
-    text = re.sub(r"\[rewards\]\n.*?\n(?=\[)", lambda _: rewards, text, flags=re.DOTALL)
-    (folder / "recipe.toml").write_text(text.replace("max_completion_tokens = 64", "max_completion_tokens = 24"))
+    tables = read_tables() | {"rewards": {"functions": functions, "weights": [1.0] * len(functions)}}
+    tables["score_base"] |= {"problems": 6, "completions_per_problem": 4, "batch_size": 16, "seed": 0} | bounds
+    tables["grpo"]["max_completion_tokens"] = tables["infer"]["max_completion_tokens"] = 24
+    recipe = write_tables(folder / "recipe.toml", tables)
     shutil.copytree(base_model(), folder / "base-model")
     with write_artifact(folder / "prepare-data", "prepare-data", {}, {}) as run:
         lines = [json.dumps(row) + "\n" for row in tiny_models.rows(20, seed=7)]
         (run.folder / "grpo.jsonl").write_text("".join(lines))
-    return folder / "recipe.toml"
+    return recipe
 
 
 def run(recipe: Path, *inputs: str):
@@ -284,6 +278,7 @@ def run(recipe: Path, *inputs: str):
     return tiny_models.run_stage("score_base", recipe, out, "prepare-data", "base-model", *inputs), out
 
 
+@pytest.mark.torch
 def test_a_run_that_fails_keeps_what_it_measured_and_fails_again_without_sampling_again(tmp_path):
     (tmp_path / "own.py").write_text("def always(completions, **kwargs):\n    return [0.25] * len(completions)\n")
     recipe = arrange(tmp_path, ["xmlcount", "own.py:always"])
@@ -310,6 +305,7 @@ def test_a_run_that_fails_keeps_what_it_measured_and_fails_again_without_samplin
     assert [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()] == rows  # the seed decides
 
 
+@pytest.mark.torch
 def test_a_run_of_the_sft_model_samples_as_the_recipe_says_and_writes_the_subset(tmp_path):
     with write_artifact(tmp_path / "sft", "sft", {}, {}) as made:
         tiny_models.adapter(base_model() / "model", made.folder, steps=0)
@@ -335,6 +331,7 @@ def test_a_run_of_the_sft_model_samples_as_the_recipe_says_and_writes_the_subset
     assert (again.exit_code, "up to date" in again.output, "weighted sum" in again.output) == (0, True, True)
 
 
+@pytest.mark.torch
 def test_a_recipe_without_the_table_is_told_to_have_one(tmp_path):
     recipe = arrange(tmp_path, ["xmlcount"])
     recipe.write_text(re.sub(r"\[score_base\]\n.*?\n(?=\[)", "", recipe.read_text(), flags=re.DOTALL))

@@ -21,6 +21,8 @@ from stages.lib.serve.server import AsModelfile, application, completed
 from stages.lib.serve.setting import Setting, read_setting
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.torch
+
 ROOT = Path(__file__).parents[1]
 SETTING = Setting(
     Path("x.gguf"), "Be brief.", ["<end>"], 64, {"temperature": 0.5, "top_p": 0.9, "top_k": 0, "min_p": 0.0}

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TASK = ROOT / "docker" / "sky.yaml"
 LOCK = ROOT / "docker" / "sky.lock"

@@ -148,6 +148,7 @@ def test_every_knob_of_the_recipe_reaches_the_trainer(stage, tmp_path):
         assert changed != plain, key
 
 
+@pytest.mark.torch
 def test_every_optimizer_that_a_recipe_may_name_is_one_of_transformers(tmp_path):
     import torch
     from transformers import Trainer, TrainingArguments
@@ -179,6 +180,7 @@ def test_the_batch_is_what_the_recipe_says_however_it_is_cut(tmp_path, batch, mi
     assert (arguments["generation_batch_size"], arguments["num_generations"]) == (8, 4)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_the_bounds_of_the_health_checks_are_no_part_of_what_was_trained(finished, stage):
     assert "health" not in read_manifest(finished / stage, stage)["recipe"]
@@ -235,6 +237,7 @@ def checkpoints(out: Path) -> dict[int, Path]:
     return {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("stage", STAGES)
 def test_terminated_it_saves_and_ends_with_143_and_carried_on_it_ends_with_the_same_bytes(finished, tmp_path, stage):
     out = tmp_path / stage
@@ -252,6 +255,7 @@ def test_terminated_it_saves_and_ends_with_143_and_carried_on_it_ends_with_the_s
     is_as_undisturbed(out, finished, stage)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_with_half_a_checkpoint_and_then_at_the_very_end_it_still_ends_with_the_same_bytes(
     finished, tmp_path, stage, monkeypatch
@@ -291,6 +295,7 @@ def killed(folder: Path) -> None:
     raise Killed
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_a_process_drew_at_random_before_changes_nothing(finished, tmp_path, stage):
     import torch
@@ -300,6 +305,7 @@ def test_what_a_process_drew_at_random_before_changes_nothing(finished, tmp_path
     is_as_undisturbed(tmp_path / stage, finished, stage)
 
 
+@pytest.mark.torch
 def test_with_two_passes_over_a_batch_grpo_stops_only_where_it_can_be_carried_on_from(finished, tmp_path, monkeypatch):
     recipe = micro.write_recipe(tmp_path, grpo={"num_iterations": 2})
     assert micro.run("grpo", finished, tmp_path / "undisturbed", recipe).exit_code == 0
@@ -314,11 +320,13 @@ def test_with_two_passes_over_a_batch_grpo_stops_only_where_it_can_be_carried_on
     assert [row["step"] for row in rows] == [step for step in (1, 3, 5, 7) for _ in range(8)]  # each is there once
 
 
+@pytest.mark.torch
 def test_with_several_gpus_in_sight_one_is_trained_on():
     config = configure(lambda **fields: SimpleNamespace(n_gpu=2, **fields), {"max_steps": 1})
     assert (config._n_gpu, config.max_steps) == (1, 1)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("stage", STAGES)
 def test_bfloat16_trains_on_a_cpu(finished, tmp_path, stage):
     recipe = micro.write_recipe(tmp_path, model={"dtype": "bfloat16"}, **{stage: {"steps": 2, "save_steps": 2}})
@@ -326,6 +334,7 @@ def test_bfloat16_trains_on_a_cpu(finished, tmp_path, stage):
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.torch
 def test_a_folder_named_like_a_pattern_is_read(tmp_path):
     folder = tmp_path / "run [1] of *"
     folder.mkdir()
@@ -333,6 +342,7 @@ def test_a_folder_named_like_a_pattern_is_read(tmp_path):
     assert list(read_rows(folder / "rows.jsonl", Run(folder))["a"]) == [1, 2]
 
 
+@pytest.mark.torch
 def test_a_module_that_the_model_has_not_is_said_and_not_passed_over(finished, tmp_path):
     recipe = micro.write_recipe(tmp_path, lora={"target_modules": ["q_proj", "upp_proj"]})
     result = micro.run("sft", finished, tmp_path / "sft", recipe)
@@ -342,6 +352,7 @@ def test_a_module_that_the_model_has_not_is_said_and_not_passed_over(finished, t
     )
 
 
+@pytest.mark.torch
 def test_the_engine_is_closed_also_when_a_signal_ends_the_run(finished, tmp_path, monkeypatch):
     closed = []
     monkeypatch.setattr(grpo, "close_engine", closed.append)
@@ -350,6 +361,7 @@ def test_the_engine_is_closed_also_when_a_signal_ends_the_run(finished, tmp_path
     assert closed == [None]  # there is no vLLM here
 
 
+@pytest.mark.torch
 def test_grpo_continues_the_sft_adapter_and_learns(finished):
     from safetensors.numpy import load_file
 
@@ -361,6 +373,7 @@ def test_grpo_continues_the_sft_adapter_and_learns(finished):
     assert settings[0]["r"] == settings[1]["r"] == 16
 
 
+@pytest.mark.torch
 def test_the_artifacts_hold_what_later_stages_read(finished):
     for stage in STAGES:
         names = {path.name for path in (finished / stage).iterdir()}
@@ -372,6 +385,7 @@ def test_the_artifacts_hold_what_later_stages_read(finished):
     assert "loss" in read_manifest(finished / "sft", "sft")["metrics"]
 
 
+@pytest.mark.torch
 def test_every_completion_is_kept_with_what_it_was_paid(finished):
     rows = [json.loads(line) for line in (finished / "grpo" / "completions.jsonl").read_text().split("\n")[:-1]]
     assert [row["step"] for row in rows] == [step for step in range(1, 9) for _ in range(8)]
@@ -401,6 +415,7 @@ def test_what_lives_after_the_first_step_is_out_of_the_collectors_rounds_until_t
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.torch
 def test_an_sft_example_that_is_too_long_is_left_out_and_counted_and_none_left_is_an_error(finished, tmp_path):
     recipe = micro.write_recipe(tmp_path, sft={"max_tokens": 10})
     result = micro.run("sft", finished, tmp_path / "sft", recipe)

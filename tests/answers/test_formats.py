@@ -16,6 +16,7 @@ PIECES = [
 texts = st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 @settings(max_examples=1000)
 @given(reasoning=texts, answer=texts)
@@ -31,6 +32,7 @@ def test_reading_gives_what_was_written_or_writing_refuses(format, reasoning, an
             format.write(Answer(reasoning, answer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 @settings(max_examples=1000)
 @given(completion=st.lists(st.sampled_from(PIECES), max_size=12).map("".join))

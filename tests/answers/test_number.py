@@ -85,6 +85,7 @@ def test_what_is_not_surely_one_number_is_not_read(text):
     assert number_value(text) is None
 
 
+@pytest.mark.slow
 @settings(max_examples=2000)
 @given(st.text(alphabet="0123456789+-−.,/eE$€%° \n\\{}()fracboxd*`=orxk½²４٤", max_size=40))
 def test_canonical_is_stable_exact_and_never_raises(text):

@@ -138,6 +138,7 @@ def test_killed_at_any_change_of_the_first_run_nothing_looks_finished_and_the_ne
     assert 8 < number < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_at_any_change_of_a_later_run_the_old_result_or_the_new_one_stands_and_the_next_run_is_whole(
     tmp_path, monkeypatch, after
@@ -160,6 +161,7 @@ def test_killed_at_any_change_of_a_later_run_the_old_result_or_the_new_one_stand
     assert 12 < number < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_while_another_recipes_checkpoints_are_deleted_nobody_carries_on_from_their_remains(
     tmp_path, monkeypatch, after
@@ -178,6 +180,7 @@ def test_killed_while_another_recipes_checkpoints_are_deleted_nobody_carries_on_
     assert 10 < number < 100
 
 
+@pytest.mark.slow
 def test_killed_twice_at_any_two_changes_the_third_run_is_whole(tmp_path, monkeypatch):
     chance = random.Random(0)
     for number in range(60):
@@ -204,6 +207,7 @@ class _nothing_or_exit:
         return kind is SystemExit and error.code == 0
 
 
+@pytest.mark.slow
 def test_killed_by_the_system_at_random_moments_the_folder_is_absent_or_whole(tmp_path):
     out = tmp_path / "out"
     program = (
@@ -316,6 +320,7 @@ EDITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "old", "new", "same"), EDITS)
 def test_code_counts_where_the_stage_reaches_it_but_comments_and_docstrings_do_not(
     tmp_path, monkeypatch, file, old, new, same

@@ -122,6 +122,7 @@ def test_the_jaccard_index_is_that_of_the_sets_of_n_grams(tmp_path: Path) -> Non
     assert jaccard(grams, left, right).tolist() == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.7, 0.8, 0.9])
 def test_near_duplicates_are_what_a_loop_over_all_pairs_finds(tmp_path: Path, threshold: float) -> None:
     questions = some_questions(600)

@@ -52,6 +52,7 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     found = read(write(tmp_path / f"mine{suffix}", ROWS))

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from stages import base_model
 from stages.lib.recipe.read import read_recipe
 from tests.support import micro
+from tests.support.recipes import write_tables
 
 if shutil.which("nvidia-smi") is None:
     pytest.skip("needs an NVIDIA GPU: make test-gpu", allow_module_level=True)
@@ -55,24 +57,12 @@ class Work:
 
     def recipe(self, name: str, **changes: object) -> Path:
         """Write a recipe with other values, by "table__key"."""
-        values = VALUES | {key.replace("__", "."): value for key, value in changes.items()}
-        lines, table = [], ""
         text = (ROOT / "bench" / "gpu_learning.toml").read_text()
-        for line in text.format(base=self.folder / "base", problems=self.folder / "problems").splitlines():
-            if match := re.fullmatch(r"\[+([\w.]+)\]+", line):
-                table = match[1] + "."
-            key = table + line.partition("=")[0].strip()
-            lines.append(f"{line.partition('=')[0]}= {json.dumps(values.pop(key))}" if key in values else line)
-            if line in ("[model]", "[vllm]"):  # what the file does not state
-                lines += [
-                    f"{name.partition('.')[2]} = {json.dumps(values.pop(name))}"
-                    for name in ("model.load_in_4bit", "vllm.standby")
-                    if name in values and name.startswith(table)
-                ]
-        assert not values, values
-        path = self.folder / f"{name}.toml"
-        path.write_text("\n".join(lines) + "\n")
-        return path
+        tables = tomllib.loads(text.format(base=self.folder / "base", problems=self.folder / "problems"))
+        for key, value in (VALUES | {key.replace("__", "."): value for key, value in changes.items()}).items():
+            table, _, key_there = key.rpartition(".")
+            (tables[table] if table else tables)[key_there] = value
+        return write_tables(self.folder / f"{name}.toml", tables)
 
     def run(
         self, stage: str, recipe: Path, out: str, inputs: dict[str, str] | None = None, before: str = "", code: int = 0

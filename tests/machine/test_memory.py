@@ -100,6 +100,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_config_json_gives_the_parameters_that_transformers_makes_of_it(case):
     import torch

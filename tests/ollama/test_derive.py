@@ -65,6 +65,7 @@ def test_the_templates_of_llama_cpp_are_there_and_the_lists_name_only_them():
     assert {*REFUSED, *DIFFERENT} <= {*LLAMA_CPP}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_go_and_jinja_give_one_text_on_every_conversation(name):
     render, found = derived(name)
@@ -241,6 +242,7 @@ def test_any_concatenation_by_role_is_derived(words, trims_user, folds):
     assert render_by_go(found.template, kept) == wanted
 
 
+@pytest.mark.slow
 def test_no_template_holds_what_a_modelfile_would_lose():
     for name in FAMILIES:
         template = derived(name)[1].template

@@ -62,6 +62,7 @@ def front(kind: str, recipe: Recipe, manifests: dict, names: dict[str, str] = AL
     return ModelCard(written(kind, recipe, manifests, names)).data.to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_hubs_own_parser_reads_every_card_back(kind, recipe, manifests):
     from huggingface_hub import ModelCard
@@ -76,6 +77,7 @@ def test_the_hubs_own_parser_reads_every_card_back(kind, recipe, manifests):
     assert str(card) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "measured"),
     [

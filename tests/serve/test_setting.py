@@ -15,6 +15,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "1 + 1?"}
 
 
+@pytest.mark.torch
 def test_all_settings_come_from_the_modelfile():
     folder = tiny_models.modelfile()
     assert read_setting(folder) == Setting(
@@ -26,6 +27,7 @@ def test_all_settings_come_from_the_modelfile():
     )
 
 
+@pytest.mark.torch
 def test_a_modelfile_without_a_system_prompt_has_none(tmp_path):
     folder = Path(shutil.copytree(tiny_models.modelfile(), tmp_path / "ollama-modelfile"))
     text = (folder / "Modelfile").read_text()

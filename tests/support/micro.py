@@ -1,11 +1,12 @@
 """The smallest run of the stages that train: the tiny recipe with numbers so low that a stage takes a second or two."""
 
 import importlib
-import re
 from pathlib import Path
 
 import click
 from click.testing import CliRunner, Result
+
+from tests.support.recipes import read_tables, write_tables
 
 INPUTS = {
     "base-model": [],
@@ -46,22 +47,11 @@ def variety(completions):
 
 def write_recipe(folder: Path, **changes: dict[str, object]) -> Path:
     """Write micro.toml, with other values where `changes` (a dict a table) has them, and its reward file; return it."""
-    root = Path(__file__).parents[2]
-    lines, table = [], ""
-    numbers = {name: NUMBERS.get(name, {}) | changes.get(name, {}) for name in NUMBERS | changes}
-    for line in (root / "recipes" / "tiny.toml").read_text().splitlines():
-        if match := re.fullmatch(r"\[(\w+)\]", line):
-            table = match[1]
-        key = line.partition("=")[0].strip()
-        if key in numbers.get(table, {}):
-            value = numbers[table].pop(key)
-            line = f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
-        lines.append(line)
-    assert not any(numbers.values()), f"the tiny recipe has no {numbers}"
+    tables = read_tables()
+    for name in NUMBERS | changes:
+        tables[name] |= NUMBERS.get(name, {}) | changes.get(name, {})
     (folder / "own.py").write_text(OWN)
-    path = folder / "micro.toml"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return write_tables(folder / "micro.toml", tables)
 
 
 def write_weights(folder: Path, value: float = 0.0) -> None:

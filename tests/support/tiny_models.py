@@ -1,17 +1,15 @@
 """Small models for tests, made on the spot: a trained Gemma 3 with a SentencePiece tokenizer, and a LoRA adapter."""
 
-import atexit
-import functools
 import importlib
 import json
 import random
-import shutil
-import tempfile
 from pathlib import Path
 
 from click.testing import CliRunner, Result
 
 from stages.lib.artifact.folder import write_artifact
+from tests.support.once import once_a_run, run_folder
+from tests.support.recipes import read_tables, write_tables
 
 SYSTEM = "Think, then answer."
 CHAT_TEMPLATE = (
@@ -128,11 +126,11 @@ def adapter(base: Path, folder: Path, steps: int = 30, **lora: object) -> Path:
     return folder
 
 
-@functools.cache
+@once_a_run
 def made() -> Path:
     """Return a folder with the finished artifacts base-model/, prepare-data/ and grpo/ of a tiny run, made once."""
-    folder = Path(tempfile.mkdtemp(prefix="temper-test-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = run_folder() / "tiny"
+    folder.mkdir(exist_ok=True)
     with write_artifact(folder / "base-model", "base-model", {}, {}) as run:
         trained_gemma(run.folder / "model")
     with write_artifact(folder / "prepare-data", "prepare-data", {}, {}) as run:
@@ -145,16 +143,8 @@ def made() -> Path:
 
 def recipe(folder: Path, **gguf: object) -> Path:
     """Write the tiny recipe with other values in [gguf] to `folder`; return the file."""
-    text = Path("recipes/tiny.toml").read_text()
-    start = text.index("[gguf]")
-    end = text.index("[ollama]")
-    lines = [
-        f"{key} = {json.dumps(value)}"
-        for key, value in ({"types": ["f16", "q8_0", "q4_k_m"], "prompts": 40} | gguf).items()
-    ]
-    path = folder / "tiny.toml"
-    path.write_text(text[:start] + "[gguf]\n" + "\n".join(lines) + "\n\n" + text[end:])
-    return path
+    tables = read_tables() | {"gguf": {"types": ["f16", "q8_0", "q4_k_m"], "prompts": 40} | gguf}
+    return write_tables(folder / "tiny.toml", tables)
 
 
 def run_stage(stage: str, recipe: Path, out: Path, *inputs: str) -> Result:
@@ -167,7 +157,7 @@ def run_stage(stage: str, recipe: Path, out: Path, *inputs: str) -> Result:
     return CliRunner().invoke(command, arguments)
 
 
-@functools.cache
+@once_a_run
 def merged() -> Path:
     """Return the folder of the finished merge/ artifact of the tiny run, made once, with its recipe beside it."""
     result = run_stage("merge", recipe(made()), made() / "merge", "grpo", "prepare-data", "base-model")
@@ -175,7 +165,7 @@ def merged() -> Path:
     return made() / "merge"
 
 
-@functools.cache
+@once_a_run
 def quantized() -> Path:
     """Return the folder of the finished gguf/ artifact of the tiny run, made once."""
     merged()
@@ -184,7 +174,7 @@ def quantized() -> Path:
     return made() / "gguf"
 
 
-@functools.cache
+@once_a_run
 def modelfile() -> Path:
     """Return the folder of the finished ollama-modelfile/ artifact of the tiny run, made once."""
     quantized()

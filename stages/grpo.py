@@ -23,6 +23,7 @@ from stages.lib.recipe.tables import Recipe
 from stages.lib.rewards.names import load_rewards
 from stages.lib.rewards.own import own_reward_files
 from stages.lib.train import ladder
+from stages.lib.train.microbatches import arrange_micro_batches
 from stages.lib.train.run import configure, keep_logs, read_rows, run_trainer, save_adapter
 
 ROOM_BYTES = 500_000_000
@@ -239,6 +240,7 @@ def learn(recipe: Recipe, problems: Path, model: Any, tokenizer: Any, rung: ladd
             processing_class=tokenizer,
         )
     skip_scoring_pass(recipe, trainer)
+    arrange_micro_batches(trainer)
     kept = keep_completions(trainer, run.checkpoints / "completions.jsonl", knobs.show_completions_steps)
     bar = ("loss", "reward", "completions/mean_length")
     callbacks = kept, settle_heap()

@@ -74,10 +74,10 @@ def cut(step: Mapping[str, Any], count: int, pad: int) -> list[dict[str, Any]]:
     order = torch.argsort(torch.where(idle, lengths - lengths.max() - 1, -lengths + lengths.max()), stable=True)
     batches = []
     for part in order.chunk(count):
-        batch = {
-            name: value[part] if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows else value
-            for name, value in step.items()
-        }
+        batch = dict(step)
+        for name, value in step.items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows:
+                batch[name] = value[part.to(value.device)]  # Unsloth keeps a count of its padding on the CPU
         batches.append(trim(batch, pad))
     return batches
 

@@ -4,14 +4,20 @@
 
 A run is ENGINE:SHAPE:COMPLETIONS:MICRO_BATCH[:WORD...], each in a process of its own. A word is NAME=VALUE of [grpo]
 or [vllm], or one of: `4bit`; `scoring` (keep Unsloth's pass that scores before it trains); `objects` (let vLLM make
-text of its tokens and an object of each log-probability, and Python's garbage collector walk all); `profile` (write
-where a step's time goes on the GPU beside the results).
+text of its tokens and an object of each log-probability, and Python's garbage collector walk all); `uncut` (TRL's own
+micro-batches, neither sorted, trimmed nor skipped); `profile` (write where a step's time goes on the GPU beside the
+results).
 The models have the published shapes and random weights: these hardly ever end by themselves, so all completions are
-equally long. Counted are whole optimizer steps after the first. Appends to bench/results/grpo_throughput.jsonl.
+equally long. `mean=300` gives the end token such a bias that completions are 300 tokens long on average, were they not
+truncated at 768: a geometric distribution. `idle=0.64` rewards so many of the groups all alike, which is what a first
+run on real weights had (370 of 576). Both with engine "unsloth" alone. Tokens a second are of real tokens, useful ones
+of groups with an advantage. Counted are whole optimizer steps after the first. Appends to
+bench/results/grpo_throughput.jsonl.
 """
 
 import datetime
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -52,6 +58,9 @@ SHAPES = {
     }),
 }  # fmt: skip
 COMPLETION_TOKENS, PROMPT_TOKENS = 768, 128
+# Added to the end token's logit, less ln(n), it ends a completion every n tokens: ln of the 151,936 entries of Qwen's
+# vocabulary, of which random weights make each about equally likely.
+END_BIAS = math.log(151_936)
 
 
 def make_model(shape: str, work: Path) -> Path:
@@ -249,6 +258,12 @@ def measure(run: str, work: Path) -> dict[str, Any]:
         grpo.settle_heap = TrainerCallback
     if "scoring" in words:
         unsloth.needs_scoring_pass = grpo.needs_scoring_pass = lambda recipe: True
+    if "uncut" in words:
+        grpo.arrange_micro_batches = lambda trainer: None
+    made_tokens: list[tuple[int, int]] = []
+    if engine == "unsloth":
+        values = dict(word.split("=") for word in words if "=" in word)
+        spread_out(recipe, float(values.get("mean", 0)), float(values.get("idle", 0)), made_tokens)
     watch(VLLMGeneration, "sync_weights", spent, "weight transfer")
     watch(GRPOTrainer, "_calculate_rewards", spent, "scoring")
     folder = work / "run"
@@ -263,6 +278,8 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     stop.set()
     tokens = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt * COMPLETION_TOKENS
     counted = steps[1:]
+    if made_tokens:
+        tokens, useful = (statistics.mean(counts) for counts in zip(*made_tokens[1 : 1 + len(counted)], strict=True))
     if profile:
         profile.write(run, RESULTS.with_name("grpo_profile.md"))
     total = torch.cuda.get_device_properties(0).total_memory
@@ -271,12 +288,44 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     return {
         "run": run,
         "tokens_per_second": round(tokens / medians["step"]),
+        **(
+            {"useful_tokens_per_second": round(useful / medians["step"]), "tokens": round(tokens)}
+            if made_tokens
+            else {}
+        ),
         "load": round(spent["load"], 1),
         "first step": round(steps[0]["step"], 1),
         **medians,
         "peak_gib": round(peak[0] / 1024, 1),
         **({"estimated_gib": round(stages["grpo"].peak_bytes / 2**30, 1)} if engine == "unsloth" else {}),
     }
+
+
+def spread_out(recipe: Recipe, mean: float, idle: float, made_tokens: list[tuple[int, int]]) -> None:
+    """Give completions a spread of lengths, and a share of the groups rewards that are all alike.
+
+    Appends, a step, how many tokens it made, and how many of them in groups with an advantage.
+    """
+    group = recipe.grpo.completions_per_prompt
+    inner = grpo.arguments
+
+    def arguments(*given: Any) -> dict[str, Any]:
+        made = inner(*given) | {"reward_weights": [1.0]}
+        if mean:
+            made["generation_kwargs"] |= {"logit_bias": {given[2][0]: END_BIAS - math.log(mean)}}
+        return made
+
+    def distinct(completions: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        def is_idle(row: int) -> bool:
+            number = row // group
+            return int((number + 1) * idle) > int(number * idle)
+
+        lengths = [len(ids) for ids in completion_ids]
+        made_tokens.append((sum(lengths), sum(n for row, n in enumerate(lengths) if not is_idle(row))))
+        return [1.0 if is_idle(row) else len(set(ids)) / 100 for row, ids in enumerate(completion_ids)]
+
+    grpo.arguments = arguments
+    grpo.load_rewards = lambda *given, **named: [distinct]
 
 
 def plain_trl(recipe: Recipe, problems: Path, run: Run) -> None:

@@ -23,6 +23,7 @@ from stages.lib.rewards.own import own_reward_files
 from stages.lib.train import ladder
 from stages.lib.train.callbacks import settle_heap
 from stages.lib.train.config import shared_arguments
+from stages.lib.train.microbatches import arrange_micro_batches
 from stages.lib.train.rollouts import keep_completions
 from stages.lib.train.run import configure, keep_logs, read_rows, run_trainer, save_adapter
 
@@ -183,6 +184,7 @@ def learn(
             processing_class=tokenizer,
         )
     skip_scoring_pass(recipe, trainer)
+    arrange_micro_batches(trainer)
     kept = keep_completions(trainer, run.checkpoints / "completions.jsonl", knobs.show_completions_steps)
     bar = ("loss", "reward", "completions/mean_length")
     callbacks = kept, settle_heap()

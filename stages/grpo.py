@@ -147,9 +147,7 @@ def train(recipe: Recipe, problems: Path, adapter: Path, run: Run) -> dict[str, 
     import_engine(recipe)
     keep_logs(run.checkpoints)
     recipe = ladder.lowered(recipe, "grpo", run.checkpoints)
-    functions = load_rewards(
-        recipe
-    )  # before the model: a file of the user's may be wrong in what only loading it shows
+    functions = load_rewards(recipe)  # before the model: only loading shows all that may be wrong in a user's file
     tokenizer = load_tokenizer(recipe)
     with ladder.stepping_down(recipe, "grpo", run.checkpoints):
         model = load_trainable(recipe, adapter)

@@ -13,6 +13,8 @@ from stages.lib.model.load import load_trainable
 from stages.lib.train import ladder
 from tests.support.arguments import RECIPES
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

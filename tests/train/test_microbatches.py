@@ -3,17 +3,17 @@
 import copy
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from stages.lib.train.microbatches import arrange_micro_batches, cut, trim
+
+pytestmark = pytest.mark.torch
 
 PAD, END, LETTERS = 0, 1, "abcdefghijklmnopqrstuvwxyz "
 
 
 def small_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     words = {word: number for number, word in enumerate(["<pad>", "<end>", "<unk>", *LETTERS])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -27,6 +27,9 @@ def small_tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
     set_seed(3)
     config = LlamaConfig(
         vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -38,7 +41,9 @@ def model():
 
 def gradients_and_passes(model, tmp_path, arrange, rewarded, loss_type="dapo", beta=0.0, iterations=1, count=4):
     """Train two steps; return the gradients of each, the passes that had any, and the weights after."""
+    import torch
     from datasets import Dataset
+    from transformers import TrainerCallback, set_seed
     from trl import GRPOConfig, GRPOTrainer
 
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "ab" * (1 + n % 5)}]} for n in range(40)])
@@ -87,6 +92,8 @@ def all_differ(completions, **columns):
 
 
 def test_gradients_with_and_without_skipped_micro_batches_are_equal_to_the_bit(model, tmp_path):
+    import torch
+
     whole, ran, weights = gradients_and_passes(model, tmp_path, False, in_two_groups)
     spared, fewer, same_weights = gradients_and_passes(model, tmp_path, True, in_two_groups)
     assert len(ran) == 8
@@ -119,6 +126,8 @@ def test_with_a_pull_to_the_base_model_nothing_is_skipped(model, tmp_path):
 
 
 def test_where_a_micro_batch_weighs_its_own_tokens_trls_cut_stays(model, tmp_path):
+    import torch
+
     theirs, _, _ = gradients_and_passes(model, tmp_path, None, all_differ, "bnpo")
     ours, _, _ = gradients_and_passes(model, tmp_path, True, all_differ, "bnpo")
     assert all(torch.equal(theirs[0][name], ours[0][name]) for name in theirs[0])
@@ -136,6 +145,8 @@ def test_completions_are_made_once_for_all_iterations_over_them(model, tmp_path)
 
 
 def step_of(lengths, advantages, width=6):
+    import torch
+
     ids = torch.tensor([[5] * n + [PAD] * (width - n) for n in lengths])
     return {
         "prompt_ids": torch.tensor([[PAD, PAD, 7]] * len(lengths)),
@@ -171,5 +182,7 @@ def test_an_end_that_is_the_padding_too_is_kept():
 
 
 def test_wider_rows_of_a_scoring_pass_are_not_trimmed():
+    import torch
+
     batch = step_of([2, 2], [1.0, 1.0]) | {"old_per_token_logps": torch.zeros(2, 9)}
     assert trim(batch, PAD)["completion_ids"].shape == (2, 6)

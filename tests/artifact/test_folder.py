@@ -334,6 +334,7 @@ def test_code_counts_where_the_stage_reaches_it_but_comments_and_docstrings_do_n
     assert (code_digest("sft") == before) == same
 
 
+@pytest.mark.slow
 def test_a_stage_with_a_hyphen_finds_its_code():
     names = ("prepare-data", "ollama-modelfile", "base-model", "there is no such stage")
     assert len({code_digest(name) for name in names}) == 4

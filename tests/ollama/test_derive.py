@@ -180,6 +180,7 @@ def test_trimming_drops_every_character_that_python_calls_white_space_and_no_oth
     assert render_by_go(found.template, conversations) == wanted
 
 
+@pytest.mark.slow
 def test_go_trims_forty_thousand_blanks_at_either_end():
     _, found = derived("gemma-3")
     conversation = [{"role": "user", "content": " " * 40_000 + "x" + "\n" * 40_000}]
@@ -205,6 +206,7 @@ def conversations(draw):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", chat_templates.MADE)
 @settings(max_examples=15, deadline=None)
 @given(conversations())
@@ -217,6 +219,7 @@ def test_go_and_jinja_agree_on_any_contents(name, generated):
 WORDS = st.text(st.sampled_from("ab {}<\n\"'%-\u00a0é"), max_size=6).map(repr)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.lists(WORDS, min_size=9, max_size=9), st.booleans(), st.booleans())
 def test_any_concatenation_by_role_is_derived(words, trims_user, folds):

@@ -98,6 +98,7 @@ def test_the_index_has_the_accuracies_that_were_measured_on_these_files_and_no_o
     assert {result.metric_type for result in results or []} <= {"accuracy"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "pushed", "base", "relation"),
     [

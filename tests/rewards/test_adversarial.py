@@ -176,6 +176,7 @@ def test_no_cheat_is_paid_as_much_as_an_honest_wrong_answer(suite, completion, a
     assert sum(paid(suite, completion, answer)) < HONEST_BUT_WRONG[suite]
 
 
+@pytest.mark.slow
 def test_math_correct_pays_in_those_rows_where_the_suite_finds_the_answer_right(tmp_path):
     for suite, format, position, right in (("xml", XML, 4, 2.0), ("think", THINK, 3, 3.5)):
         [math_correct] = load_rewards(["math_correct"], format, tmp_path)

@@ -247,23 +247,16 @@ def table(figures: dict[str, Any]) -> str:
     """Return the figures as lines for the terminal, a file a line."""
 
     def cells(name: str, file: dict[str, Any], *answers: str) -> tuple[str, ...]:
-        distances = [f"{file[kl]:.1e}" for kl in ("mean_kl", "p99_kl", "max_kl")]
-        shown = (
-            name,
-            f"{file['bytes'] / 1e6:,.1f}",
-            *distances,
-            f"{file['same_top']:.2%}",
-            f"{file['perplexity']:.4f}",
-        )
+        kls = [f"{file[kl]:.1e}" for kl in ("mean_kl", "p99_kl", "max_kl")]
+        shown = (name, f"{file['bytes'] / 1e6:,.1f}", *kls, f"{file['same_top']:.2%}", f"{file['perplexity']:.4f}")
         return (*shown, *(answers or ("",) * (len(COLUMNS) - len(shown))))
 
     reference = figures["reference"]
     lines: list[tuple[str, ...]] = [COLUMNS]
     for kind, file in figures["files"].items():
         flips = f"{file['flipped_to_wrong']}/{file['flipped_to_right']}"
-        lines.append(
-            cells(kind, file, f"{file['same_text']:.1%}", f"{file['accuracy']:.1%}", flips, f"{file['ended']}")
-        )
+        answers = f"{file['same_text']:.1%}", f"{file['accuracy']:.1%}", flips, f"{file['ended']}"
+        lines.append(cells(kind, file, *answers))
         perplexity = f"{file['reference_perplexity']:.4f}"
     if "lora" in figures:
         lines.append(cells("lora", figures["lora"]))

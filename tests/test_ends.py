@@ -75,7 +75,7 @@ def test_the_turns_end_is_the_control_token_right_after_an_answer(close):
 
 @pytest.mark.parametrize("close", ["", "\n", "END<end_of_turn>"])
 def test_a_turn_that_no_control_token_closes_is_refused(close):
-    with pytest.raises(UserError, match="here: the chat template closes the assistant's turn with .* control token"):
+    with pytest.raises(UserError, match=r"here: the chat template closes the assistant's turn with .* control token"):
         turn_end(tokenizer(TURN.replace("CLOSE", close)), "here")
 
 

@@ -193,7 +193,7 @@ def first_layer_inputs(model: Path, rows: list[dict]):
     network = load_reference(model).model
     tokenizer = AutoTokenizer.from_pretrained(model)
     whole = [row["prompt"] + row["completion"] for row in rows]
-    tokens = sum(tokenizer.apply_chat_template(whole, return_dict=False), [])
+    tokens = [token for ids in tokenizer.apply_chat_template(whole, return_dict=False) for token in ids]
     with torch.inference_mode():
         inputs = network.layers[0].input_layernorm(network.embed_tokens(torch.tensor(tokens)))
     return inputs.square().mean(dim=0).numpy()

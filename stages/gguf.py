@@ -4,46 +4,32 @@ import contextlib
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from stages.lib import options
-from stages.lib.answers import formats, stats
-from stages.lib.answers.grade import mark
 from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.artifact.manifest import read_manifest, write_json
-from stages.lib.distance import Text, compare_logits, spread_positions, store_logits
 from stages.lib.errors import UserError
 from stages.lib.gguf import imatrix
 from stages.lib.gguf.convert import convert_lora, convert_model, quantize
-from stages.lib.gguf.file import Loaded
-from stages.lib.gguf.tokens import Vocabulary, verify_end, verify_prompt
+from stages.lib.gguf.tokens import Vocabulary
 from stages.lib.gguf.types import GGUF_TYPES
 from stages.lib.jsonl import first_rows
 from stages.lib.model.files import refuse_quantized, vocabulary_size, whole_model_folder
 from stages.lib.model.locate import locate_model
-from stages.lib.model.reference import load_reference, model_greedy, model_logits, stated_ends
+from stages.lib.model.parity import examine, examine_adapter, refer
+from stages.lib.model.reference import load_reference
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Gguf, Recipe
+from stages.lib.report.plots import draw_parity
 
-SEQUENCES = 8  # completions at once
 ADAPTER = "adapter-f16.gguf"
 COLUMNS = (
-    "type",
-    "MB",
-    "mean KL",
-    "p99 KL",
-    "max KL",
-    "same top",
-    "perplexity",
-    "same text",
-    "right",
-    "flips",
-    "ended",
-)
+    "type", "MB", "mean KL", "p99 KL", "max KL", "same top", "perplexity", "same text", "right", "flips", "ended",
+)  # fmt: skip
 
 
 @click.command(help=__doc__)
@@ -165,31 +151,10 @@ def weigh(model: Path, source: Path, rows: Sequence[dict]) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    texts = [template_tokens(tokenizer, row["prompt"] + row["completion"]) for row in rows]
+    texts = tokenizer.apply_chat_template([row["prompt"] + row["completion"] for row in rows], return_dict=False)
     with contextlib.closing(Vocabulary(source)) as file:
         architecture = file.metadata("general.architecture")
     return imatrix.collect(load_reference(model), texts, architecture)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the merged model does in transformers: every file is held against it."""
-
-    tokenizer: Any
-    rows: list[dict[str, Any]]
-    prompts: list[list[int]]  # token ids
-    texts: list[Text]  # prompts with their reference completions
-    logits: Path
-    completions: list[str]  # greedy, without the end token
-    right: list[bool]
-    ended: int  # completions that ended by themselves
-    max_tokens: int
-
-    @property
-    def context_tokens(self) -> int:
-        """The longest text, or prompt with a completion, in tokens."""
-        longest = max(len(prompt) for prompt in self.prompts) + self.max_tokens
-        return max(longest, *(len(text.tokens) for text in self.texts))
 
 
 def prove(
@@ -208,20 +173,19 @@ def prove(
     started = time.monotonic()
     reference = refer(model, rows, recipe, run.checkpoints)
     run.seconds["reference"] = time.monotonic() - started
-    total = len(reference.prompts)
     figures: dict[str, Any] = {
         "reference": {
-            "prompts": total,
+            "prompts": len(rows),
             "positions": sum(len(text.positions) for text in reference.texts),
-            **accuracy(reference.right),
-            "ended": reference.ended,
+            **reference.completions.accuracy,
+            "ended": reference.completions.ended,
         },
         "files": {},
     }
     allowed = limits(recipe.gguf)
     for kind, path in paths.items():
         started = time.monotonic()
-        figures["files"][kind] = examine(path, reference, recipe) | {"max_mean_kl": allowed[kind]}
+        figures["files"][kind] = examine(path, reference) | {"max_mean_kl": allowed[kind]}
         run.seconds[f"examine {kind}"] = time.monotonic() - started
     if adapter:
         started = time.monotonic()
@@ -231,108 +195,13 @@ def prove(
         run.seconds["examine lora"] = time.monotonic() - started
     reference.logits.unlink()
     write_json(run.folder / "parity.json", figures)
-    draw(figures["files"], run.folder / "parity.png")
+    draw_parity(figures["files"], run.folder / "parity.png")
     click.echo(table(figures))
     missed = [line for kind in paths for line in misses(kind, figures, recipe.gguf.max_lost_ends)]
     missed += adapter_misses(figures["lora"]) if adapter else []
     if missed:
         raise UserError("the files do not answer like the merged model:\n  " + "\n  ".join(missed))
     return figures
-
-
-def refer(model: Path, rows: list[dict], recipe: Recipe, scratch: Path) -> Reference:
-    """Run the merged model in the folder `model` in transformers on `rows`; keep its logits under `scratch`."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    loaded = load_reference(model)
-    ends = stated_ends(loaded.generation_config)
-    verify_end(tokenizer, ends, str(model / "generation_config.json"))
-    prompts = [template_tokens(tokenizer, row["prompt"], add_generation_prompt=True) for row in rows]
-    max_tokens = recipe.infer.max_completion_tokens
-    generated = model_greedy(loaded, prompts, max_tokens, ends, SEQUENCES)
-    texts = []
-    for row, prompt, tokens in zip(rows, prompts, generated, strict=True):
-        if "completion" in row:
-            whole = template_tokens(tokenizer, row["prompt"] + row["completion"])
-        else:
-            whole = prompt + tokens
-        texts.append(Text(whole, spread_positions(len(whole), recipe.gguf.positions_per_prompt)))
-    logits = scratch / "merged.npy"
-    store_logits(logits, texts, loaded.config.get_text_config().vocab_size, model_logits(loaded, texts))
-    completions = [written(tokenizer, tokens, ends) for tokens in generated]
-    return Reference(
-        tokenizer=tokenizer,
-        rows=rows,
-        prompts=prompts,
-        texts=texts,
-        logits=logits,
-        completions=completions,
-        right=grade(completions, rows, recipe.format.name),
-        ended=sum(tokens[-1] in ends for tokens in generated),
-        max_tokens=max_tokens,
-    )
-
-
-def template_tokens(tokenizer: Any, messages: list[dict], *, add_generation_prompt: bool = False) -> list[int]:
-    """Return the ids of `messages` in the tokenizer's chat template."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=False)
-
-
-def written(tokenizer: Any, tokens: list[int], ends: Sequence[int]) -> str:
-    """Return a completion's text, without the end token."""
-    return tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens, skip_special_tokens=False)
-
-
-def grade(completions: Sequence[str], rows: Sequence[dict], format_name: str) -> list[bool]:
-    """Say for each completion whether it is well formed and gives its row's answer."""
-    answer_format = formats.get(format_name)
-    return [mark(answer_format, text, row["answer"])["right"] for text, row in zip(completions, rows, strict=True)]
-
-
-def accuracy(right: Sequence[bool]) -> dict[str, Any]:
-    """Return the share of right answers with its 95% Wilson interval."""
-    low, high = stats.wilson(sum(right), len(right))
-    return {"accuracy": sum(right) / len(right), "accuracy_low": low, "accuracy_high": high}
-
-
-def examine(path: Path, reference: Reference, recipe: Recipe) -> dict[str, Any]:
-    """Return the figures of one GGUF file against the reference.
-
-    Raises `UserError` when it can't be loaded or does not read the prompts as the tokens the model was trained with.
-    """
-    with Loaded(path, reference.context_tokens, SEQUENCES) as file:
-        for row in reference.rows:
-            verify_prompt(file, reference.tokenizer, row["prompt"], f"{path}, problem {row['id']}")
-        verify_end(reference.tokenizer, [n for n in range(file.size) if file.is_end(n)], str(path))
-        difference = compare_logits(reference.logits, reference.texts, file.logits(reference.texts))
-        generated = file.greedy(reference.prompts, reference.max_tokens)
-        ends = {tokens[-1] for tokens in generated if file.is_end(tokens[-1])}
-        ended = sum(file.is_end(tokens[-1]) for tokens in generated)
-    completions = [written(reference.tokenizer, tokens, list(ends)) for tokens in generated]
-    right = grade(completions, reference.rows, recipe.format.name)
-    pairs = list(zip(reference.right, right, strict=True))
-    same = sum(ours == theirs for ours, theirs in zip(reference.completions, completions, strict=True))
-    return {
-        "bytes": path.stat().st_size,
-        **difference,
-        "same_text": same / len(completions),
-        **accuracy(right),
-        "flipped_to_wrong": sum(before and not after for before, after in pairs),
-        "flipped_to_right": sum(after and not before for before, after in pairs),
-        "ended": ended,
-        "answer": completions[0],
-    }
-
-
-def examine_adapter(base: Path, adapter: Path, reference: Reference) -> dict[str, Any]:
-    """Return how far the GGUF file `base` with the LoRA `adapter` on it is from the merged model.
-
-    Only distributions are compared: the base has the chat template and the end tokens that it had before training.
-    """
-    with Loaded(base, reference.context_tokens, adapter=adapter) as file:
-        difference = compare_logits(reference.logits, reference.texts, file.logits(reference.texts))
-    return {"bytes": adapter.stat().st_size, **difference}
 
 
 def adapter_misses(lora: dict[str, Any]) -> list[str]:
@@ -376,32 +245,21 @@ def misses(kind: str, figures: dict[str, Any], max_lost_ends: int) -> list[str]:
 
 def table(figures: dict[str, Any]) -> str:
     """Return the figures as lines for the terminal, a file a line."""
+
+    def cells(name: str, file: dict[str, Any], *answers: str) -> tuple[str, ...]:
+        kls = [f"{file[kl]:.1e}" for kl in ("mean_kl", "p99_kl", "max_kl")]
+        shown = (name, f"{file['bytes'] / 1e6:,.1f}", *kls, f"{file['same_top']:.2%}", f"{file['perplexity']:.4f}")
+        return (*shown, *(answers or ("",) * (len(COLUMNS) - len(shown))))
+
     reference = figures["reference"]
     lines: list[tuple[str, ...]] = [COLUMNS]
     for kind, file in figures["files"].items():
-        lines.append((
-            kind,
-            f"{file['bytes'] / 1e6:,.1f}",
-            *(f"{file[name]:.1e}" for name in ("mean_kl", "p99_kl", "max_kl")),
-            f"{file['same_top']:.2%}",
-            f"{file['perplexity']:.4f}",
-            f"{file['same_text']:.1%}",
-            f"{file['accuracy']:.1%}",
-            f"{file['flipped_to_wrong']}/{file['flipped_to_right']}",
-            f"{file['ended']}",
-        ))  # fmt: skip
+        flips = f"{file['flipped_to_wrong']}/{file['flipped_to_right']}"
+        answers = f"{file['same_text']:.1%}", f"{file['accuracy']:.1%}", flips, f"{file['ended']}"
+        lines.append(cells(kind, file, *answers))
         perplexity = f"{file['reference_perplexity']:.4f}"
     if "lora" in figures:
-        file = figures["lora"]
-        distances = (f"{file[name]:.1e}" for name in ("mean_kl", "p99_kl", "max_kl"))
-        cells = (
-            "lora",
-            f"{file['bytes'] / 1e6:,.1f}",
-            *distances,
-            f"{file['same_top']:.2%}",
-            f"{file['perplexity']:.4f}",
-        )
-        lines.append(cells + ("",) * (len(COLUMNS) - len(cells)))
+        lines.append(cells("lora", figures["lora"]))
     lines.append((
         "merged", "", "", "", "", "", perplexity, "", f"{reference['accuracy']:.1%}", "", f"{reference['ended']}"
     ))  # fmt: skip
@@ -413,29 +271,6 @@ def table(figures: dict[str, Any]) -> str:
         f"flips: answers gone wrong/right"
     )
     return "\n".join(text)
-
-
-def draw(files: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw KL divergence and size by type to a PNG."""
-    from matplotlib.figure import Figure
-
-    names = list(files)
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    divergence, size = figure.subplots(1, 2)
-    for name, label, marker in (
-        ("mean_kl", "mean", "o"),
-        ("p99_kl", "99th percentile", "^"),
-        ("max_kl", "maximum", "x"),
-    ):
-        divergence.plot(names, [max(files[kind][name], 1e-12) for kind in names], marker, label=label)
-    divergence.plot(
-        names, [files[kind]["max_mean_kl"] for kind in names], "_", markersize=24, label="limit of the mean"
-    )
-    divergence.set(yscale="log", ylabel="KL(merged || file), nats", title="Distance from the merged model")
-    divergence.legend()
-    size.bar(names, [files[kind]["bytes"] / 1e6 for kind in names])
-    size.set(ylabel="MB", title="Size")
-    figure.savefig(path, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import click
 from stages.lib import options
 from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.artifact.manifest import read_manifest
+from stages.lib.ends import end_ids
 from stages.lib.errors import UserError
 from stages.lib.model.engine import close_engine, import_engine
 from stages.lib.model.load import load_trainable
-from stages.lib.model.tokenizer import end_ids, load_tokenizer
+from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.model.unsloth import needs_scoring_pass, skip_scoring_pass
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe

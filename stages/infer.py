@@ -11,6 +11,7 @@ from stages.lib import options
 from stages.lib.answers import formats, stats
 from stages.lib.answers.grade import mark
 from stages.lib.artifact.folder import write_artifact
+from stages.lib.jsonl import write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
@@ -36,8 +37,7 @@ def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Pa
             problems = [json.loads(line) for _, line in zip(range(run_recipe.infer.problems), file, strict=False)]
         adapters = {"sft": sft / "adapter", "grpo": grpo / "adapter"}
         rows = answer(run_recipe, problems, adapters)
-        with (run.folder / "answers.jsonl").open("w") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_rows(run.folder / "answers.jsonl", rows)
         run.metrics.update(examine(rows))
         click.echo(table(run.metrics))
 
@@ -59,10 +59,8 @@ def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, P
         tqdm(total=len(MODELS) * len(problems), desc="infer", unit="answer", dynamic_ncols=True) as bar,
     ):
         tokenizer = generator.tokenizer
-        prompts = [
-            tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
-            for problem in problems
-        ]
+        asked = [problem["prompt"] for problem in problems]
+        prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
         for name in MODELS:
             adapter = name if name in adapters else None
             made = generate_completions(

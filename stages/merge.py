@@ -1,8 +1,6 @@
 """Fold the adapter into the base model, as 16-bit safetensors, and prove that the result is the model trained."""
 
-import importlib.util
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +10,9 @@ import click
 from stages.lib import options
 from stages.lib.artifact.folder import write_artifact
 from stages.lib.distance import Text, compare_logits, spread_positions, store_logits
+from stages.lib.ends import end_ids, verify_end
 from stages.lib.errors import UserError
-from stages.lib.gguf.tokens import save_tokenizer, turn_end, verify_end
-from stages.lib.gguf.types import GGUF_TYPES
+from stages.lib.gguf.tokens import save_tokenizer
 from stages.lib.jsonl import first_rows
 from stages.lib.model.files import (
     local_model_folder,
@@ -27,7 +25,8 @@ from stages.lib.model.files import (
     whole_model_folder,
 )
 from stages.lib.model.locate import locate_model
-from stages.lib.model.reference import load_reference, model_logits, stated_ends
+from stages.lib.model.nf4 import nf4_lacks, require_nf4, training_cost, verify_nf4, write_nf4
+from stages.lib.model.reference import load_reference, model_logits
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Merge
 
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 SHARD_SIZE = "5GB"
 REFERENCE = "adapter-on-base.npy"  # among the checkpoints: the logits that merged is held against
-NF4_MAX_MEAN_KL = GGUF_TYPES["q4_0"]  # nats; the plain 4-bit type's
 
 
 @click.command(help=__doc__)
@@ -64,11 +62,12 @@ def main(recipe: Path, grpo: Path, prepare_data: Path, base_model: Path | None, 
         fold(base, grpo, knobs.dtype, run.folder / "model")
         run.checkpoints.mkdir(exist_ok=True)
         run.metrics.update(verify(base, grpo, run.folder / "model", rows, knobs, run.checkpoints))
+        compared = run.checkpoints / REFERENCE, texts_of(run.folder / "model", rows, knobs.positions_per_prompt)
         if run_recipe.model.load_in_4bit and not nf4_lacks():
-            run.metrics["trained_in_4bit"] = four_bit_cost(base, grpo, rows, knobs, run.checkpoints)
+            run.metrics["trained_in_4bit"] = training_cost(base, grpo / "adapter", knobs.dtype, *compared)
         if four_bits:
-            write_nf4(run.folder / "model", run.folder / "model-4bit", knobs.dtype)
-            run.metrics["merged_4bit"] = verify_nf4(run.folder / "model-4bit", rows, knobs, run.checkpoints)
+            write_nf4(run.folder / "model", run.folder / "model-4bit", knobs.dtype, SHARD_SIZE)
+            run.metrics["merged_4bit"] = verify_nf4(run.folder / "model-4bit", *compared)
     show(run.metrics)
 
 
@@ -86,92 +85,6 @@ def room_bytes(base: Path | None, knobs: Merge, *, four_bits: bool = False) -> i
     return model * (2 if four_bits else 1) + logits
 
 
-def nf4_lacks() -> list[str]:
-    """Return what bitsandbytes lacks here to quantize to 4 bits."""
-    import torch
-
-    missing = []
-    if not torch.cuda.is_available():
-        missing.append("torch sees no NVIDIA GPU")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        missing.append("bitsandbytes is not installed")
-    return missing
-
-
-def require_nf4(recipe: Path) -> None:
-    """Raise `UserError` where bitsandbytes can't quantize to 4 bits."""
-    if missing := nf4_lacks():
-        raise UserError(
-            f"{recipe}: save names 'merged_4bit', and {' and '.join(missing)}; expected a machine that has both, as "
-            f"bitsandbytes makes NF4 weights on the GPU. Take it out of save, or run there: make merge"
-        )
-
-
-def load_nf4(folder: Path, dtype: str) -> Any:
-    """Return the 16-bit model in `folder`, on the GPU, in bitsandbytes' NF4, doubly quantized (arXiv 2305.14314)."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=settings, dtype=getattr(torch, dtype), device_map={"": 0}, trust_remote_code=False,
-        use_safetensors=True,
-    ).eval()  # fmt: skip
-
-
-def four_bit_cost(base: Path, grpo: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> dict[str, float | int]:
-    """Return how far the adapter on its base in 4 bits, as it was trained, is from the adapter on the 16-bit base.
-
-    After `verify`, which left the latter's logits under `scratch`.
-    """
-    from peft import PeftModel
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(grpo / "tokenizer", trust_remote_code=False)
-    texts = [text_of(tokenizer, row, knobs.positions_per_prompt) for row in rows]
-    model = PeftModel.from_pretrained(load_nf4(base, knobs.dtype), grpo / "adapter").eval()
-    difference = compare_logits(scratch / REFERENCE, texts, model_logits(model, texts))
-    return {name: difference[name] for name in ("mean_kl", "max_kl", "same_top")}
-
-
-def write_nf4(merged: Path, out: Path, dtype: str) -> None:
-    """Write to `out` the model in the folder `merged` as `load_nf4` gives it.
-
-    That is for loading in transformers or vLLM with less memory; it is never the source of anything else.
-    """
-    load_nf4(merged, dtype).save_pretrained(out, max_shard_size=SHARD_SIZE)
-    for path in merged.iterdir():  # the tokenizer's files, as they are
-        if path.suffix != ".safetensors" and not (out / path.name).exists() and "index" not in path.name:
-            shutil.copyfile(path, out / path.name)
-
-
-def verify_nf4(folder: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> dict[str, float | int]:
-    """Return how far the 4-bit model saved in `folder`, loaded as any user would, is from the adapter on its base.
-
-    After `verify`, which left that side's logits under `scratch`. Raises `UserError` when it is too far.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    texts = [text_of(tokenizer, row, knobs.positions_per_prompt) for row in rows]
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, device_map={"": 0}, trust_remote_code=False, use_safetensors=True
-    ).eval()
-    difference = compare_logits(scratch / REFERENCE, texts, model_logits(model, texts))
-    if not difference["mean_kl"] <= NF4_MAX_MEAN_KL:
-        raise UserError(
-            f"{folder}: mean KL {difference['mean_kl']:.2e} nats from the adapter on its base; limit "
-            f"{NF4_MAX_MEAN_KL:.2e}. Four bits are too few for this model: take 'merged_4bit' out of save"
-        )
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"bytes": size, **{name: difference[name] for name in ("mean_kl", "max_kl", "same_top")}}
-
-
 def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
     """Write to `out` the model in the folder `base` with the adapter of `grpo` folded in, and its tokenizer.
 
@@ -186,7 +99,7 @@ def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
     for parameter in reversed(list(model.parameters())):  # the embedding last: it is the largest, and needs a copy
         parameter.data = parameter.data.to(getattr(torch, dtype))
     model.config.dtype = getattr(torch, dtype)
-    model.generation_config.eos_token_id = end_tokens(stated_ends(model.generation_config), tokenizer)
+    model.generation_config.eos_token_id = end_ids(model.generation_config, tokenizer)
     model.generation_config = savable(model.generation_config)
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
     save_tokenizer(tokenizer, base, out)
@@ -208,12 +121,6 @@ def savable(stated: "GenerationConfig") -> "GenerationConfig":
     return stated
 
 
-def end_tokens(stated: Sequence[int], tokenizer: Any) -> list[int]:
-    """Return the ids that end a generation: those the base states, the tokenizer's eos and the template's turn end."""
-    ends = [*stated, tokenizer.eos_token_id, turn_end(tokenizer, tokenizer.name_or_path)]
-    return list(dict.fromkeys(end for end in ends if end is not None))
-
-
 def verify(
     base: Path, grpo: Path, merged: Path, rows: Sequence[dict], knobs: Merge, scratch: Path
 ) -> dict[str, float | int]:
@@ -227,8 +134,8 @@ def verify(
 
     tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
     verify_tokenizer(AutoTokenizer.from_pretrained(base, trust_remote_code=False), tokenizer, merged)
-    verify_end(tokenizer, stated_ends(GenerationConfig.from_pretrained(merged)), str(merged / "generation_config.json"))
-    texts = [text_of(tokenizer, row, knobs.positions_per_prompt) for row in rows]
+    verify_end(tokenizer, end_ids(GenerationConfig.from_pretrained(merged)), str(merged / "generation_config.json"))
+    texts = texts_of(merged, rows, knobs.positions_per_prompt)
     if cause := untied_cause(base, merged):
         raise UserError(f"{merged}: is not the model that was trained. Cause: {cause}")
 
@@ -238,7 +145,7 @@ def verify(
     with adapted.disable_adapter():
         from_base = compare_logits(stored, texts, model_logits(adapted, texts))
     del adapted  # before the next one is loaded: together they may not fit
-    difference = compare_merged(merged, stored, texts)
+    difference = compare_logits(stored, texts, model_logits(load_reference(merged), texts))  # as any user loads it
 
     limit = knobs.max_mean_kl
     if not from_base["mean_kl"] > limit:
@@ -266,18 +173,22 @@ def verify(
     }
 
 
-def compare_merged(merged: Path, stored: Path, texts: Sequence[Text]) -> dict[str, float | int]:
-    """Return `compare_logits` of the model saved in `merged`, loaded as any user would, with the reference `stored`."""
-    return compare_logits(stored, texts, model_logits(load_reference(merged), texts))
+def texts_of(model: Path, rows: Sequence[dict], positions: int) -> list[Text]:
+    """Return the prompts of eval rows, with completions where they have one, in the tokenizer in the folder `model`.
 
+    Each has at most so many positions.
+    """
+    from transformers import AutoTokenizer
 
-def text_of(tokenizer: Any, row: dict, positions: int) -> Text:
-    """Return an eval row's prompt, and completion where it has one, with at most so many positions."""
-    completion = row.get("completion")
-    tokens = tokenizer.apply_chat_template(
-        row["prompt"] + (completion or []), add_generation_prompt=completion is None, return_dict=False
-    )
-    return Text(tokens, spread_positions(len(tokens), positions))
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    texts = []
+    for row in rows:
+        completion = row.get("completion")
+        tokens = tokenizer.apply_chat_template(
+            row["prompt"] + (completion or []), add_generation_prompt=completion is None, return_dict=False
+        )
+        texts.append(Text(tokens, spread_positions(len(tokens), positions)))
+    return texts
 
 
 def verify_tokenizer(base: Any, merged: Any, folder: Path) -> None:

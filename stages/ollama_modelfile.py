@@ -1,17 +1,18 @@
 """Write the Ollama Modelfile beside the recommended GGUF, and prove that it prompts the model as in training."""
 
-import json
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from stages.lib import options
 from stages.lib.answers import formats
 from stages.lib.artifact.folder import write_artifact
+from stages.lib.ends import end_ids
 from stages.lib.errors import UserError
 from stages.lib.gguf.tokens import Vocabulary
 from stages.lib.ollama import modelfile
@@ -20,9 +21,6 @@ from stages.lib.ollama.go import render_by_go
 from stages.lib.ollama.proof import compare_renderings, first_difference
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Ollama, Recipe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PARAMETERS = ("num_ctx", "temperature", "top_p", "top_k", "min_p", "repeat_penalty")
 
@@ -47,7 +45,7 @@ def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> dict[str, Any
     Raises `UserError` when the chat template can't be said in Go, or when anything read back out of the written
     Modelfile differs from what the tokenizer, the generation config, the format and the recipe ask for.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     files = recommended(gguf, recipe.ollama.quantization)
     if len(files) != 1:
@@ -59,12 +57,12 @@ def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> dict[str, Any
     render, derived = of_tokenizer(tokenizer, model)
     check_gguf(files[0], tokenizer.chat_template, derived)
 
-    answers = formats.get(recipe.format.name)
-    system = recipe.format.system_prompt
-    stops = stop_strings(end_tokens(model, tokenizer), turn_end(derived.turn_end, tokenizer), answers)
+    ends = end_ids(GenerationConfig.from_pretrained(model), tokenizer)
+    stops = stop_strings([tokenizer.decode([each]) for each in ends], formats.get(recipe.format.name))
+    text = written(files[0].name, derived.template, recipe.format.system_prompt, stops, recipe.ollama)
     path = folder / "Modelfile"
-    path.write_text(written(files[0].name, derived.template, system, stops, recipe.ollama), encoding="utf-8")
-    return prove(path, render, derived, system, stops, recipe.ollama, answers) | {"file": files[0].name}
+    path.write_text(text, encoding="utf-8")
+    return prove(path, render, derived, stops, recipe) | {"file": files[0].name}
 
 
 def recommended(gguf: Path, quantization: str) -> list[Path]:
@@ -85,13 +83,9 @@ def check_gguf(file: Path, chat_template: str, derived: Derived) -> None:
 
     Ollama puts the BOS before the prompt itself if the GGUF asks for one, so that the Go template must not hold it.
     """
-    vocabulary = Vocabulary(file)
-    try:
-        carried = vocabulary.llama_cpp.llama_model_chat_template(vocabulary.model, None)
+    with contextlib.closing(Vocabulary(file)) as vocabulary:
+        carried = (vocabulary.llama_cpp.llama_model_chat_template(vocabulary.model, None) or b"").decode()
         adds_bos = vocabulary.adds_bos
-    finally:
-        vocabulary.close()
-    carried = "" if carried is None else carried.decode()
     if carried != chat_template:
         raise UserError(
             f"{file}: carries another chat template than the merged model's tokenizer; "
@@ -107,32 +101,14 @@ def check_gguf(file: Path, chat_template: str, derived: Derived) -> None:
         )
 
 
-def end_tokens(model: Path, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Give the text of every end token in generation_config.json, or of the tokenizer's own where there is none."""
-    path = model / "generation_config.json"
-    ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    ids = tokenizer.eos_token_id if ids is None else ids
-    if ids is None:
-        raise UserError(f"{model}: names no end token, so that generation would never end. Set eos_token_id")
-    return [tokenizer.decode([each]) for each in (ids if isinstance(ids, list) else [ids])]
-
-
-def turn_end(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Give the first special token in what the chat template writes after an answer, "" if there is none."""
-    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    found = [(text.index(token), -len(token), token) for token in tokens if token in text]
-    return min(found)[2] if found else ""
-
-
-def stop_strings(ends: Iterable[str], turn: str, answers: formats.Format) -> list[str]:
-    """Give the union of the end tokens, the turn's end and the format's stops, less what belongs to an answer.
+def stop_strings(ends: Iterable[str], answers: formats.Format) -> list[str]:
+    """Give the texts of the end tokens and the format's stops, less what belongs to an answer.
 
     Ollama cuts the text before the stop string. A format's stop that is a part of the answer, such as a closing tag,
     would make every answer unreadable; the model has learnt to write its end token after it.
     """
     answer = answers.write(formats.Answer("1 + 1 = 2", "2"))
-    candidates = [*ends, turn, *answers.stops]
-    return [stop for stop in dict.fromkeys(candidates) if stop and stop not in answer]
+    return [stop for stop in dict.fromkeys([*ends, *answers.stops]) if stop not in answer]
 
 
 def written(file: str, template: str, system: str, stops: Sequence[str], knobs: Ollama) -> str:
@@ -151,19 +127,12 @@ def written(file: str, template: str, system: str, stops: Sequence[str], knobs: 
     return text
 
 
-def prove(
-    path: Path,
-    render: Render,
-    derived: Derived,
-    system: str,
-    stops: Sequence[str],
-    knobs: Ollama,
-    answers: formats.Format,
-) -> dict[str, Any]:
+def prove(path: Path, render: Render, derived: Derived, stops: Sequence[str], recipe: Recipe) -> dict[str, Any]:
     """Read the written Modelfile back as Ollama does and hold it against what it was made from; return metrics.
 
     Raises `UserError`, naming the cause, for the first thing that is not as it should be.
     """
+    answers, system, knobs = formats.get(recipe.format.name), recipe.format.system_prompt, recipe.ollama
     commands = modelfile.read(path)
     (file,) = modelfile.values(commands, "from")
     if not (path.parent / file).is_file():

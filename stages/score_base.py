@@ -1,6 +1,7 @@
 """Sample from the base or SFT model before GPU hours are spent: do the rewards tell its completions apart?"""
 
 import contextlib
+import dataclasses
 import json
 import random
 import statistics
@@ -15,6 +16,7 @@ from stages.lib.answers.grade import mark
 from stages.lib.artifact.folder import write_artifact
 from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
+from stages.lib.jsonl import write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe, ScoreBase
@@ -24,9 +26,8 @@ from stages.lib.rewards.own import own_reward_files
 ROOM_BYTES = 100_000_000
 # Of [grpo]: how completions are sampled, and how many problems a subset must have. Other keys may change without this
 # stage having to sample again.
-GRPO_KNOBS = (
-    "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "prompts_per_step",
-)  # fmt: skip
+SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
+GRPO_KNOBS = (*SAMPLING, "prompts_per_step")
 NO_VARIANCE = 1e-6  # rewards no further apart than this are the same: the rounding of a weighted sum
 
 
@@ -52,12 +53,12 @@ def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | 
         with (prepare_data / "grpo.jsonl").open() as file:
             problems = draw([json.loads(line) for line in file], knobs)
         rows = sample(run_recipe, problems, sft / "adapter" if sft else None)
-        write(run.folder / "scores.jsonl", rows)
+        write_rows(run.folder / "scores.jsonl", rows)
         run.metrics["model"] = "sft" if sft else "base"
         run.metrics.update(score(rows, run_recipe.rewards.weights, knobs.completions_per_problem))
         chosen = choose(problems, rows, knobs)
         if chosen is not None:
-            write(run.folder / "grpo.jsonl", chosen)
+            write_rows(run.folder / "grpo.jsonl", chosen)
             run.metrics["subset"] = len(chosen)
         run.metrics["advice"] = advise(run.metrics, run_recipe.grpo.prompts_per_step)
     metrics = read_manifest(out, "score-base")["metrics"]
@@ -85,30 +86,21 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None)
     answer_format = formats.get(recipe.format.name)
     functions = load_rewards(recipe)
     knobs = recipe.score_base
-    sampling = Sampling(
-        recipe.grpo.max_completion_tokens,
-        temperature=recipe.grpo.temperature,
-        top_p=recipe.grpo.top_p,
-        top_k=recipe.grpo.top_k,
-        min_p=recipe.grpo.min_p,
-        repetition_penalty=recipe.grpo.repetition_penalty,
-    )
+    sampling = Sampling(**{name: getattr(recipe.grpo, name) for name in SAMPLING})
     adapters = {"sft": adapter} if adapter else {}
     each = [problem for problem in problems for _ in range(knobs.completions_per_problem)]
     with (
         open_generator(recipe, adapters, sampling.max_completion_tokens, knobs.seed) as generator,
         tqdm(total=len(each), desc="score-base", unit="completion", dynamic_ncols=True) as bar,
     ):
-        prompts = [
-            generator.tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, tokenize=False)
-            for problem in each
-        ]
+        asked = [problem["prompt"] for problem in each]
+        prompts = generator.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
         completion_ids = generate_completions(
             generator, prompts, sampling, knobs.batch_size, adapter="sft" if adapter else None, advance=bar.update
         )
     texts = generator.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     columns = {
-        "prompts": [problem["prompt"] for problem in each],
+        "prompts": asked,
         "completions": [[{"role": "assistant", "content": text}] for text in texts],
         "completion_ids": completion_ids,
         "answer": [problem["answer"] for problem in each],
@@ -256,12 +248,6 @@ def table(metrics: dict[str, Any]) -> str:
     if "subset" in metrics:
         lines.append(f"{metrics['subset']} problems are within the bounds, for GRPO to use")
     return "\n".join(lines)
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write `rows` to `path` as JSON lines."""
-    with path.open("w") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from stages import grpo, merge
+from stages import grpo
 from stages.lib.model.generate import load_vllm, transformers_batch, vllm_batch
+from stages.lib.model.nf4 import load_nf4
 from stages.lib.model.unsloth import load_unsloth
 from stages.lib.train import ladder
 from tests.support.arguments import RECIPES, STAGES, UNSLOTH_ONLY, passed, rungs
@@ -86,7 +87,7 @@ def test_generation_is_told_only_what_it_knows():
 def test_quantization_is_told_only_what_it_knows():
     from transformers import BitsAndBytesConfig
 
-    names = passed(merge.load_nf4, "BitsAndBytesConfig")
+    names = passed(load_nf4, "BitsAndBytesConfig")
     assert {"load_in_4bit", "bnb_4bit_quant_type"} <= names
     assert names - set(inspect.signature(BitsAndBytesConfig).parameters) == set()
 

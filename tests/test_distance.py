@@ -8,7 +8,6 @@ import pytest
 from stages.lib.distance import Text, compare_logits, kl_divergence, log_softmax, spread_positions, store_logits
 from stages.lib.errors import UserError
 from stages.lib.jsonl import first_rows
-from stages.lib.model.reference import cut_after, stated_ends
 
 HALF, SKEWED = [0.0, 0.0], [math.log(3.0), 0.0]  # probabilities 1/2 1/2 and 3/4 1/4
 
@@ -124,23 +123,9 @@ def test_another_vocabulary_is_refused(tmp_path):
         compare_logits(path, TEXTS, [np.zeros((3, 3), np.float32)])
 
 
-@pytest.mark.parametrize(
-    ("tokens", "expected"), [([7, 1, 9], [7, 1]), ([1], [1]), ([7, 8], [7, 8]), ([], []), ([7, 2, 1], [7, 2])]
-)
-def test_a_completion_is_cut_after_its_first_end(tokens, expected):
-    assert cut_after(tokens, [1, 2]) == expected
-
-
 def test_too_few_held_out_problems_are_refused_by_the_knobs_name(tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_text('{"id": "a"}\n{"id": "b"}\n')
     assert first_rows(path, 1, "[gguf] prompts") == [{"id": "a"}]
     with pytest.raises(UserError, match=r"has 2 problems; \[gguf\] prompts = 3"):
         first_rows(path, 3, "[gguf] prompts")
-
-
-@pytest.mark.parametrize(("stated", "expected"), [(None, []), (5, [5]), ([1, 5], [1, 5])])
-def test_a_generation_config_states_one_end_several_or_none(stated, expected):
-    from transformers import GenerationConfig
-
-    assert stated_ends(GenerationConfig(eos_token_id=stated)) == expected

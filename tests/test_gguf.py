@@ -192,7 +192,8 @@ def first_layer_inputs(model: Path, rows: list[dict]):
 
     network = load_reference(model).model
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokens = [token for row in rows for token in gguf.template_tokens(tokenizer, row["prompt"] + row["completion"])]
+    whole = [row["prompt"] + row["completion"] for row in rows]
+    tokens = [token for ids in tokenizer.apply_chat_template(whole, return_dict=False) for token in ids]
     with torch.inference_mode():
         inputs = network.layers[0].input_layernorm(network.embed_tokens(torch.tensor(tokens)))
     return inputs.square().mean(dim=0).numpy()

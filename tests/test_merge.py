@@ -83,17 +83,6 @@ def test_fewer_problems_than_prompts_are_refused_before_anything_is_merged(tmp_p
         first_rows(path, 50, "[merge] prompts")
 
 
-@pytest.mark.torch
-@pytest.mark.parametrize(
-    ("stated", "expected"), [([], [5]), ([5], [5]), ([1], [1, 5]), ([1, 5], [1, 5]), ([5, 1], [5, 1])]
-)
-def test_end_tokens_are_the_union_in_the_bases_order(stated, expected):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_models.made() / "grpo" / "tokenizer")
-    assert merge.end_tokens(stated, tokenizer) == expected
-
-
 def test_a_generation_config_that_contradicts_itself_keeps_its_token_ids(tmp_path, capsys):
     from transformers import GenerationConfig
 

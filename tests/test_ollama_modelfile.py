@@ -182,16 +182,14 @@ def test_a_damaged_modelfile_is_caught_and_the_cause_is_named(made, old, new, me
     path = made.path.with_name("Damaged")
     path.write_text(damaged)
     with pytest.raises(UserError, match=message.replace("\\n", r"\\n")):
-        ollama_modelfile.prove(
-            path, made.render, made.derived, formats.XML.system_prompt, ["<eos>", "<end_of_turn>"], KNOBS, formats.XML
-        )
+        ollama_modelfile.prove(path, made.render, made.derived, ["<eos>", "<end_of_turn>"], RECIPE)
 
 
 def test_a_difference_is_shown_with_the_conversation_and_both_texts(made):
     path = made.path.with_name("Damaged")
     path.write_text(made.path.read_text().replace("<start_of_turn>model\n{{end}}", "<start_of_turn>model\n\n{{end}}"))
     with pytest.raises(UserError) as caught:
-        ollama_modelfile.prove(path, made.render, made.derived, formats.XML.system_prompt, [], KNOBS, formats.XML)
+        ollama_modelfile.prove(path, made.render, made.derived, [], RECIPE)
     assert caught.value.message.splitlines() == [
         f"{path}: the TEMPLATE does not prompt as the chat template of training does; "
         "from character 74 on it has '\\n' instead of ''",
@@ -248,20 +246,20 @@ def test_a_template_that_go_cannot_follow_fails_the_stage(gemma, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("ends", "turn", "name", "stops"),
+    ("ends", "name", "stops"),
     [
-        (["<eos>", "<end_of_turn>"], "<end_of_turn>", "xml", ["<eos>", "<end_of_turn>"]),
-        (["<|endoftext|>"], "<|im_end|>", "think", ["<|endoftext|>", "<|im_end|>"]),
-        (["</s>"], "", "xml", ["</s>"]),
+        (["<eos>", "<end_of_turn>"], "xml", ["<eos>", "<end_of_turn>"]),
+        (["<|endoftext|>", "<|im_end|>"], "think", ["<|endoftext|>", "<|im_end|>"]),
+        (["</s>", "</answer>"], "xml", ["</s>"]),
     ],
 )
-def test_the_stops_are_the_end_tokens_and_the_turns_end_and_never_a_tag_of_the_answer(ends, turn, name, stops):
-    assert ollama_modelfile.stop_strings(ends, turn, formats.get(name)) == stops
+def test_the_stops_are_the_end_tokens_and_never_a_tag_of_the_answer(ends, name, stops):
+    assert ollama_modelfile.stop_strings(ends, formats.get(name)) == stops
 
 
 def test_a_stop_of_the_format_that_no_answer_holds_is_kept():
     answers = dataclasses.replace(formats.XML, stops=("</answer>", "\nQuestion:"))
-    assert ollama_modelfile.stop_strings(["<eos>"], "<eos>", answers) == ["<eos>", "\nQuestion:"]
+    assert ollama_modelfile.stop_strings(["<eos>"], answers) == ["<eos>", "\nQuestion:"]
 
 
 @pytest.mark.parametrize("name", formats.FORMATS)
@@ -269,30 +267,9 @@ def test_an_answer_as_ollama_cuts_it_is_still_well_formed(name):
     answers = formats.get(name)
     answer = answers.write(formats.Answer("6 * 7 = 42", "42"))
     sent = answer + "<end_of_turn>\n"
-    for stop in ollama_modelfile.stop_strings(["<eos>", "<end_of_turn>"], "", answers):
+    for stop in ollama_modelfile.stop_strings(["<eos>", "<end_of_turn>"], answers):
         sent = sent.split(stop)[0]
     assert answers.read(sent) == formats.Answer("6 * 7 = 42", "42")
-
-
-@pytest.mark.parametrize(
-    ("text", "token"),
-    [("<end_of_turn>\n", "<end_of_turn>"), ("\n<end_of_turn><eos>", "<end_of_turn>"), ("\n", ""), ("", "")],
-)
-def test_the_turns_end_is_the_first_special_token_after_an_answer(gemma, text, token):
-    from transformers import AutoTokenizer
-
-    assert ollama_modelfile.turn_end(text, AutoTokenizer.from_pretrained(gemma.model)) == token
-
-
-@pytest.mark.parametrize(
-    ("config", "found"),
-    [({"eos_token_id": [1, 5]}, ["<eos>", "<end_of_turn>"]), ({"eos_token_id": 1}, ["<eos>"]), ({}, ["<end_of_turn>"])],
-)
-def test_end_tokens_come_from_the_generation_config_else_from_the_tokenizer(gemma, tmp_path, config, found):
-    from transformers import AutoTokenizer
-
-    (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    assert ollama_modelfile.end_tokens(tmp_path, AutoTokenizer.from_pretrained(gemma.model)) == found
 
 
 # A second opinion: @huggingface/ollama-utils, which turns chat templates into Go for the hub

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stages import prepare_data
+from stages.lib.answers import formats
 from stages.lib.data.files import read_batches
 from stages.lib.data.fingerprint import BAND_ROWS, BANDS
 from stages.lib.data.rows import Unusable, completion_of, most_tokens, problem_of
@@ -194,7 +195,7 @@ def test_every_answer_of_gsm8k_is_read(folder: Path) -> None:
             row = json.loads(line)
             _, answer, worked = problem_of(row["question"], row["answer"], None, "gsm8k")
             assert Fraction(answer) == Fraction(row["answer"].rpartition("####")[2].strip().replace(",", ""))
-            written = completion_of(worked, answer, "gsm8k", prepare_data.formats.get("xml"))
+            written = completion_of(worked, answer, "gsm8k", formats.get("xml"))
             assert "<<" not in written
             assert "####" not in written
 
@@ -312,7 +313,7 @@ def test_a_row_without_a_solution_still_goes_to_grpo(tmp_path: Path) -> None:
 
 def test_a_thought_that_was_cut_off_is_not_learnt(tmp_path: Path) -> None:
     with pytest.raises(Unusable, match="cut off"):
-        completion_of("<think>\nlet me see", "1", "think", prepare_data.formats.get("think"))
+        completion_of("<think>\nlet me see", "1", "think", formats.get("think"))
 
 
 def test_a_gsm8k_answer_without_its_mark_is_refused() -> None:
@@ -580,7 +581,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path, model: Path) -> None:
 @pytest.mark.slow
 def test_the_limit_counts_the_tokens_of_the_whole_rendered_prompt(tmp_path: Path, model: Path) -> None:
     question = "Half of the 36 children in a choir are away. How many of them sing today?"
-    system = prepare_data.formats.get("xml").system_prompt
+    system = formats.get("xml").system_prompt
     tokens = len(f"<system>{system}<user>{question}<assistant>")
     result = stage(tmp_path, model, gsm8k_sources(), "--data", DATA / "gsm8k", max_prompt_tokens=tokens)
     assert result.exit_code == 0, result.output

@@ -10,7 +10,6 @@ import pytest
 from stages import grpo, score_base
 from stages.lib.artifact.folder import write_artifact
 from stages.lib.errors import UserError
-from stages.lib.model.generate import until_end
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import ScoreBase
 from tests.support import tiny_models
@@ -169,13 +168,6 @@ def test_problems_are_drawn_by_the_seed_each_once_in_order():
 
 def test_all_problems_are_taken_where_there_are_no_more():
     assert score_base.draw([{"id": 1}, {"id": 2}], KNOBS) == [{"id": 1}, {"id": 2}]
-
-
-@pytest.mark.parametrize(
-    ("ids", "expected"), [([7, 5, 0, 0], [7, 5]), ([7, 8], [7, 8]), ([1, 5], [1]), ([5], [5]), ([7, 8, 1], [7, 8, 1])]
-)
-def test_a_completion_ends_with_its_first_end_token(ids, expected):
-    assert until_end(ids, [1, 5]) == expected
 
 
 def test_the_table_has_a_line_a_reward_and_one_for_the_sum():

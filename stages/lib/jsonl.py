@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,3 +16,9 @@ def first_rows(path: Path, count: int, knob: str) -> list[dict[str, Any]]:
     if len(rows) < count:
         raise UserError(f"{path}: has {len(rows)} problems; {knob} = {count}. Lower it, or prepare more")
     return rows
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write `rows` to `path` as JSON lines, in UTF-8."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

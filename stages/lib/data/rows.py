@@ -159,35 +159,15 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
     sets = sets_of(source, prints.ids)
     unused = int((sets == 0).sum())
 
-    head = f'"prompt": [{{"role": "system", "content": {encode(rules.system_prompt)}}}, {{"role": "user", "content": '
-    lines: dict[str, list[bytes]] = {name: [] for name in SETS}
-    table = {name: np.zeros(len(ids), np.uint32) for name in MEASURES}
-    to_measure: list[tuple[str, int, tuple[str, ...]]] = []
-    for row, bits in enumerate(sets.tolist()):
-        question, answer, worked = problems[row]
-        line = f'{{"id": "{ids[row]}", {head}{quote(question)}}}], "answer": "{answer}"'
-        length = most_tokens(question)
-        if bits & BIT["sft"]:
-            try:
-                completion = completion_of(worked, answer, source.style, answer_format)
-            except Unusable as error:
-                leave_out(places[row], error, "sft", ids[row])
-                sets[row] = bits = bits & ~BIT["sft"]
-            else:
-                written = (
-                    f'{line}, "completion": [{{"role": "assistant", "content": {quote(completion)}}}]}}\n'.encode()
-                )
-                lines["sft"].append(written)
-                table["sft_bytes"][row] = len(written)
-                if measure_all or length + most_tokens(completion) > rules.safe_example:
-                    to_measure.append(("example_tokens", row, (question, completion)))
-        written = f"{line}}}\n".encode()
-        table["line_bytes"][row] = len(written)
-        for name in ("grpo", "eval"):
-            if bits & BIT[name]:
-                lines[name].append(written)
-        if bits and (measure_all or length > rules.safe_prompt):
-            to_measure.append(("prompt_tokens", row, (question,)))
+    completions: dict[int, str] = {}
+    for row in np.flatnonzero(sets & BIT["sft"]).tolist():
+        _, answer, worked = problems[row]
+        try:
+            completions[row] = completion_of(worked, answer, source.style, answer_format)
+        except Unusable as error:
+            leave_out(places[row], error, "sft", ids[row])
+            sets[row] -= BIT["sft"]
+    lines, table, to_measure = lines_of(problems, completions, ids, sets, rules, measure_all)
     table |= {"ids": prints.ids, "counts": prints.counts, "bands": prints.bands, "sets": sets}
     table["number"] = np.array([batch.numbers[place] for place in places], np.uint32)
     drafts = {}
@@ -197,6 +177,41 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
             drafts[name] = (path, file.tell())
             file.write(content)
     return Checked(batch.origin, len(batch.numbers), unused, drafts, table, to_measure, removed)
+
+
+def lines_of(
+    problems: list[tuple[str, str, str]], completions: dict[int, str], ids: list[str], sets: Any, rules: Rules,
+    measure_all: bool,
+) -> tuple[dict[str, list[bytes]], dict[str, Any], list[tuple[str, int, tuple[str, ...]]]]:  # fmt: skip
+    """Return the lines of each set, and of a `Checked` the MEASURES, with the bytes filled in, and `to_measure`.
+
+    `completions` are those of the sft set, by row.
+    """
+    import numpy as np
+
+    head = f'"prompt": [{{"role": "system", "content": {encode(rules.system_prompt)}}}, {{"role": "user", "content": '
+    lines: dict[str, list[bytes]] = {name: [] for name in SETS}
+    table = {name: np.zeros(len(ids), np.uint32) for name in MEASURES}
+    to_measure: list[tuple[str, int, tuple[str, ...]]] = []
+    for row, bits in enumerate(sets.tolist()):
+        question, answer, _ = problems[row]
+        line = f'{{"id": "{ids[row]}", {head}{quote(question)}}}], "answer": "{answer}"'
+        length = most_tokens(question)
+        if row in completions:
+            completion = completions[row]
+            written = f'{line}, "completion": [{{"role": "assistant", "content": {quote(completion)}}}]}}\n'.encode()
+            lines["sft"].append(written)
+            table["sft_bytes"][row] = len(written)
+            if measure_all or length + most_tokens(completion) > rules.safe_example:
+                to_measure.append(("example_tokens", row, (question, completion)))
+        written = f"{line}}}\n".encode()
+        table["line_bytes"][row] = len(written)
+        for name in ("grpo", "eval"):
+            if bits & BIT[name]:
+                lines[name].append(written)
+        if bits and (measure_all or length > rules.safe_prompt):
+            to_measure.append(("prompt_tokens", row, (question,)))
+    return lines, table, to_measure
 
 
 def sets_of(source: Source, ids: Any) -> Any:

@@ -124,7 +124,7 @@ class Loaded(Vocabulary):
             while wave := {
                 sequence: number
                 for sequence, number in wave.items()
-                if len(completions[number]) < max_tokens and not self.is_end(completions[number][-1])
+                if len(completions[number]) < max_tokens and completions[number][-1] not in self.ends
             }:
                 items = [
                     (completions[n][-1], len(prompts[n]) + len(completions[n]) - 1, sequence, True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.lib.ends import verify_end
 from stages.lib.errors import UserError
 from stages.lib.gguf.convert import HOME, run_converter
 from stages.lib.gguf.library import LOG, llama_library, llama_said
@@ -74,8 +76,7 @@ def check_conversion(tokenizer: Any, base: Path, name: str) -> None:
                 if saved.chat_template:
                     verify_prompt(file, saved, [{"role": "user", "content": text}], str(base))
             if saved.chat_template:
-                ends = [token for token in range(file.size) if file.is_end(token)]
-                verify_end(saved, ends, f"{base}, as llama.cpp's converter reads it")
+                verify_end(saved, file.ends, f"{base}, as llama.cpp's converter reads it")
 
 
 PROBES = (
@@ -123,35 +124,6 @@ def verify_tokens(file: "Vocabulary", tokenizer: Any, text: str, expected: list[
             f"pre-tokenizer or another chat template): {first_difference(expected, found, tokenizer)}. The model would "
             f"be trained in the one and asked in the other. Run make merge gguf again, or use another base model"
         )
-
-
-def verify_end(tokenizer: Any, ends: Sequence[int], where: str) -> None:
-    """Raise `UserError` unless the token with which the chat template closes a turn is among `ends`."""
-    end = turn_end(tokenizer, where)
-    if end not in ends:
-        raise UserError(
-            f"{where}: a stop token is missing: the chat template closes the assistant's turn with "
-            f"{tokenizer.convert_ids_to_tokens(end)!r} ({end}), and the end tokens are {list(ends)}, so a generation "
-            f"would run on. Run: make merge gguf"
-        )
-
-
-def turn_end(tokenizer: Any, where: str) -> int:
-    """Return the id of the token with which the chat template closes the assistant's turn.
-
-    Raises `UserError` when the template puts no token of its own there.
-    """
-    marker = "ANSWER"
-    conversation = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": marker}]
-    text = tokenizer.apply_chat_template(conversation, tokenize=False)
-    after = text[text.rindex(marker) + len(marker) :]
-    tokens = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
-    if not tokens or tokens[0] not in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
-        raise UserError(
-            f"{where}: the chat template closes the assistant's turn with {after!r}; expected a control token, at "
-            f"which a generation can end"
-        )
-    return tokens[0]
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int], tokenizer: Any) -> str:
@@ -215,9 +187,10 @@ class Vocabulary:
         """Whether the file asks for BOS before every text."""
         return self.llama_cpp.llama_vocab_get_add_bos(self.vocabulary)
 
-    def is_end(self, token: int) -> bool:
-        """Say whether llama.cpp, and so Ollama, ends a generation at this token."""
-        return self.llama_cpp.llama_vocab_is_eog(self.vocabulary, token)
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """The ids of the tokens at which llama.cpp, and so Ollama, ends a generation."""
+        return [token for token in range(self.size) if self.llama_cpp.llama_vocab_is_eog(self.vocabulary, token)]
 
     def metadata(self, key: str) -> str:
         """Return a scalar of the file's metadata as text, its first 1,023 bytes. Raises `KeyError` if it has none."""

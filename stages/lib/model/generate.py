@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.lib.ends import cut_after, end_ids
 from stages.lib.model.engine import close_engine, require_engine
 from stages.lib.model.files import whole_model_folder
 from stages.lib.model.load import load_model
 from stages.lib.model.locate import locate_model
-from stages.lib.model.tokenizer import end_ids, load_tokenizer
+from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.tables import MAX_VLLM_RANK, Recipe
 
+Batch = Callable[[Sequence[list[int]]], list[list[int]]]  # from prompts to what is generated after each, token ids
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, MAX_VLLM_RANK)  # for which vLLM makes room (vllm/config/lora.py)
 
 
@@ -99,37 +101,35 @@ def load_vllm(recipe: Recipe, adapters: dict[str, Path], tokenizer: Any, max_tok
 
 def generate_completions(
     generator: Generator,
-    prompts: Sequence[str],
+    prompts: Sequence[list[int]],
     sampling: Sampling,
     batch_size: int,
     *,
     adapter: str | None = None,
-    advance: Callable[[int], Any],
+    advance: Callable[[int], Any] = lambda done: None,
 ) -> list[list[int]]:
     """Return one completion a prompt, as token ids up to the one that ends it, that one included.
 
-    `prompts` are rendered, with the generation prompt; `adapter` is a name that `load` was given, None the base model.
-    They go to the model `batch_size` at a time, and `advance` is told the number done after each batch.
+    `prompts` are token ids, with the generation prompt; `adapter` is a name out of `generator.adapters`, None the base
+    model. They go to the model `batch_size` at a time, and `advance` is told the number done after each batch.
     """
     vllm = hasattr(generator.model, "llm_engine")
     batch = (vllm_batch if vllm else transformers_batch)(generator, sampling, adapter)
     made = []
     for first in range(0, len(prompts), batch_size):
         part = prompts[first : first + batch_size]
-        made += [until_end(ids, generator.ends) for ids in batch(part)]
+        made += [cut_after(ids, generator.ends) for ids in batch(part)]
         advance(len(part))
     return made
 
 
-def transformers_batch(
-    generator: Generator, sampling: Sampling, adapter: str | None
-) -> Callable[[Sequence[str]], list[list[int]]]:
+def transformers_batch(generator: Generator, sampling: Sampling, adapter: str | None) -> Batch:
     """Return a function from a batch of prompts to what transformers' generate() adds to each, padding included."""
     import torch
     from peft import PeftModel
     from transformers import GenerationConfig
 
-    model, tokenizer = generator.model, generator.tokenizer
+    model, pad = generator.model, generator.tokenizer.pad_token_id
     if isinstance(model, PeftModel):
         model.base_model.enable_adapter_layers() if adapter else model.base_model.disable_adapter_layers()
         if adapter:
@@ -147,24 +147,21 @@ def transformers_batch(
         **(drawn if sampling.temperature > 0 else {}),
         repetition_penalty=sampling.repetition_penalty,
         eos_token_id=generator.ends,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=pad,
         disable_compile=True,
     )
 
-    def generate(prompts: Sequence[str]) -> list[list[int]]:
-        encoded = tokenizer(
-            list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        ).to(model.device)
+    def generate(prompts: Sequence[list[int]]) -> list[list[int]]:
+        width = max(map(len, prompts))
+        padded = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
         with torch.inference_mode():
-            return model.generate(**encoded)[:, encoded["input_ids"].shape[1] :].tolist()
+            return model.generate(input_ids=padded, attention_mask=mask)[:, width:].tolist()
 
     return generate
 
 
-def vllm_batch(
-    generator: Generator, sampling: Sampling, adapter: str | None
-) -> Callable[[Sequence[str]], list[list[int]]]:
+def vllm_batch(generator: Generator, sampling: Sampling, adapter: str | None) -> Batch:
     """Return a function from a batch of prompts to vLLM's completions of them."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -182,16 +179,9 @@ def vllm_batch(
     number = {name: number for number, name in enumerate(generator.adapters, 1)}
     request = LoRARequest(adapter, number[adapter], str(generator.adapters[adapter])) if adapter else None
 
-    def generate(prompts: Sequence[str]) -> list[list[int]]:
-        encoded = generator.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-        inputs = [{"prompt_token_ids": ids} for ids in encoded]
+    def generate(prompts: Sequence[list[int]]) -> list[list[int]]:
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
         outputs = generator.model.generate(inputs, parameters, lora_request=request, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     return generate
-
-
-def until_end(ids: list[int], ends: list[int]) -> list[int]:
-    """Return the token ids up to the first that ends a completion, that one included; all, where none does."""
-    end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: end + 1]

@@ -9,7 +9,7 @@ KL divergence is KL(reference || other) in nats, after llama.cpp's perplexity to
 
 import contextlib
 import ctypes
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,12 +85,6 @@ def weights_read() -> Iterator[None]:
         modeling_utils.safe_open = mapped
 
 
-def stated_ends(generation_config: Any) -> list[int]:
-    """Return the ids at which a transformers generation_config ends a generation; it may state one, several or none."""
-    stated = generation_config.eos_token_id
-    return [stated] if isinstance(stated, int) else list(stated or [])
-
-
 def model_logits(model: Any, texts: Iterable[Text]) -> Iterator["np.ndarray"]:
     """Yield the logits of a transformers model at each text's positions: float32, (positions, vocabulary).
 
@@ -103,41 +97,3 @@ def model_logits(model: Any, texts: Iterable[Text]) -> Iterator["np.ndarray"]:
         with torch.inference_mode():
             output = model(input_ids=tokens, logits_to_keep=torch.tensor(text.positions, device=model.device))
         yield output.logits[0].float().cpu().numpy()
-
-
-def model_greedy(
-    model: Any, prompts: Sequence[list[int]], max_tokens: int, ends: Sequence[int], batch_size: int = 16
-) -> list[list[int]]:
-    """Return the greedy completion of each prompt as token ids, the end token (one of `ends`) included if reached."""
-    import torch
-
-    completions: dict[int, list[int]] = {}
-    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # little padding
-    for start in range(0, len(by_length), batch_size):
-        numbers = by_length[start : start + batch_size]
-        width = max(len(prompts[number]) for number in numbers)
-        padded = [[ends[0]] * (width - len(prompts[number])) + prompts[number] for number in numbers]
-        mask = [[0] * (width - len(prompts[number])) + [1] * len(prompts[number]) for number in numbers]
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=torch.tensor(padded, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                repetition_penalty=1.0,
-                eos_token_id=list(ends),
-                pad_token_id=ends[0],
-                # not greedy's to use; a base's generation_config may set them, and transformers then warns
-                temperature=None,
-                top_p=None,
-                top_k=None,
-            )
-        for number, row in zip(numbers, output[:, width:].tolist(), strict=True):
-            completions[number] = cut_after(row, ends)
-    return [completions[number] for number in range(len(prompts))]
-
-
-def cut_after(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """Return `tokens` up to and with the first end token; all of them if there is none."""
-    first = next((number for number, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: first + 1]

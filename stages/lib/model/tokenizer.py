@@ -1,4 +1,4 @@
-"""The tokenizer with the chat template that a run trains and ships, and the ids that end a completion."""
+"""The tokenizer with the chat template that a run trains and ships."""
 
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,3 @@ def spare_token(tokenizer: Any) -> str | None:
     added = sorted(tokenizer.added_tokens_decoder.items())
     spare = [token.content for number, token in added if token.special and number not in held]
     return min(spare, key=lambda token: "pad" not in token.lower(), default=None)
-
-
-def end_ids(generation_config: Any | None, tokenizer: Any) -> list[int]:
-    """Return the token ids at which a completion ends: those of the generation config, and the tokenizer's own."""
-    stated = generation_config.eos_token_id if generation_config is not None else None
-    stated = [] if stated is None else [stated] if isinstance(stated, int) else stated
-    return sorted({*stated, tokenizer.eos_token_id})

@@ -28,22 +28,11 @@ from stages.lib.model.locate import locate_model
 from stages.lib.model.reference import load_reference, model_greedy, model_logits, stated_ends
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Gguf, Recipe
+from stages.lib.report import terminal
+from stages.lib.report.figures import Accuracy, AdapterFile, GgufFigures, GgufFile, MergeFigures, figures_of
 
 SEQUENCES = 8  # completions at once
 ADAPTER = "adapter-f16.gguf"
-COLUMNS = (
-    "type",
-    "MB",
-    "mean KL",
-    "p99 KL",
-    "max KL",
-    "same top",
-    "perplexity",
-    "same text",
-    "right",
-    "flips",
-    "ended",
-)
 
 
 @click.command(help=__doc__)
@@ -55,9 +44,9 @@ COLUMNS = (
 @options.out
 def main(recipe: Path, merge: Path, prepare_data: Path, grpo: Path, base_model: Path | None, out: Path) -> None:
     run_recipe = read_recipe(recipe, base_model)
-    merged = read_manifest(merge, "merge")
+    merged = figures_of(read_manifest(merge, "merge"), MergeFigures)
     lora = grpo / "adapter" if "lora" in run_recipe.save else None
-    room = room_bytes(run_recipe.gguf, merged["metrics"]["parameters"], merge / "model", lora)
+    room = room_bytes(run_recipe.gguf, merged["parameters"], merge / "model", lora)
     tables = run_recipe.tables("format", "gguf") | {
         "model": {"name": run_recipe.model.name},
         "infer": {"max_completion_tokens": run_recipe.infer.max_completion_tokens},
@@ -199,7 +188,7 @@ def prove(
     recipe: Recipe,
     run: Run,
     adapter: tuple[Path, Path] | None = None,
-) -> dict[str, Any]:
+) -> GgufFigures:
     """Hold every GGUF file against the merged model; write parity.json and parity.png; return what they say.
 
     `adapter` is the base's GGUF file and the LoRA's, which together are held against it as well. Raises `UserError`
@@ -209,7 +198,7 @@ def prove(
     reference = refer(model, rows, recipe, run.checkpoints)
     run.seconds["reference"] = time.monotonic() - started
     total = len(reference.prompts)
-    figures: dict[str, Any] = {
+    figures: GgufFigures = {
         "reference": {
             "prompts": total,
             "positions": sum(len(text.positions) for text in reference.texts),
@@ -221,18 +210,17 @@ def prove(
     allowed = limits(recipe.gguf)
     for kind, path in paths.items():
         started = time.monotonic()
-        figures["files"][kind] = examine(path, reference, recipe) | {"max_mean_kl": allowed[kind]}
+        figures["files"][kind] = examine(path, reference, recipe, allowed[kind])
         run.seconds[f"examine {kind}"] = time.monotonic() - started
     if adapter:
         started = time.monotonic()
         # The merged model is the sum rounded to its type, and these are two files rounded to float16.
-        limit = allowed["f16"] + recipe.merge.max_mean_kl
-        figures["lora"] = examine_adapter(*adapter, reference) | {"max_mean_kl": limit}
+        figures["lora"] = examine_adapter(*adapter, reference, allowed["f16"] + recipe.merge.max_mean_kl)
         run.seconds["examine lora"] = time.monotonic() - started
     reference.logits.unlink()
     write_json(run.folder / "parity.json", figures)
     draw(figures["files"], run.folder / "parity.png")
-    click.echo(table(figures))
+    click.echo(terminal.gguf(figures))
     missed = [line for kind in paths for line in misses(kind, figures, recipe.gguf.max_lost_ends)]
     missed += adapter_misses(figures["lora"]) if adapter else []
     if missed:
@@ -290,14 +278,14 @@ def grade(completions: Sequence[str], rows: Sequence[dict], format_name: str) ->
     return [mark(answer_format, text, row["answer"])["right"] for text, row in zip(completions, rows, strict=True)]
 
 
-def accuracy(right: Sequence[bool]) -> dict[str, Any]:
+def accuracy(right: Sequence[bool]) -> Accuracy:
     """Return the share of right answers with its 95% Wilson interval."""
     low, high = stats.wilson(sum(right), len(right))
     return {"accuracy": sum(right) / len(right), "accuracy_low": low, "accuracy_high": high}
 
 
-def examine(path: Path, reference: Reference, recipe: Recipe) -> dict[str, Any]:
-    """Return the figures of one GGUF file against the reference.
+def examine(path: Path, reference: Reference, recipe: Recipe, max_mean_kl: float) -> GgufFile:
+    """Return the figures of one GGUF file against the reference, with its limit `max_mean_kl`, which is not held here.
 
     Raises `UserError` when it can't be loaded or does not read the prompts as the tokens the model was trained with.
     """
@@ -322,20 +310,21 @@ def examine(path: Path, reference: Reference, recipe: Recipe) -> dict[str, Any]:
         "flipped_to_right": sum(after and not before for before, after in pairs),
         "ended": ended,
         "answer": completions[0],
+        "max_mean_kl": max_mean_kl,
     }
 
 
-def examine_adapter(base: Path, adapter: Path, reference: Reference) -> dict[str, Any]:
-    """Return how far the GGUF file `base` with the LoRA `adapter` on it is from the merged model.
+def examine_adapter(base: Path, adapter: Path, reference: Reference, max_mean_kl: float) -> AdapterFile:
+    """Return how far the GGUF file `base` with the LoRA `adapter` on it is from the merged model, with its limit.
 
     Only distributions are compared: the base has the chat template and the end tokens that it had before training.
     """
     with Loaded(base, reference.context_tokens, adapter=adapter) as file:
         difference = compare_logits(reference.logits, reference.texts, file.logits(reference.texts))
-    return {"bytes": adapter.stat().st_size, **difference}
+    return {"bytes": adapter.stat().st_size, **difference, "max_mean_kl": max_mean_kl}
 
 
-def adapter_misses(lora: dict[str, Any]) -> list[str]:
+def adapter_misses(lora: AdapterFile) -> list[str]:
     """Return a line with figure, limit and likely causes when the LoRA is farther from merged than it may be."""
     if lora["mean_kl"] <= lora["max_mean_kl"]:
         return []
@@ -347,7 +336,7 @@ def adapter_misses(lora: dict[str, Any]) -> list[str]:
     ]
 
 
-def misses(kind: str, figures: dict[str, Any], max_lost_ends: int) -> list[str]:
+def misses(kind: str, figures: GgufFigures, max_lost_ends: int) -> list[str]:
     """Return one line for each limit that the file of type `kind` misses, with figure, limit and likely causes."""
     file, lines = figures["files"][kind], []
     if not file["mean_kl"] <= file["max_mean_kl"]:
@@ -374,60 +363,19 @@ def misses(kind: str, figures: dict[str, Any], max_lost_ends: int) -> list[str]:
     return lines
 
 
-def table(figures: dict[str, Any]) -> str:
-    """Return the figures as lines for the terminal, a file a line."""
-    reference = figures["reference"]
-    lines: list[tuple[str, ...]] = [COLUMNS]
-    for kind, file in figures["files"].items():
-        lines.append((
-            kind,
-            f"{file['bytes'] / 1e6:,.1f}",
-            *(f"{file[name]:.1e}" for name in ("mean_kl", "p99_kl", "max_kl")),
-            f"{file['same_top']:.2%}",
-            f"{file['perplexity']:.4f}",
-            f"{file['same_text']:.1%}",
-            f"{file['accuracy']:.1%}",
-            f"{file['flipped_to_wrong']}/{file['flipped_to_right']}",
-            f"{file['ended']}",
-        ))  # fmt: skip
-        perplexity = f"{file['reference_perplexity']:.4f}"
-    if "lora" in figures:
-        file = figures["lora"]
-        distances = (f"{file[name]:.1e}" for name in ("mean_kl", "p99_kl", "max_kl"))
-        cells = (
-            "lora",
-            f"{file['bytes'] / 1e6:,.1f}",
-            *distances,
-            f"{file['same_top']:.2%}",
-            f"{file['perplexity']:.4f}",
-        )
-        lines.append(cells + ("",) * (len(COLUMNS) - len(cells)))
-    lines.append((
-        "merged", "", "", "", "", "", perplexity, "", f"{reference['accuracy']:.1%}", "", f"{reference['ended']}"
-    ))  # fmt: skip
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    text.append(
-        f"{reference['prompts']} prompts, {reference['positions']:,} positions; KL in nats against the merged model; "
-        f"right: {reference['accuracy_low']:.1%} to {reference['accuracy_high']:.1%} (95%) for the merged model; "
-        f"flips: answers gone wrong/right"
-    )
-    return "\n".join(text)
-
-
-def draw(files: dict[str, dict[str, Any]], path: Path) -> None:
+def draw(files: dict[str, GgufFile], path: Path) -> None:
     """Draw KL divergence and size by type to a PNG."""
     from matplotlib.figure import Figure
 
     names = list(files)
     figure = Figure(figsize=(9, 4), layout="constrained")
     divergence, size = figure.subplots(1, 2)
-    for name, label, marker in (
-        ("mean_kl", "mean", "o"),
-        ("p99_kl", "99th percentile", "^"),
-        ("max_kl", "maximum", "x"),
+    for label, marker, values in (
+        ("mean", "o", [file["mean_kl"] for file in files.values()]),
+        ("99th percentile", "^", [file["p99_kl"] for file in files.values()]),
+        ("maximum", "x", [file["max_kl"] for file in files.values()]),
     ):
-        divergence.plot(names, [max(files[kind][name], 1e-12) for kind in names], marker, label=label)
+        divergence.plot(names, [max(value, 1e-12) for value in values], marker, label=label)
     divergence.plot(
         names, [files[kind]["max_mean_kl"] for kind in names], "_", markersize=24, label="limit of the mean"
     )

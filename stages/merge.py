@@ -11,7 +11,7 @@ import click
 
 from stages.lib import options
 from stages.lib.artifact.folder import write_artifact
-from stages.lib.distance import Text, compare_logits, spread_positions, store_logits
+from stages.lib.distance import Distance, Text, compare_logits, spread_positions, store_logits
 from stages.lib.errors import UserError
 from stages.lib.gguf.tokens import save_tokenizer, turn_end, verify_end
 from stages.lib.gguf.types import GGUF_TYPES
@@ -30,6 +30,8 @@ from stages.lib.model.locate import locate_model
 from stages.lib.model.reference import load_reference, model_logits, stated_ends
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Merge
+from stages.lib.report import terminal
+from stages.lib.report.figures import FourBitDistance, MergeFigures
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -63,13 +65,14 @@ def main(recipe: Path, grpo: Path, prepare_data: Path, base_model: Path | None, 
         refuse_quantized(base, "merge")
         fold(base, grpo, knobs.dtype, run.folder / "model")
         run.checkpoints.mkdir(exist_ok=True)
-        run.metrics.update(verify(base, grpo, run.folder / "model", rows, knobs, run.checkpoints))
+        figures = verify(base, grpo, run.folder / "model", rows, knobs, run.checkpoints)
         if run_recipe.model.load_in_4bit and not nf4_lacks():
-            run.metrics["trained_in_4bit"] = four_bit_cost(base, grpo, rows, knobs, run.checkpoints)
+            figures["trained_in_4bit"] = four_bit_cost(base, grpo, rows, knobs, run.checkpoints)
         if four_bits:
             write_nf4(run.folder / "model", run.folder / "model-4bit", knobs.dtype)
-            run.metrics["merged_4bit"] = verify_nf4(run.folder / "model-4bit", rows, knobs, run.checkpoints)
-    show(run.metrics)
+            figures["merged_4bit"] = verify_nf4(run.folder / "model-4bit", rows, knobs, run.checkpoints)
+        run.metrics.update(figures)
+    click.echo(terminal.merge(figures))
 
 
 def room_bytes(base: Path | None, knobs: Merge, *, four_bits: bool = False) -> int:
@@ -124,7 +127,7 @@ def load_nf4(folder: Path, dtype: str) -> Any:
     ).eval()  # fmt: skip
 
 
-def four_bit_cost(base: Path, grpo: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> dict[str, float | int]:
+def four_bit_cost(base: Path, grpo: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> FourBitDistance:
     """Return how far the adapter on its base in 4 bits, as it was trained, is from the adapter on the 16-bit base.
 
     After `verify`, which left the latter's logits under `scratch`.
@@ -136,7 +139,7 @@ def four_bit_cost(base: Path, grpo: Path, rows: Sequence[dict], knobs: Merge, sc
     texts = [text_of(tokenizer, row, knobs.positions_per_prompt) for row in rows]
     model = PeftModel.from_pretrained(load_nf4(base, knobs.dtype), grpo / "adapter").eval()
     difference = compare_logits(scratch / REFERENCE, texts, model_logits(model, texts))
-    return {name: difference[name] for name in ("mean_kl", "max_kl", "same_top")}
+    return {"mean_kl": difference["mean_kl"], "max_kl": difference["max_kl"], "same_top": difference["same_top"]}
 
 
 def write_nf4(merged: Path, out: Path, dtype: str) -> None:
@@ -150,7 +153,7 @@ def write_nf4(merged: Path, out: Path, dtype: str) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def verify_nf4(folder: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> dict[str, float | int]:
+def verify_nf4(folder: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> FourBitDistance:
     """Return how far the 4-bit model saved in `folder`, loaded as any user would, is from the adapter on its base.
 
     After `verify`, which left that side's logits under `scratch`. Raises `UserError` when it is too far.
@@ -169,7 +172,12 @@ def verify_nf4(folder: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) 
             f"{NF4_MAX_MEAN_KL:.2e}. Four bits are too few for this model: take 'merged_4bit' out of save"
         )
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"bytes": size, **{name: difference[name] for name in ("mean_kl", "max_kl", "same_top")}}
+    return {
+        "bytes": size,
+        "mean_kl": difference["mean_kl"],
+        "max_kl": difference["max_kl"],
+        "same_top": difference["same_top"],
+    }
 
 
 def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
@@ -214,9 +222,7 @@ def end_tokens(stated: Sequence[int], tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 
-def verify(
-    base: Path, grpo: Path, merged: Path, rows: Sequence[dict], knobs: Merge, scratch: Path
-) -> dict[str, float | int]:
+def verify(base: Path, grpo: Path, merged: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> MergeFigures:
     """Return how far the model saved in `merged` is from the adapter on its base, and the base from that.
 
     Next-token distributions are compared at positions spread over the prompts of `rows`, and over their completions
@@ -266,7 +272,7 @@ def verify(
     }
 
 
-def compare_merged(merged: Path, stored: Path, texts: Sequence[Text]) -> dict[str, float | int]:
+def compare_merged(merged: Path, stored: Path, texts: Sequence[Text]) -> Distance:
     """Return `compare_logits` of the model saved in `merged`, loaded as any user would, with the reference `stored`."""
     return compare_logits(stored, texts, model_logits(load_reference(merged), texts))
 
@@ -349,19 +355,6 @@ def touched_cause(base: Path, grpo: Path) -> str | None:
 def has_output_layer(folder: Path) -> bool:
     """Say whether the weights in `folder` hold an output layer of their own."""
     return any(name.endswith("lm_head.weight") for name in weight_shapes(folder))
-
-
-def show(metrics: dict[str, Any]) -> None:
-    """Print the gate's figures."""
-    click.echo(
-        f"merge: {metrics['positions']:,} positions of {metrics['prompts']} prompts; mean KL from the adapter on its "
-        f"base {metrics['merged_mean_kl']:.1e}, of the base {metrics['base_mean_kl']:.1e} nats"
-    )
-    if "trained_in_4bit" in metrics:
-        difference = metrics["trained_in_4bit"]["mean_kl"]
-        click.echo(f"merge: mean KL of the model as it was in training, in 4 bits, {difference:.1e} nats")
-    if "merged_4bit" in metrics:
-        click.echo(f"merge: mean KL of the 4-bit model {metrics['merged_4bit']['mean_kl']:.1e} nats")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,6 +20,7 @@ from stages.lib.ollama.go import render_by_go
 from stages.lib.ollama.proof import compare_renderings, first_difference
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Ollama, Recipe
+from stages.lib.report.figures import OllamaModelfileFigures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ def main(recipe: Path, merge: Path, gguf: Path, out: Path) -> None:
         run.metrics.update(make(run_recipe, merge / "model", gguf, run.folder))
 
 
-def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> dict[str, Any]:
+def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> OllamaModelfileFigures:
     """Write `folder`/Modelfile for the merged `model`, with the recommended file of `gguf` beside it; return metrics.
 
     Raises `UserError` when the chat template can't be said in Go, or when anything read back out of the written
@@ -64,7 +65,7 @@ def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> dict[str, Any
     stops = stop_strings(end_tokens(model, tokenizer), turn_end(derived.turn_end, tokenizer), answers)
     path = folder / "Modelfile"
     path.write_text(written(files[0].name, derived.template, system, stops, recipe.ollama), encoding="utf-8")
-    return prove(path, render, derived, system, stops, recipe.ollama, answers) | {"file": files[0].name}
+    return prove(path, render, derived, system, stops, recipe.ollama, answers)
 
 
 def recommended(gguf: Path, quantization: str) -> list[Path]:
@@ -159,7 +160,7 @@ def prove(
     stops: Sequence[str],
     knobs: Ollama,
     answers: formats.Format,
-) -> dict[str, Any]:
+) -> OllamaModelfileFigures:
     """Read the written Modelfile back as Ollama does and hold it against what it was made from; return metrics.
 
     Raises `UserError`, naming the cause, for the first thing that is not as it should be.
@@ -187,6 +188,7 @@ def prove(
             raise UserError(f"{path}: PARAMETER {name} is not {getattr(knobs, name)}, as the recipe has it")
     (template,) = modelfile.values(commands, "template")
     return {
+        "file": file.removeprefix("./"),
         "conversations": compare_renderings(path, template, render, derived.bos),
         "stops": found,
         "system_prompt": bool(system),

@@ -426,7 +426,7 @@ def training(recipe: Recipe, manifests: Manifests) -> list[str]:
     ]
     sft, grpo = manifests["sft"]["metrics"], manifests["grpo"]["metrics"]
     paid = [
-        (f"`{name}`", f"{weight:g}", *(f"{grpo[when][reward_key(name)]:.3f}" for when in ("first", "last")))
+        (f"`{name}`", f"{weight:g}", *(f"{grpo[when]['rewards'][reward_key(name)]:.3f}" for when in ("first", "last")))
         for name, weight in zip(recipe.rewards.functions, recipe.rewards.weights, strict=True)
     ]
     batch = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt

@@ -49,24 +49,26 @@ def test_each_figure_that_is_missing_is_named(stage):
 @pytest.mark.parametrize(
     ("stage", "path", "value", "message"),
     [
-        ("sft", ["loss"], "0.2", "metrics.loss is '0.2', a text; expected a number"),
-        ("sft", ["loss"], None, "metrics.loss is None, nothing; expected a number"),
-        ("sft", ["loss"], True, "metrics.loss is True, true or false; expected a number"),
-        ("sft", ["examples"], 7.5, "metrics.examples is 7.5, a number; expected a whole number"),
-        ("sft", ["examples"], False, "metrics.examples is False, true or false; expected a whole number"),
-        ("sft", ["memory_ladder"], {}, "metrics.memory_ladder is {}, a table; expected a list"),
-        ("sft", ["memory_ladder"], [{}], "metrics.memory_ladder[0].at_step is missing; expected a whole number"),
-        ("sft", ["secret"], 1, "metrics.secret is not known; expected examples, dropped_too_long, loss, "),
-        ("grpo", ["last", "rewards", "int"], [], "metrics.last.rewards.int is [], a list; expected a number"),
-        ("grpo", ["first", "cut_off"], GONE, "metrics.first.cut_off is missing; expected a number"),
-        ("grpo", ["first"], [1], "metrics.first is [1], a list; expected a table"),
-        ("infer", ["sft", "accuracy_interval", 1], "x", "metrics.sft.accuracy_interval[1] is 'x', a text; expected a"),
-        ("infer", ["steps", "base to sft", "p"], GONE, "metrics.steps.base to sft.p is missing; expected a number"),
-        ("gguf", ["files", "q8_0", "mean_kl"], GONE, "metrics.files.q8_0.mean_kl is missing; expected a number"),
-        ("gguf", ["files", "q8_0", "answer"], 42, "metrics.files.q8_0.answer is 42, a whole number; expected a text"),
-        ("gguf", ["lora"], None, "metrics.lora is None, nothing; expected a table"),
-        ("prepare-data", ["sources", 1, "rows"], GONE, "metrics.sources[1].rows is missing; expected a whole number"),
-        ("ollama-modelfile", ["system_prompt"], 1, "metrics.system_prompt is 1, a whole number; expected true or f"),
+        ("sft", ["loss"], "0.2", "loss = '0.2'; expected float, found str"),
+        ("sft", ["loss"], None, "loss = None; expected float, found NoneType"),
+        ("sft", ["loss"], True, "loss = True; expected float, found bool"),
+        ("sft", ["examples"], 7.5, "examples = 7.5; expected int, found float"),
+        ("sft", ["examples"], False, "examples = False; expected int, found bool"),
+        ("sft", ["memory_ladder"], {}, "memory_ladder = {}; expected list, found dict"),
+        ("sft", ["memory_ladder"], [{}], "memory_ladder[0].at_step is missing; expected int"),
+        ("sft", ["secret"], 1, "secret is not known; expected examples, dropped_too_long, loss, "),
+        ("grpo", ["last", "rewards", "int"], [], "last.rewards.int = []; expected float, found list"),
+        ("grpo", ["first", "cut_off"], GONE, "first.cut_off is missing; expected float"),
+        ("grpo", ["first"], [1], "first = [1]; expected dict, found list"),
+        ("infer", ["sft", "accuracy_interval", 1], "x", "sft.accuracy_interval[1] = 'x'; expected float, found str"),
+        ("infer", ["steps", "base to sft", "p"], GONE, "steps.base to sft.p is missing; expected float"),
+        ("gguf", ["files", "q8_0", "mean_kl"], GONE, "files.q8_0.mean_kl is missing; expected float"),
+        ("gguf", ["files", "q8_0", "answer"], 42, "files.q8_0.answer = 42; expected str, found int"),
+        ("gguf", ["lora"], None, "lora = None; expected dict, found NoneType"),
+        ("prepare-data", ["sources", 1, "rows"], GONE, "sources[1].rows is missing; expected int"),
+        ("prepare-data", ["sets", "sft", "prompt_tokens"], GONE, "sets.sft.prompt_tokens is missing; expected "),
+        ("prepare-data", ["sources", 0, "use", 1], None, "sources[0].use[1] = None; expected str, found NoneType"),
+        ("ollama-modelfile", ["system_prompt"], 1, "system_prompt = 1; expected bool, found int"),
     ],
 )
 def test_a_figure_of_another_type_is_refused(stage, path, value, message):
@@ -79,7 +81,7 @@ def test_a_figure_of_another_type_is_refused(stage, path, value, message):
         del place[last]
     else:
         place[last] = value
-    with pytest.raises(UserError, match=rf"^the manifest of {stage}: " + re.escape(message)) as refused:
+    with pytest.raises(UserError, match=rf"^the manifest of {stage}: metrics\." + re.escape(message)) as refused:
         figures_of(spoilt, KINDS[stage])
     assert refused.value.message.endswith(f". Delete the artifact and run: make {stage}")
 
@@ -88,7 +90,7 @@ def test_a_figure_of_another_type_is_refused(stage, path, value, message):
 def test_a_manifest_without_figures_is_refused(metrics):
     with pytest.raises(UserError, match=r"the manifest of merge: metrics"):
         figures_of({"stage": "merge", "metrics": metrics}, figures.MergeFigures)
-    with pytest.raises(UserError, match=r"the manifest of merge: metrics is None, nothing; expected a table"):
+    with pytest.raises(UserError, match=r"the manifest of merge: metrics = None; expected dict, found NoneType"):
         figures_of({"stage": "merge"}, figures.MergeFigures)
 
 

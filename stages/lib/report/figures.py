@@ -248,15 +248,15 @@ def figures_of(manifest: Mapping[str, Any], kind: type[F]) -> F:
 
 def mismatch(value: Any, kind: Any, key: str) -> str | None:
     """Say at which key `value` is not of the type `kind`: what was found there, and what was expected."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return None
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     parts: list[tuple[Any, Any, str]] = []
     if typing.is_typeddict(kind):
         origin, hints = dict, typing.get_type_hints(kind)
         if isinstance(value, dict):
             if missing := sorted(kind.__required_keys__ - set(value)):
-                return f"{key}.{missing[0]} is missing; expected {name_of(hints[missing[0]])}"
+                return f"{key}.{missing[0]} is missing; expected {hints[missing[0]].__name__}"
             if unknown := sorted(set(value) - set(hints)):
                 return f"{key}.{unknown[0]} is not known; expected {', '.join(hints)}"
             parts = [(value[name], hints[name], f"{key}.{name}") for name in value]
@@ -264,13 +264,6 @@ def mismatch(value: Any, kind: Any, key: str) -> str | None:
         parts = [(item, arguments[1], f"{key}.{name}") for name, item in value.items()]
     elif origin is list and isinstance(value, list):
         parts = [(item, arguments[0], f"{key}[{place}]") for place, item in enumerate(value)]
-    if type(value) not in ((int, float) if kind is float else (origin or kind,)):
-        return f"{key} is {value!r}, {name_of(type(value))}; expected {name_of(kind)}"
+    if type(value) not in ((int, float) if kind is float else (origin,)):
+        return f"{key} = {value!r}; expected {origin.__name__}, found {type(value).__name__}"
     return next((found for part in parts if (found := mismatch(*part))), None)
-
-
-def name_of(kind: Any) -> str:
-    """Return what a type is called in a message."""
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "nothing"}
-    is_list = list in (kind, typing.get_origin(kind))
-    return names.get(kind, "a list" if is_list else "a table")

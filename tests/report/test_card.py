@@ -226,6 +226,38 @@ def test_a_cell_can_not_end_its_table():
     assert cell("x | y\n# z") == "x \\| y # z"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_of_a_user_ends_a_block_of_code(kind, recipe, manifests, tmp_path):
+    (tmp_path / "own.toml").write_text("# x\n```\n# head")
+    own = dataclasses.replace(recipe, path=tmp_path / "own.toml")
+    own = changed(own, ollama={"license": "x\n````\n# head"}, format={"system_prompt": "x\n```\n# head"})
+    card = written(kind, own, manifests)
+    outside = re.sub(r"(?ms)^(`{3,})\w+\n.*?^\1$", "", card)
+    assert card.count("# head") - outside.count("# head") >= 4
+    assert "# head" not in outside
+
+
+def test_no_text_of_a_user_ends_a_cell_of_a_table(recipe, manifests):
+    evil = "a | b\n# c"
+    sources = [dataclasses.replace(each, name=f"/{evil}", split=evil, revision=evil) for each in recipe.data.sources]
+    rewards = {"functions": [f"{evil}.py:int"], "weights": [1.0]}
+    dropped = {
+        "rows": 1,
+        "dropped": {evil: 1},
+        "prompt_tokens": manifests["prepare-data"]["metrics"]["sets"]["sft"]["prompt_tokens"],
+    }
+    spoilt = with_figures(manifests, "prepare-data", sets={"sft": dropped})
+    where = manifests["sft"]["environment"] | {"packages": {evil: evil}}
+    spoilt |= {"sft": manifests["sft"] | {"environment": where}}
+    recipe = changed(recipe, data={"sources": sources}, rewards=rewards)
+    card = write("gguf", ALL, recipe, spoilt, [File(evil, b"", 0, "0" * 64)])
+    tables = re.findall(r"(?m)(?:^\|.*\n)+", card)
+    widths = [{len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()} for table in tables]
+    assert widths == [{8}, {12}, {6}, {4}, {5}, {4}, {3}]
+    assert card.count("a \\| b # c") == 6 + 1 + 1 + 2 + 1
+    assert "\n# c" not in card
+
+
 @pytest.mark.parametrize(
     ("text", "block"),
     [

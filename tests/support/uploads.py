@@ -17,11 +17,11 @@ from stages.lib.report.figures import (
     GgufFile,
     GrpoFigures,
     InferFigures,
+    Lengths,
     MergeFigures,
     OllamaModelfileFigures,
     PrepareDataFigures,
     ProblemSet,
-    PromptTokens,
     Rewarded,
     SftFigures,
 )
@@ -114,7 +114,7 @@ def rewarded(correctness: float) -> Rewarded:
 
 def problem_set(rows: int, **dropped: int) -> ProblemSet:
     """Return the figures of a set; the names of reasons have _ for a blank."""
-    lengths: PromptTokens = {"measured": rows, "p50": 61, "p90": 70, "p99": 81, "max": 93}
+    lengths: Lengths = {"measured": rows, "p50": 61, "p90": 70, "p99": 81, "max": 93}
     reasons = {reason.replace("_", " "): count for reason, count in dropped.items()}
     return {"rows": rows, "dropped": reasons, "prompt_tokens": lengths}
 

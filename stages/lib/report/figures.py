@@ -31,8 +31,8 @@ class SourceRead(TypedDict):
     dropped: dict[str, int]
 
 
-class PromptTokens(TypedDict):
-    """Percentiles of the prompts' lengths in tokens, over the `measured` ones."""
+class Lengths(TypedDict):
+    """Percentiles of lengths in tokens, over the `measured` ones."""
 
     measured: int
     p50: int
@@ -42,11 +42,12 @@ class PromptTokens(TypedDict):
 
 
 class ProblemSet(TypedDict):
-    """A finished set. `dropped`: rows left out of it, by reason."""
+    """A finished set. `dropped`: rows left out of it, by reason; `example_tokens`: prompt and solution, of sft."""
 
     rows: int
     dropped: dict[str, int]
-    prompt_tokens: PromptTokens
+    prompt_tokens: Lengths
+    example_tokens: NotRequired[Lengths]
 
 
 class PrepareDataFigures(TypedDict):

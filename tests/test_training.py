@@ -385,6 +385,7 @@ def test_the_artifacts_hold_what_later_stages_read(finished):
         assert template == (finished / "base-model" / "model" / "chat_template.jinja").read_text()
 
 
+@pytest.mark.torch
 def test_the_manifests_of_training_state_the_figures_that_are_read_of_them(finished):
     sft = figures_of(read_manifest(finished / "sft", "sft"), SftFigures)
     assert (sft["loss"] > 0, sft["trainable_parameters"] > 1000, sft["memory_ladder"]) == (True, True, [])

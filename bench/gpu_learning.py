@@ -247,9 +247,9 @@ def main(work: Path, out: Path) -> None:
     lines += ["| file | mean KL | same top token |", "|---|---:|---:|"]
     for kind, own in metrics["gguf"]["files"].items():
         lines.append(f"| {kind} | {own['mean_kl']:.1e} | {own['same_top']:.1%} |")
-    trained = metrics["grpo"]
+    first, last = ({**own.pop("rewards"), **own} for own in (metrics["grpo"]["first"], metrics["grpo"]["last"]))
     lines += ["", "GRPO, first and last tenth of the steps: " + "; ".join(
-        f"{name} {trained['first'][name]:.3g} to {trained['last'][name]:.3g}" for name in trained["first"]
+        f"{name} {first[name]:.3g} to {last[name]:.3g}" for name in first
     ) + "."]  # fmt: skip
     lines += ["", "| GRPO step | mean reward | share right (sampled) |", "|---:|---:|---:|"]
     lines += [f"| {step} | {reward:.2f} | {share:.1%} |" for step, reward, share in points[::10]]

@@ -15,6 +15,7 @@ from stages.lib.data import word_problems
 from stages.lib.gguf.tokens import save_tokenizer
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import BaseModel
+from stages.lib.report.figures import BaseModelFigures
 
 # Gemma's own template, less its image branch: the system prompt is folded into the first user turn.
 CHAT_TEMPLATE = """\
@@ -162,11 +163,8 @@ def tokenize(knobs: BaseModel, corpus: list[tuple[str, str]], tokenizer: Any) ->
     return documents
 
 
-def train(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path) -> dict[str, Any]:
-    """Train the network on the corpus as conversations, save it beside its tokenizer, return what it came to.
-
-    Metrics: `parameters`, `tokens` seen, and the mean `loss` of the last 20 steps (nats a token that is learnt).
-    """
+def train(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path) -> BaseModelFigures:
+    """Train the network on the corpus as conversations, save it beside its tokenizer, return what it came to."""
     import torch
     from tqdm import tqdm
     from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, get_scheduler

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -24,12 +24,11 @@ from stages.lib.model.parity import examine, examine_adapter, refer
 from stages.lib.model.reference import load_reference
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Gguf, Recipe
+from stages.lib.report import terminal
+from stages.lib.report.figures import Accuracy, AdapterFile, GgufFigures, GgufFile, MergeFigures, figures_of
 from stages.lib.report.plots import draw_parity
 
 ADAPTER = "adapter-f16.gguf"
-COLUMNS = (
-    "type", "MB", "mean KL", "p99 KL", "max KL", "same top", "perplexity", "same text", "right", "flips", "ended",
-)  # fmt: skip
 
 
 @click.command(help=__doc__)
@@ -41,9 +40,9 @@ COLUMNS = (
 @options.out
 def main(recipe: Path, merge: Path, prepare_data: Path, grpo: Path, base_model: Path | None, out: Path) -> None:
     run_recipe = read_recipe(recipe, base_model)
-    merged = read_manifest(merge, "merge")
+    merged = figures_of(read_manifest(merge, "merge"), MergeFigures)
     lora = grpo / "adapter" if "lora" in run_recipe.save else None
-    room = room_bytes(run_recipe.gguf, merged["metrics"]["parameters"], merge / "model", lora)
+    room = room_bytes(run_recipe.gguf, merged["parameters"], merge / "model", lora)
     tables = run_recipe.tables("format", "gguf") | {
         "model": {"name": run_recipe.model.name},
         "infer": {"max_completion_tokens": run_recipe.infer.max_completion_tokens},
@@ -164,7 +163,7 @@ def prove(
     recipe: Recipe,
     run: Run,
     adapter: tuple[Path, Path] | None = None,
-) -> dict[str, Any]:
+) -> GgufFigures:
     """Hold every GGUF file against the merged model; write parity.json and parity.png; return what they say.
 
     `adapter` is the base's GGUF file and the LoRA's, which together are held against it as well. Raises `UserError`
@@ -173,11 +172,11 @@ def prove(
     started = time.monotonic()
     reference = refer(model, rows, recipe, run.checkpoints)
     run.seconds["reference"] = time.monotonic() - started
-    figures: dict[str, Any] = {
+    figures: GgufFigures = {
         "reference": {
             "prompts": len(rows),
             "positions": sum(len(text.positions) for text in reference.texts),
-            **reference.completions.accuracy,
+            **cast(Accuracy, reference.completions.accuracy),
             "ended": reference.completions.ended,
         },
         "files": {},
@@ -185,18 +184,18 @@ def prove(
     allowed = limits(recipe.gguf)
     for kind, path in paths.items():
         started = time.monotonic()
-        figures["files"][kind] = examine(path, reference) | {"max_mean_kl": allowed[kind]}
+        figures["files"][kind] = cast(GgufFile, examine(path, reference) | {"max_mean_kl": allowed[kind]})
         run.seconds[f"examine {kind}"] = time.monotonic() - started
     if adapter:
         started = time.monotonic()
         # The merged model is the sum rounded to its type, and these are two files rounded to float16.
         limit = allowed["f16"] + recipe.merge.max_mean_kl
-        figures["lora"] = examine_adapter(*adapter, reference) | {"max_mean_kl": limit}
+        figures["lora"] = cast(AdapterFile, examine_adapter(*adapter, reference) | {"max_mean_kl": limit})
         run.seconds["examine lora"] = time.monotonic() - started
     reference.logits.unlink()
     write_json(run.folder / "parity.json", figures)
     draw_parity(figures["files"], run.folder / "parity.png")
-    click.echo(table(figures))
+    click.echo(terminal.gguf(figures))
     missed = [line for kind in paths for line in misses(kind, figures, recipe.gguf.max_lost_ends)]
     missed += adapter_misses(figures["lora"]) if adapter else []
     if missed:
@@ -204,7 +203,7 @@ def prove(
     return figures
 
 
-def adapter_misses(lora: dict[str, Any]) -> list[str]:
+def adapter_misses(lora: AdapterFile) -> list[str]:
     """Return a line with figure, limit and likely causes when the LoRA is farther from merged than it may be."""
     if lora["mean_kl"] <= lora["max_mean_kl"]:
         return []
@@ -216,7 +215,7 @@ def adapter_misses(lora: dict[str, Any]) -> list[str]:
     ]
 
 
-def misses(kind: str, figures: dict[str, Any], max_lost_ends: int) -> list[str]:
+def misses(kind: str, figures: GgufFigures, max_lost_ends: int) -> list[str]:
     """Return one line for each limit that the file of type `kind` misses, with figure, limit and likely causes."""
     file, lines = figures["files"][kind], []
     if not file["mean_kl"] <= file["max_mean_kl"]:
@@ -241,36 +240,6 @@ def misses(kind: str, figures: dict[str, Any], max_lost_ends: int) -> list[str]:
             f"causes: an end token that the file does not mark as one, or too few bits for this model"
         )
     return lines
-
-
-def table(figures: dict[str, Any]) -> str:
-    """Return the figures as lines for the terminal, a file a line."""
-
-    def cells(name: str, file: dict[str, Any], *answers: str) -> tuple[str, ...]:
-        kls = [f"{file[kl]:.1e}" for kl in ("mean_kl", "p99_kl", "max_kl")]
-        shown = (name, f"{file['bytes'] / 1e6:,.1f}", *kls, f"{file['same_top']:.2%}", f"{file['perplexity']:.4f}")
-        return (*shown, *(answers or ("",) * (len(COLUMNS) - len(shown))))
-
-    reference = figures["reference"]
-    lines: list[tuple[str, ...]] = [COLUMNS]
-    for kind, file in figures["files"].items():
-        flips = f"{file['flipped_to_wrong']}/{file['flipped_to_right']}"
-        answers = f"{file['same_text']:.1%}", f"{file['accuracy']:.1%}", flips, f"{file['ended']}"
-        lines.append(cells(kind, file, *answers))
-        perplexity = f"{file['reference_perplexity']:.4f}"
-    if "lora" in figures:
-        lines.append(cells("lora", figures["lora"]))
-    lines.append((
-        "merged", "", "", "", "", "", perplexity, "", f"{reference['accuracy']:.1%}", "", f"{reference['ended']}"
-    ))  # fmt: skip
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    text.append(
-        f"{reference['prompts']} prompts, {reference['positions']:,} positions; KL in nats against the merged model; "
-        f"right: {reference['accuracy_low']:.1%} to {reference['accuracy_high']:.1%} (95%) for the merged model; "
-        f"flips: answers gone wrong/right"
-    )
-    return "\n".join(text)
 
 
 if __name__ == "__main__":

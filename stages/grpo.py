@@ -18,6 +18,7 @@ from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.model.unsloth import needs_scoring_pass, skip_scoring_pass
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
+from stages.lib.report.figures import GrpoFigures, Rewarded, ScoreBaseFigures, figures_of
 from stages.lib.rewards.judge import Reward
 from stages.lib.rewards.names import load_rewards
 from stages.lib.rewards.own import own_reward_files
@@ -58,11 +59,11 @@ def subset(score_base: Path) -> Path:
 
     Raises `UserError` when it chose none, as its bounds are 0 and 1, or found a reason not to train.
     """
-    metrics = read_manifest(score_base, "score-base")["metrics"]
-    if metrics["advice"]:
-        found = "\n".join(f"- {line}" for line in metrics["advice"])
+    figures = figures_of(read_manifest(score_base, "score-base"), ScoreBaseFigures)
+    if figures["advice"]:
+        found = "\n".join(f"- {line}" for line in figures["advice"])
         raise UserError(f"{score_base}: score-base advises against GRPO, so it is not run:\n{found}")
-    if "subset" not in metrics:
+    if "subset" not in figures:
         raise UserError(
             f"{score_base}: holds no subset. Set [score_base] min_pass_rate above 0 or max_pass_rate below 1 in the "
             f"recipe and run: make score-base; or run GRPO on all problems, without --score-base"
@@ -140,11 +141,8 @@ def unsloth_arguments(recipe: Recipe) -> dict[str, int]:
     return {"unsloth_grpo_mini_batch": parts, "unsloth_logit_chunk_multiplier": 1}
 
 
-def train(recipe: Recipe, problems: Path, adapter: Path, run: Run) -> dict[str, Any]:
-    """Go on training the SFT `adapter` on `problems`, save it under `run.folder`, return what it came to.
-
-    Metrics: what `learn` says, and `memory_ladder`, which lists what was given up for lack of GPU memory.
-    """
+def train(recipe: Recipe, problems: Path, adapter: Path, run: Run) -> GrpoFigures:
+    """Go on training the SFT `adapter` on `problems`, save it under `run.folder`, return what it came to."""
     import_engine(recipe)
     keep_logs(run.checkpoints)
     recipe = ladder.lowered(recipe, "grpo", run.checkpoints)
@@ -153,21 +151,18 @@ def train(recipe: Recipe, problems: Path, adapter: Path, run: Run) -> dict[str, 
     with ladder.stepping_down(recipe, "grpo", run.checkpoints):
         model = load_trainable(recipe, adapter)
     try:
-        metrics = learn(recipe, problems, functions, model, tokenizer, run)
-        return {**metrics, "memory_ladder": ladder.read_steps(run.checkpoints)}
+        first, last = learn(recipe, problems, functions, model, tokenizer, run)
+        return {"first": first, "last": last, "memory_ladder": ladder.read_steps(run.checkpoints)}
     finally:  # also when a check or a signal ends the run
         close_engine(getattr(getattr(model, "vllm_engine", None), "llm_engine", None))
 
 
 def learn(
     recipe: Recipe, problems: Path, functions: list[Reward], model: Any, tokenizer: Any, run: Run
-) -> dict[str, Any]:
+) -> list[Rewarded]:
     """Train `model` and save its adapter and completions under `run.folder`. `import_engine` comes first.
 
-    Returns the means over the first and over the last tenth of the steps, in log entries: `reward`, `reward_std` (over
-    all completions of a step), `completion_tokens`, `cut_off` (share that did not end), every reward function by its
-    name, and where vLLM generates `sampling_difference` (mean absolute difference of its log-probability of a token
-    from the trainer's, nats) and `importance_ratio`.
+    Returns the means over the first and over the last tenth of the steps.
     """
     from trl import GRPOConfig, GRPOTrainer
 
@@ -192,26 +187,28 @@ def learn(
     save_adapter(trainer, tokenizer, run)
     shutil.copyfile(run.checkpoints / "completions.jsonl", run.folder / "completions.jsonl")
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
-    names = {
-        "reward": "reward",
-        "reward_std": "reward_std",
-        "completions/mean_length": "completion_tokens",
-        "completions/clipped_ratio": "cut_off",
-        **{f"rewards/{function.__name__}/mean": function.__name__ for function in functions},
-    }
-    names |= {
-        key: name
-        for key, name in {
-            "sampling/sampling_logp_difference/mean": "sampling_difference",
-            "sampling/importance_sampling_ratio/mean": "importance_ratio",
-        }.items()
-        if all(key in entry for entry in log)
-    }
     tenth = max(1, len(log) // 10)
-    return {
-        when: {name: sum(entry[key] for entry in part) / len(part) for key, name in names.items()}
-        for when, part in (("first", log[:tenth]), ("last", log[-tenth:]))
+    names = [function.__name__ for function in functions]
+    return [means(part, names) for part in (log[:tenth], log[-tenth:])]
+
+
+def means(log: Sequence[dict[str, float]], names: Sequence[str]) -> Rewarded:
+    """Return the means of TRL's log entries, with those of the reward functions `names`."""
+
+    def mean(key: str) -> float:
+        return sum(entry[key] for entry in log) / len(log)
+
+    figures: Rewarded = {
+        "reward": mean("reward"),
+        "reward_std": mean("reward_std"),
+        "rewards": {name: mean(f"rewards/{name}/mean") for name in names},
+        "completion_tokens": mean("completions/mean_length"),
+        "cut_off": mean("completions/clipped_ratio"),
     }
+    if all("sampling/importance_sampling_ratio/mean" in entry for entry in log):  # where vLLM generates
+        figures["sampling_difference"] = mean("sampling/sampling_logp_difference/mean")
+        figures["importance_ratio"] = mean("sampling/importance_sampling_ratio/mean")
+    return figures
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from stages.lib.jsonl import write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
+from stages.lib.report import terminal
+from stages.lib.report.figures import Examination, InferFigures, Step
 
 ROOM_BYTES = 100_000_000
 MODELS = ("base", "sft", "grpo")
@@ -38,8 +40,9 @@ def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Pa
         adapters = {"sft": sft / "adapter", "grpo": grpo / "adapter"}
         rows = answer(run_recipe, problems, adapters)
         write_rows(run.folder / "answers.jsonl", rows)
-        run.metrics.update(examine(rows))
-        click.echo(table(run.metrics))
+        figures = examine(rows)
+        run.metrics.update(figures)
+        click.echo(terminal.infer(figures))
 
 
 def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, Path]) -> list[dict[str, Any]]:
@@ -84,48 +87,29 @@ def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, P
     return rows
 
 
-def examine(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures of the examination, a dict a model, and `steps`: for each model and the one before it McNemar.
-
-    `accuracy`, `well_formed` and `cut_off` are shares of 1, `accuracy_interval` is Wilson's 95% interval, `tokens` the
-    mean of the completion. In a step, `gained` problems only the later model solves, `lost` only the earlier one; `p`
-    is the two-sided exact probability of a split at least as uneven if neither were better.
-    """
-    figures: dict[str, Any] = {}
-    right: dict[str, list[bool]] = {}
-    for name in MODELS:
-        own = [row for row in rows if row["model"] == name]
-        right[name] = [row["right"] for row in own]
-        total = len(own)
-        figures[name] = {
-            "problems": total,
-            "accuracy": sum(right[name]) / total,
-            "accuracy_interval": list(stats.wilson(sum(right[name]), total)),
-            "well_formed": sum(row["well_formed"] for row in own) / total,
-            "tokens": sum(row["tokens"] for row in own) / total,
-            "cut_off": sum(not row["ended"] for row in own) / total,
-        }
-    figures["steps"] = {}
+def examine(rows: list[dict[str, Any]]) -> InferFigures:
+    """Return the figures of each model, and of each step from a model to the next."""
+    models = {name: [row for row in rows if row["model"] == name] for name in MODELS}
+    steps: dict[str, Step] = {}
     for before, after in pairwise(MODELS):
-        pairs = list(zip(right[before], right[after], strict=True))
+        pairs = [(old["right"], new["right"]) for old, new in zip(models[before], models[after], strict=True)]
         gained, lost = pairs.count((False, True)), pairs.count((True, False))
-        figures["steps"][f"{before} to {after}"] = {"gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost)}
-    return figures
+        steps[f"{before} to {after}"] = {"gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost)}
+    base, sft, grpo = (examine_model(own) for own in models.values())
+    return {"base": base, "sft": sft, "grpo": grpo, "steps": steps}
 
 
-def table(figures: dict[str, Any]) -> str:
-    """Return the figures as a table for the terminal."""
-    lines = [f"{'':6} {'accuracy':>9} {'95% interval':>17} {'well formed':>12} {'tokens':>7} {'cut off':>8}"]
-    for name in MODELS:
-        own = figures[name]
-        low, high = own["accuracy_interval"]
-        lines.append(
-            f"{name:6} {own['accuracy']:9.1%} {f'{low:.1%} to {high:.1%}':>17} {own['well_formed']:12.1%} "
-            f"{own['tokens']:7.1f} {own['cut_off']:8.1%}"
-        )
-    for step, own in figures["steps"].items():
-        lines.append(f"{step}: {own['gained']} problems gained, {own['lost']} lost, McNemar {stats.p_text(own['p'])}")
-    return "\n".join(lines)
+def examine_model(rows: list[dict[str, Any]]) -> Examination:
+    """Return the figures of one model, whose answers are `rows`."""
+    right, total = sum(row["right"] for row in rows), len(rows)
+    return {
+        "problems": total,
+        "accuracy": right / total,
+        "accuracy_interval": list(stats.wilson(right, total)),
+        "well_formed": sum(row["well_formed"] for row in rows) / total,
+        "tokens": sum(row["tokens"] for row in rows) / total,
+        "cut_off": sum(not row["ended"] for row in rows) / total,
+    }
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -29,6 +29,8 @@ from stages.lib.model.nf4 import nf4_lacks, require_nf4, training_cost, verify_n
 from stages.lib.model.reference import load_reference, model_logits
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Merge
+from stages.lib.report import terminal
+from stages.lib.report.figures import FourBitDistance, MergeFigures
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -61,14 +63,16 @@ def main(recipe: Path, grpo: Path, prepare_data: Path, base_model: Path | None, 
         refuse_quantized(base, "merge")
         fold(base, grpo, knobs.dtype, run.folder / "model")
         run.checkpoints.mkdir(exist_ok=True)
-        run.metrics.update(verify(base, grpo, run.folder / "model", rows, knobs, run.checkpoints))
+        figures = verify(base, grpo, run.folder / "model", rows, knobs, run.checkpoints)
         compared = run.checkpoints / REFERENCE, texts_of(run.folder / "model", rows, knobs.positions_per_prompt)
         if run_recipe.model.load_in_4bit and not nf4_lacks():
-            run.metrics["trained_in_4bit"] = training_cost(base, grpo / "adapter", knobs.dtype, *compared)
+            cost = training_cost(base, grpo / "adapter", knobs.dtype, *compared)
+            figures["trained_in_4bit"] = cast(FourBitDistance, cost)
         if four_bits:
             write_nf4(run.folder / "model", run.folder / "model-4bit", knobs.dtype, SHARD_SIZE)
-            run.metrics["merged_4bit"] = verify_nf4(run.folder / "model-4bit", *compared)
-    show(run.metrics)
+            figures["merged_4bit"] = cast(FourBitDistance, verify_nf4(run.folder / "model-4bit", *compared))
+        run.metrics.update(figures)
+    click.echo(terminal.merge(figures))
 
 
 def room_bytes(base: Path | None, knobs: Merge, *, four_bits: bool = False) -> int:
@@ -121,9 +125,7 @@ def savable(stated: "GenerationConfig") -> "GenerationConfig":
     return stated
 
 
-def verify(
-    base: Path, grpo: Path, merged: Path, rows: Sequence[dict], knobs: Merge, scratch: Path
-) -> dict[str, float | int]:
+def verify(base: Path, grpo: Path, merged: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> MergeFigures:
     """Return how far the model saved in `merged` is from the adapter on its base, and the base from that.
 
     Next-token distributions are compared at positions spread over the prompts of `rows`, and over their completions
@@ -260,19 +262,6 @@ def touched_cause(base: Path, grpo: Path) -> str | None:
 def has_output_layer(folder: Path) -> bool:
     """Say whether the weights in `folder` hold an output layer of their own."""
     return any(name.endswith("lm_head.weight") for name in weight_shapes(folder))
-
-
-def show(metrics: dict[str, Any]) -> None:
-    """Print the gate's figures."""
-    click.echo(
-        f"merge: {metrics['positions']:,} positions of {metrics['prompts']} prompts; mean KL from the adapter on its "
-        f"base {metrics['merged_mean_kl']:.1e}, of the base {metrics['base_mean_kl']:.1e} nats"
-    )
-    if "trained_in_4bit" in metrics:
-        difference = metrics["trained_in_4bit"]["mean_kl"]
-        click.echo(f"merge: mean KL of the model as it was in training, in 4 bits, {difference:.1e} nats")
-    if "merged_4bit" in metrics:
-        click.echo(f"merge: mean KL of the 4-bit model {metrics['merged_4bit']['mean_kl']:.1e} nats")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -21,6 +20,7 @@ from stages.lib.ollama.go import render_by_go
 from stages.lib.ollama.proof import compare_renderings, first_difference
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Ollama, Recipe
+from stages.lib.report.figures import OllamaModelfileFigures
 
 PARAMETERS = ("num_ctx", "temperature", "top_p", "top_k", "min_p", "repeat_penalty")
 
@@ -39,7 +39,7 @@ def main(recipe: Path, merge: Path, gguf: Path, out: Path) -> None:
         run.metrics.update(make(run_recipe, merge / "model", gguf, run.folder))
 
 
-def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> dict[str, Any]:
+def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> OllamaModelfileFigures:
     """Write `folder`/Modelfile for the merged `model`, with the recommended file of `gguf` beside it; return metrics.
 
     Raises `UserError` when the chat template can't be said in Go, or when anything read back out of the written
@@ -62,7 +62,7 @@ def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> dict[str, Any
     text = written(files[0].name, derived.template, recipe.format.system_prompt, stops, recipe.ollama)
     path = folder / "Modelfile"
     path.write_text(text, encoding="utf-8")
-    return prove(path, render, derived, stops, recipe) | {"file": files[0].name}
+    return prove(path, render, derived, stops, recipe)
 
 
 def recommended(gguf: Path, quantization: str) -> list[Path]:
@@ -127,7 +127,7 @@ def written(file: str, template: str, system: str, stops: Sequence[str], knobs: 
     return text
 
 
-def prove(path: Path, render: Render, derived: Derived, stops: Sequence[str], recipe: Recipe) -> dict[str, Any]:
+def prove(path: Path, render: Render, derived: Derived, stops: Sequence[str], recipe: Recipe) -> OllamaModelfileFigures:
     """Read the written Modelfile back as Ollama does and hold it against what it was made from; return metrics.
 
     Raises `UserError`, naming the cause, for the first thing that is not as it should be.
@@ -156,6 +156,7 @@ def prove(path: Path, render: Render, derived: Derived, stops: Sequence[str], re
             raise UserError(f"{path}: PARAMETER {name} is not {getattr(knobs, name)}, as the recipe has it")
     (template,) = modelfile.values(commands, "template")
     return {
+        "file": file.removeprefix("./"),
         "conversations": compare_renderings(path, template, render, derived.bos),
         "stops": found,
         "system_prompt": bool(system),

@@ -27,6 +27,8 @@ from stages.lib.model.rehearsal import check_chat_template, check_completion, ch
 from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe, is_hub_name
+from stages.lib.report import terminal
+from stages.lib.report.figures import PrepareDataFigures
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "vocab.json")
 
@@ -73,19 +75,19 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
                 )
                 checked.result()
         run.metrics.update(metrics)
-        click.echo(summary(run.metrics))
+        click.echo(terminal.prepare_data(metrics))
 
 
 def prepare(
     recipe: Recipe, located: list[list[Path]], ruler: Ruler, folder: Path, pool: ProcessPoolExecutor | None
-) -> dict[str, Any]:
+) -> PrepareDataFigures:
     """Write sft.jsonl, grpo.jsonl, eval.jsonl and removed.jsonl under `folder`; return the metrics.
 
     `located` are the files of each source, none for one from the hub; `pool` are their `helpers`. Raises `UserError` as
     the parts do.
     """
     draft = Draft(folder, ruler, recipe)
-    read = [draft.add_source(source, files, pool) for source, files in zip(recipe.data.sources, located, strict=True)]
+    read: list[Any] = [draft.add_source(*each, pool) for each in zip(recipe.data.sources, located, strict=True)]
     sets = draft.finish()
     refuse_small(recipe, sets)
     return {"sources": read, "sets": sets}
@@ -109,19 +111,6 @@ def refuse_small(recipe: Recipe, sets: dict[str, Any]) -> None:
             f"{recipe.path}: too few rows for what later stages take at once:{lines}\nLower these, or give that set "
             f"more rows: another file, larger shares"
         )
-
-
-def summary(metrics: dict[str, Any]) -> str:
-    """Return a table of the sets for the terminal."""
-    lines = [f"{'':6}{'rows':>9}  {'prompt tokens':>20}  dropped"]
-    for name, made in metrics["sets"].items():
-        tokens = made["prompt_tokens"]
-        dropped = ", ".join(f"{count} {reason}" for reason, count in made["dropped"].items()) or "none"
-        lines.append(f"{name:6}{made['rows']:>9}  {tokens['p50']:>6} (max {tokens['max']:>5})  {dropped}")
-    for source in metrics["sources"]:
-        dropped = "".join(f", {count} {reason}" for reason, count in source["dropped"].items())
-        lines.append(f"from {source['name']} ({source['split']}): {source['rows']} rows{dropped}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import sys
@@ -14,20 +13,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stages.lib import options
-from stages.lib.artifact.manifest import LOGS, MANIFEST, manifest_digest, read_manifest, sha256_of
+from stages.lib.artifact.manifest import manifest_digest, read_manifest
 from stages.lib.errors import UserError, nearest
-from stages.lib.ollama import modelfile
 from stages.lib.recipe.read import read_recipe
-from stages.lib.recipe.tables import Recipe, is_hub_name
-from stages.lib.report.card import KINDS, File, repositories, write
+from stages.lib.recipe.tables import Recipe
+from stages.lib.report.card import write
+from stages.lib.report.repository import KINDS, File, collect, of_text, repositories
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 TOKEN = "HF_TOKEN"
-# No pickles, no code, no logs: what a model repository needs, and what can do no harm to those who load it.
-SUFFIXES = (".gguf", ".jinja", ".json", ".md", ".model", ".png", ".safetensors", ".txt")
-WITHOUT_SUFFIX = ("Modelfile",)
 LEFT_BY_THE_HUB = (".gitattributes",)
 
 
@@ -78,7 +74,7 @@ def prepare(names: Mapping[str, str], folders: Mapping[str, Path], recipe: Recip
 
 
 def chosen(kinds: Sequence[str]) -> list[str]:
-    """Return what to upload, in the order of `model_card.KINDS`. Raises `UserError` for an unknown word."""
+    """Return what to upload, in the order of `KINDS`. Raises `UserError` for an unknown word."""
     known = tuple(KINDS)
     for kind in kinds:
         if kind not in known:
@@ -135,103 +131,6 @@ def verify_recipe(recipe: Recipe, manifests: Mapping[str, Mapping[str, Any]]) ->
                         f"{recipe.path}: [{table}] {key} = {now.get(key)!r}, and {stage} was made with {value!r}. "
                         f"The card shows the recipe, which has to be that of the model. Run: make all"
                     )
-
-
-def collect(
-    kind: str, folders: Mapping[str, Path], manifests: Mapping[str, Mapping[str, Any]], recipe: Recipe
-) -> list[File]:
-    """Return the files of one kind of upload, without the card, each checked against its manifest's sha256.
-
-    Raises `UserError` when there are none, when a folder they come from holds a symbolic link or a file that its
-    manifest does not state, for a suffix that is not in SUFFIXES, and when a file is not what the manifest says.
-    """
-    chosen: dict[str, tuple[str, str]] = {}  # name in the repository: stage, name in its artifact
-    for stage, prefix in KINDS[kind].sources:
-        refuse_unknown(folders[stage], stage, manifests[stage])
-        for name in manifests[stage]["files"]:
-            short = name.removeprefix(prefix)
-            if name.startswith(prefix) and "/" not in short and takes(kind, stage, short):
-                chosen[short] = (stage, name)
-    if not any(stage == KINDS[kind].sources[0][0] for stage, _ in chosen.values()):
-        stage, prefix = KINDS[kind].sources[0]
-        raise UserError(
-            f"{folders[stage] / prefix}: there is no {kind} there; expected it as save in the recipe asks for it "
-            f"(merged_4bit needs an NVIDIA GPU). Add {kind!r} to save and run: make {stage}"
-        )
-    files = []
-    for short, (stage, name) in sorted(chosen.items()):
-        path = folders[stage] / name
-        if path.suffix not in SUFFIXES and short not in WITHOUT_SUFFIX:
-            raise UserError(
-                f"{path}: is not uploaded; expected only {', '.join((*SUFFIXES, *WITHOUT_SUFFIX))}. Move it away, or "
-                f"leave {kind} out with --what"
-            )
-        described = manifests[stage]["files"][name]
-        if sha256_of(path) != described["sha256"]:
-            raise UserError(
-                f"{path}: is not the file that {stage} wrote: its sha256 is another than the manifest's. "
-                f"Delete {folders[stage]} and run: make {stage}"
-            )
-        files.append(File(short, path, described["bytes"], described["sha256"]))
-    if kind == "lora":
-        place = next(place for place, file in enumerate(files) if file.name == "adapter_config.json")
-        files[place] = of_text("adapter_config.json", adapter_config(files[place].content, recipe))
-    if kind == "gguf":
-        files += ollama_files(folders["ollama-modelfile"] / "Modelfile", {file.name for file in files})
-    return files
-
-
-def takes(kind: str, stage: str, name: str) -> bool:
-    """Say whether a kind of upload takes the file `name` of a stage: which of its GGUF files are whose."""
-    if stage == "gguf":
-        return name.startswith("adapter") if kind == "lora" else not name.startswith("adapter")
-    return stage != "ollama-modelfile" or name == "Modelfile"  # the GGUF beside it is one of the gguf stage
-
-
-def refuse_unknown(folder: Path, stage: str, manifest: Mapping[str, Any]) -> None:
-    """Raise `UserError` when an artifact holds a symbolic link, or a file that its manifest does not state."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        known = path.is_dir() or name == MANIFEST or name.startswith(f"{LOGS}/")
-        if path.is_symlink() or not (known or name in manifest["files"]):
-            found = "is a symbolic link" if path.is_symlink() else f"was not written by {stage}"
-            raise UserError(f"{path}: {found}; expected only files that {folder / MANIFEST} states. Move it away")
-
-
-def of_text(name: str, text: str) -> File:
-    """Return a file of a repository that is made here."""
-    content = text.encode()
-    return File(name, content, len(content), hashlib.sha256(content).hexdigest())
-
-
-def adapter_config(content: bytes, recipe: Recipe) -> str:
-    """Return adapter_config.json with the base model by its hub name and revision, instead of a path on this disk."""
-    settings = json.loads(content)
-    on_hub = is_hub_name(recipe.model.name)
-    settings["base_model_name_or_path"] = recipe.model.name if on_hub else Path(recipe.model.name).name
-    settings["revision"] = recipe.model.revision if on_hub else None
-    return json.dumps(settings, indent=2, sort_keys=True) + "\n"
-
-
-def ollama_files(path: Path, beside: set[str]) -> list[File]:
-    """Return `template`, `system` and `params`, which `ollama run hf.co/...` reads instead of a Modelfile.
-
-    Without them it takes a stock template by the look of the model. See https://huggingface.co/docs/hub/ollama.
-    Raises `UserError` when the Modelfile's FROM names no file in `beside`.
-    """
-    commands = modelfile.read(path)
-    (source,) = modelfile.values(commands, "from")
-    if source.removeprefix("./") not in beside:
-        raise UserError(f"{path}: FROM {source} is not among the GGUF files. Run: make ollama-modelfile")
-    files = [of_text("template", text) for text in modelfile.values(commands, "template")]
-    files += [of_text("system", text) for text in modelfile.values(commands, "system")]
-    params: dict[str, Any] = {}
-    for name, value in commands:
-        if name == "parameter stop":
-            params.setdefault("stop", []).append(value)
-        elif name.startswith("parameter "):
-            params[name.removeprefix("parameter ")] = json.loads(value)
-    return [*files, of_text("params", json.dumps(params, indent=2, ensure_ascii=False) + "\n")]
 
 
 def push(uploads: Sequence[Upload], token: str, *, public: bool, yes: bool) -> None:

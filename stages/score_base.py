@@ -20,6 +20,8 @@ from stages.lib.jsonl import write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe, ScoreBase
+from stages.lib.report import terminal
+from stages.lib.report.figures import ScoreBaseFigures, Scores, Spread, figures_of
 from stages.lib.rewards.names import load_rewards
 from stages.lib.rewards.own import own_reward_files
 
@@ -54,17 +56,18 @@ def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | 
             problems = draw([json.loads(line) for line in file], knobs)
         rows = sample(run_recipe, problems, sft / "adapter" if sft else None)
         write_rows(run.folder / "scores.jsonl", rows)
-        run.metrics["model"] = "sft" if sft else "base"
-        run.metrics.update(score(rows, run_recipe.rewards.weights, knobs.completions_per_problem))
+        scores = score(rows, run_recipe.rewards.weights, knobs.completions_per_problem)
+        figures = ScoreBaseFigures(**scores, model="sft" if sft else "base", advice=[])
         chosen = choose(problems, rows, knobs)
         if chosen is not None:
             write_rows(run.folder / "grpo.jsonl", chosen)
-            run.metrics["subset"] = len(chosen)
-        run.metrics["advice"] = advise(run.metrics, run_recipe.grpo.prompts_per_step)
-    metrics = read_manifest(out, "score-base")["metrics"]
-    click.echo(table(metrics))
-    if metrics["advice"]:
-        found = "\n".join(f"- {line}" for line in metrics["advice"])
+            figures["subset"] = len(chosen)
+        figures["advice"] = advise(figures, run_recipe.grpo.prompts_per_step)
+        run.metrics.update(figures)
+    figures = figures_of(read_manifest(out, "score-base"), ScoreBaseFigures)
+    click.echo(terminal.score_base(figures))
+    if figures["advice"]:
+        found = "\n".join(f"- {line}" for line in figures["advice"])
         raise UserError(f"GRPO would learn too little; {out}/scores.jsonl has every completion:\n{found}")
 
 
@@ -126,13 +129,8 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None)
     return rows
 
 
-def score(rows: list[dict[str, Any]], weights: list[float], group: int) -> dict[str, Any]:
-    """Return what `rows` of `group` completions a problem come to.
-
-    `right`, `well_formed` and `cut_off` are shares of the completions, `tokens` their mean length; `never_right` and
-    `always_right` count problems. `rewards` has an entry a function, in order and with its weight, and `total` is that
-    of the weighted sum; `summary` tells what is in them.
-    """
+def score(rows: list[dict[str, Any]], weights: list[float], group: int) -> Scores:
+    """Return the figures of `rows`, which are `group` completions a problem."""
     rates = pass_rates(rows, group)
     names = list(rows[0]["rewards"])
     return {
@@ -152,10 +150,10 @@ def score(rows: list[dict[str, Any]], weights: list[float], group: int) -> dict[
     }
 
 
-def summary(values: list[float], group: int) -> dict[str, float]:
-    """Return `mean`, `spread` (standard deviation of all), `least`, `most` and `zero_variance`, the share of groups.
+def summary(values: list[float], group: int) -> Spread:
+    """Return the figures of `values`, of which `group` in a row are one problem's.
 
-    A group, `group` values in a row, without variance gives GRPO no advantage but 0.
+    A group without variance gives GRPO no advantage but 0.
     """
     groups = [values[first : first + group] for first in range(0, len(values), group)]
     return {
@@ -182,7 +180,7 @@ def choose(problems: list[dict[str, Any]], rows: list[dict[str, Any]], knobs: Sc
     return [problem for problem, rate in zip(problems, rates, strict=True) if low <= rate <= high]
 
 
-def advise(metrics: dict[str, Any], prompts_per_step: int) -> list[str]:
+def advise(metrics: ScoreBaseFigures, prompts_per_step: int) -> list[str]:
     """Return what speaks against GRPO as the recipe has it, and what to do about it; empty, where nothing does."""
     advice = []
     constant = [
@@ -211,7 +209,7 @@ def advise(metrics: dict[str, Any], prompts_per_step: int) -> list[str]:
     return advice
 
 
-def remedy(metrics: dict[str, Any]) -> str:
+def remedy(metrics: ScoreBaseFigures) -> str:
     """Return what to do when rewards don't tell completions apart, by what the completions are like."""
     if metrics["cut_off"] == 1:
         return "every completion was cut off: raise [grpo] max_completion_tokens, or train SFT for longer"
@@ -227,27 +225,6 @@ def remedy(metrics: dict[str, Any]) -> str:
         "a reward that all completions earn already is learned: give it weight 0, which still logs it. Otherwise take "
         "one that tells them apart, or raise [grpo] temperature for completions that differ more"
     )
-
-
-def table(metrics: dict[str, Any]) -> str:
-    """Return the figures as a table for the terminal."""
-    group = metrics["completions"] // metrics["problems"]
-    width = max(len("weighted sum"), *(len(own["name"]) for own in metrics["rewards"]))
-    lines = [
-        f"{metrics['problems']} problems, {group} completions each, of the {metrics['model']} model: "
-        f"{metrics['right']:.1%} right, {metrics['well_formed']:.1%} well formed, {metrics['cut_off']:.1%} cut off, "
-        f"{metrics['tokens']:.1f} tokens",
-        f"{metrics['never_right']} problems never right, {metrics['always_right']} always",
-        f"{'':{width}} {'weight':>7} {'mean':>7} {'spread':>7} {'least':>7} {'most':>7}  groups with zero variance",
-    ]
-    for own in (*metrics["rewards"], {"name": "weighted sum", "weight": "", **metrics["total"]}):
-        lines.append(
-            f"{own['name']:{width}} {own['weight']:>7} {own['mean']:7.3f} {own['spread']:7.3f} {own['least']:7.3f} "
-            f"{own['most']:7.3f} {own['zero_variance']:26.1%}"
-        )
-    if "subset" in metrics:
-        lines.append(f"{metrics['subset']} problems are within the bounds, for GRPO to use")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

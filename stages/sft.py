@@ -12,6 +12,7 @@ from stages.lib.model.load import load_trainable
 from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
+from stages.lib.report.figures import SftFigures
 from stages.lib.train import ladder
 from stages.lib.train.config import shared_arguments
 from stages.lib.train.run import configure, keep_logs, read_rows, run_trainer, save_adapter
@@ -49,12 +50,8 @@ def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
     }
 
 
-def train(recipe: Recipe, examples: Path, run: Run) -> dict[str, Any]:
-    """Train a LoRA adapter on `examples`, save it under `run.folder`, return what it came to.
-
-    Metrics: `examples` used, `dropped_too_long`, `loss` (mean nats a completion token over the last tenth of the
-    steps) and `trainable_parameters`.
-    """
+def train(recipe: Recipe, examples: Path, run: Run) -> SftFigures:
+    """Train a LoRA adapter on `examples`, save it under `run.folder`, return what it came to."""
     import_engine(recipe)
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer

@@ -11,6 +11,7 @@ from stages.lib.answers import formats
 from stages.lib.artifact.manifest import manifest_digest, read_manifest
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import BaseModel
+from stages.lib.report.figures import BaseModelFigures, mismatch
 from tests.support import micro
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +206,7 @@ def test_the_network_has_about_1_3_million_parameters(tmp_path):
     corpus = base_model.conversations(own)
     base_model.make_tokenizer(own, corpus, tmp_path / "model")
     metrics = base_model.train(own, corpus, tmp_path / "model")
+    assert mismatch(metrics, BaseModelFigures, "metrics") is None
     assert 1_250_000 < metrics["parameters"] < 1_350_000
     assert 5 < metrics["loss"] < 9  # nats; ln 512 = 6.2 is knowing nothing
     config = json.loads((tmp_path / "model" / "config.json").read_text())

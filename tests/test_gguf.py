@@ -16,6 +16,7 @@ from stages.lib.gguf.types import GGUF_TYPES
 from stages.lib.model.reference import load_reference
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Gguf
+from stages.lib.report.figures import GgufFigures, figures_of
 from tests.support import tiny_models
 
 
@@ -81,7 +82,7 @@ def test_flips_and_accuracies_agree():
 def test_seconds_are_kept_out_of_the_metrics():
     manifest = json.loads((tiny_models.quantized() / "manifest.json").read_text())
     assert {"convert", "reference", "quantize q8_0", "examine f16"} <= set(manifest["wall"])
-    assert manifest["metrics"] == figures()
+    assert figures_of(manifest, GgufFigures) == figures()
 
 
 @pytest.mark.torch

@@ -11,6 +11,7 @@ from stages.lib.artifact.manifest import read_manifest
 from stages.lib.model.load import load_model
 from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.read import read_recipe
+from stages.lib.report.figures import InferFigures, figures_of
 
 XML = formats.get("xml")
 THINK = formats.get("think")
@@ -92,19 +93,6 @@ def test_models_with_unlike_numbers_of_answers_are_never_compared():
         infer.examine(rows()[:-1])
 
 
-def test_the_table_shows_every_figure():
-    assert infer.table(infer.examine(rows())) == TABLE
-
-
-TABLE = """\
-        accuracy      95% interval  well formed  tokens  cut off
-base        0.0%     0.0% to 27.8%         0.0%    64.0   100.0%
-sft        50.0%    23.7% to 76.3%        80.0%     4.5     0.0%
-grpo       70.0%    39.7% to 89.2%       100.0%    10.0     0.0%
-base to sft: 5 problems gained, 0 lost, McNemar p = 0.062
-sft to grpo: 4 problems gained, 2 lost, McNemar p = 0.69"""
-
-
 @pytest.mark.torch
 def test_the_stage_keeps_every_answer_of_every_model_to_the_same_problems(finished):
     folder = finished / "infer"
@@ -119,7 +107,7 @@ def test_the_stage_keeps_every_answer_of_every_model_to_the_same_problems(finish
         assert {key: each[key] for key in ("well_formed", "given", "right")} == marked
         assert 1 <= each["tokens"] <= 12
         assert each["ended"] or each["tokens"] == 12
-    metrics = read_manifest(folder, "infer")["metrics"]
+    metrics = figures_of(read_manifest(folder, "infer"), InferFigures)
     assert metrics == json.loads(json.dumps(infer.examine(answers)))
 
 

@@ -6,10 +6,12 @@ import json
 import pytest
 
 from stages import merge
+from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
 from stages.lib.jsonl import first_rows
 from stages.lib.model.files import weight_shapes
 from stages.lib.recipe.tables import Merge
+from stages.lib.report.figures import MergeFigures, figures_of
 from tests.support import tiny_models
 
 
@@ -42,7 +44,7 @@ def test_generation_ends_at_the_bases_ends_and_the_turn_end():
 
 @pytest.mark.torch
 def test_the_manifest_holds_the_gates_figures():
-    metrics = json.loads((tiny_models.merged() / "manifest.json").read_text())["metrics"]
+    metrics = figures_of(read_manifest(tiny_models.merged(), "merge"), MergeFigures)
     assert metrics["prompts"] == 50
     assert metrics["positions"] > 50 * 40
     assert 0 < metrics["merged_mean_kl"] < 1e-4 < metrics["base_mean_kl"]

@@ -22,6 +22,7 @@ from stages.lib.ollama.derive import derive_template, jinja_render, rejects
 from stages.lib.ollama.go import render_by_go
 from stages.lib.ollama.proof import CONVERSATIONS
 from stages.lib.recipe.tables import Format, Ollama
+from stages.lib.report.figures import OllamaModelfileFigures, figures_of
 from tests.support import chat_templates, tiny_models
 
 pytestmark = pytest.mark.slow
@@ -124,7 +125,7 @@ def test_the_stage_writes_a_finished_artifact_once(gemma, tmp_path, monkeypatch)
     manifest = read_manifest(out, "ollama-modelfile")
     assert sorted(manifest["files"]) == ["Modelfile", "model.q4_k_m.gguf"]
     assert sorted(manifest["recipe"]) == ["format", "ollama"]
-    assert manifest["metrics"]["conversations"] == 48
+    assert figures_of(manifest, OllamaModelfileFigures)["conversations"] == 48
     second = CliRunner().invoke(ollama_modelfile.main, asked, catch_exceptions=False)
     assert "ollama-modelfile: up to date" in second.output
 

@@ -16,8 +16,9 @@ from click.testing import CliRunner, Result
 
 from stages import push
 from stages.lib.artifact.manifest import read_manifest
+from stages.lib.errors import UserError
 from stages.lib.recipe.read import read_recipe
-from stages.lib.report.card import fidelity
+from stages.lib.report.repository import collect
 from tests.support import hub_server, uploads
 
 pytestmark = pytest.mark.slow
@@ -355,7 +356,7 @@ def test_names_of_the_hub(name, fits):
     if fits:
         assert push.checked_name(name) == name
         return
-    with pytest.raises(push.UserError, match="is not a name of the hub; expected user/name"):
+    with pytest.raises(UserError, match="is not a name of the hub; expected user/name"):
         push.checked_name(name)
 
 
@@ -364,16 +365,6 @@ def test_what_overrides_the_recipe_and_an_unknown_word_is_refused(hub, run):
     assert set(hub.repositories) == {"ann/tiny-4bit", "ann/tiny-LoRA"}
     assert set(hub.repositories["ann/tiny-4bit"].tree) == {"README.md", "config.json", "model.safetensors"}
     assert "'merged_16' is not known (did you mean 'merged_16bit'?)" in is_refused(pushed(run, "--what", "merged_16"))
-
-
-def test_the_card_says_what_training_in_4_bits_cost_where_that_was_measured(run):
-    recipe = read_recipe(run / "tiny.toml")
-    manifests = {"merge": read_manifest(run / "merge", "merge")}
-    assert "4 bits" not in "\n".join(fidelity("merged_16bit", recipe, manifests))
-    manifests["merge"]["metrics"]["trained_in_4bit"] = {"mean_kl": 0.0123, "max_kl": 1.5, "same_top": 0.9512}
-    said = "\n".join(fidelity("merged_16bit", recipe, manifests))
-    assert "trained on its base in 4 bits (NF4), and merged into the base in 16." in said
-    assert "1.2e-02 nats (at most 1.5e+00) away, with the same top token at 95.12%." in said
 
 
 def test_the_adapter_names_no_path_of_this_disk(hub, run):
@@ -397,8 +388,8 @@ def test_a_kind_of_file_that_may_do_harm_is_refused_even_where_its_stage_wrote_i
     (run / "merge/model" / name).write_bytes(b"x")
     manifests = {"merge": read_manifest(run / "merge", "merge")}
     manifests["merge"]["files"][f"model/{name}"] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
-    with pytest.raises(push.UserError, match=rf"{re.escape(name)}: is not uploaded; expected only \.gguf, \.jinja"):
-        push.collect("merged_16bit", {"merge": run / "merge"}, manifests, read_recipe(run / "tiny.toml"))
+    with pytest.raises(UserError, match=rf"{re.escape(name)}: is not uploaded; expected only \.gguf, \.jinja"):
+        collect("merged_16bit", {"merge": run / "merge"}, manifests, read_recipe(run / "tiny.toml"))
 
 
 def test_a_kind_that_was_not_made_is_refused_with_what_makes_it(run):
@@ -406,5 +397,5 @@ def test_a_kind_that_was_not_made_is_refused_with_what_makes_it(run):
     shutil.rmtree(run / "merge/model-4bit")
     files = manifests["merge"]["files"]
     manifests["merge"]["files"] = {name: file for name, file in files.items() if not name.startswith("model-4bit/")}
-    with pytest.raises(push.UserError, match=r"there is no merged_4bit there; .* NVIDIA GPU\)\. .* run: make merge"):
-        push.collect("merged_4bit", {"merge": run / "merge"}, manifests, read_recipe(run / "tiny.toml"))
+    with pytest.raises(UserError, match=r"there is no merged_4bit there; .* NVIDIA GPU\)\. .* run: make merge"):
+        collect("merged_4bit", {"merge": run / "merge"}, manifests, read_recipe(run / "tiny.toml"))

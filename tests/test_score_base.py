@@ -12,6 +12,7 @@ from stages.lib.artifact.folder import write_artifact
 from stages.lib.errors import UserError
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import ScoreBase
+from stages.lib.report.figures import ScoreBaseFigures, figures_of
 from tests.support import tiny_models
 from tests.support.once import once_a_run, run_folder
 from tests.support.recipes import read_tables, write_tables
@@ -170,16 +171,6 @@ def test_all_problems_are_taken_where_there_are_no_more():
     assert score_base.draw([{"id": 1}, {"id": 2}], KNOBS) == [{"id": 1}, {"id": 2}]
 
 
-def test_the_table_has_a_line_a_reward_and_one_for_the_sum():
-    shown = score_base.table(metrics(rows=MIXED, subset=2)).splitlines()
-    shares = "50.0% right, 83.3% well formed, 16.7% cut off, 4.0 tokens"
-    assert shown[0] == f"3 problems, 2 completions each, of the sft model: {shares}"
-    assert shown[1] == "1 problems never right, 1 always"
-    assert [line[:12].strip() for line in shown[3:6]] == ["form", "correct", "weighted sum"]
-    assert shown[4].split()[1:] == ["1.0", "1.000", "1.095", "0.000", "2.000", "66.7%"]
-    assert shown[6] == "2 problems are within the bounds, for GRPO to use"
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -222,20 +213,17 @@ def scored(folder: Path, figures: dict) -> Path:
 
 
 def test_grpo_takes_its_problems_from_the_subset(tmp_path):
-    folder = scored(tmp_path / "score-base", {"advice": [], "subset": 1})
+    folder = scored(tmp_path / "score-base", {**metrics(rows=MIXED, subset=1), "advice": []})
     assert grpo.subset(folder) == folder / "grpo.jsonl"
 
 
 @pytest.mark.parametrize(
-    ("figures", "message"),
-    [
-        ({"advice": []}, "holds no subset"),
-        ({"advice": ["every answer is right"], "subset": 1}, "- every answer is right"),
-    ],
+    ("advice", "more", "message"),
+    [([], {}, "holds no subset"), (["every answer is right"], {"subset": 1}, "- every answer is right")],
 )
-def test_grpo_refuses_what_has_no_subset_or_was_advised_against(tmp_path, figures, message):
+def test_grpo_refuses_what_has_no_subset_or_was_advised_against(tmp_path, advice, more, message):
     with pytest.raises(UserError, match=message):
-        grpo.subset(scored(tmp_path / "score-base", figures))
+        grpo.subset(scored(tmp_path / "score-base", {**metrics(rows=MIXED, **more), "advice": advice}))
 
 
 # ---- a run ---------------------------------------------------------------------------------------------------------
@@ -315,7 +303,7 @@ def test_a_run_of_the_sft_model_samples_as_the_recipe_says_and_writes_the_subset
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert len({row["completion"] for row in rows[:4]}) > 1  # nor under an adapter
     chosen = [json.loads(line) for line in (out / "grpo.jsonl").read_text().splitlines()]
-    assert len(chosen) == manifest["metrics"]["subset"] >= 8
+    assert len(chosen) == figures_of(manifest, ScoreBaseFigures)["subset"] >= 8
     assert set(chosen[0]) == {"id", "prompt", "completion", "answer"}  # rows as prepare-data has them
     assert grpo.subset(out) == out / "grpo.jsonl"
 

@@ -22,6 +22,7 @@ from stages.lib.model.engine import import_engine
 from stages.lib.model.lora import adapted_modules
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import BitsandbytesOptimizer, Sft, TorchOptimizer
+from stages.lib.report.figures import GrpoFigures, SftFigures, figures_of
 from stages.lib.train.run import configure, last_checkpoint, read_rows
 from tests.support import micro
 
@@ -382,7 +383,29 @@ def test_the_artifacts_hold_what_later_stages_read(finished):
         assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "tokenizer/tokenizer.json"} <= files
         template = (finished / stage / "tokenizer" / "chat_template.jinja").read_text()
         assert template == (finished / "base-model" / "model" / "chat_template.jinja").read_text()
-    assert "loss" in read_manifest(finished / "sft", "sft")["metrics"]
+
+
+@pytest.mark.torch
+def test_the_manifests_of_training_state_the_figures_that_are_read_of_them(finished):
+    sft = figures_of(read_manifest(finished / "sft", "sft"), SftFigures)
+    assert (sft["loss"] > 0, sft["trainable_parameters"] > 1000, sft["memory_ladder"]) == (True, True, [])
+    grpo_figures = figures_of(read_manifest(finished / "grpo", "grpo"), GrpoFigures)
+    for rewarded in (grpo_figures["first"], grpo_figures["last"]):
+        assert list(rewarded["rewards"]) == ["correctness", "strict_format", "variety"]
+        assert rewarded["reward"] == pytest.approx(sum(rewarded["rewards"].values()))
+        assert "importance_ratio" not in rewarded
+
+
+def test_a_reward_with_the_name_of_a_figure_is_not_taken_for_it():
+    fixed = {"reward_std": 0.5, "completions/mean_length": 7.0, "completions/clipped_ratio": 0.25}
+    log = [{**fixed, "reward": total, "rewards/reward/mean": 9.0, "rewards/cut_off/mean": 8.0} for total in (1.0, 3.0)]
+    assert grpo.means(log, ["reward", "cut_off"]) == {
+        "reward": 2.0, "reward_std": 0.5, "rewards": {"reward": 9.0, "cut_off": 8.0}, "completion_tokens": 7.0,
+        "cut_off": 0.25,
+    }  # fmt: skip
+    log = [{**entry, "sampling/importance_sampling_ratio/mean": 1.0, "sampling/sampling_logp_difference/mean": 0.0}
+           for entry in log]  # fmt: skip
+    assert (grpo.means(log, [])["importance_ratio"], grpo.means(log, [])["sampling_difference"]) == (1.0, 0.0)
 
 
 @pytest.mark.torch

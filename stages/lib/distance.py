@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +18,21 @@ class Text:
 
     tokens: list[int]
     positions: list[int]  # ascending; at position p the distribution of token p + 1 is compared
+
+
+class Distance(TypedDict):
+    """How far a model is from the reference at `positions`, of which it has the same top token in the share `same_top`.
+
+    KL divergence is from the reference, in nats; perplexity is of the tokens that follow.
+    """
+
+    positions: int
+    mean_kl: float
+    p99_kl: float
+    max_kl: float
+    same_top: float
+    perplexity: float
+    reference_perplexity: float
 
 
 def spread_positions(length: int, count: int) -> list[int]:
@@ -51,12 +66,10 @@ def store_logits(path: Path, texts: Sequence[Text], vocabulary_size: int, logits
         raise ValueError(f"{done} rows of logits for {rows} positions")
 
 
-def compare_logits(path: Path, texts: Sequence[Text], logits: Iterable["np.ndarray"]) -> dict[str, float | int]:
+def compare_logits(path: Path, texts: Sequence[Text], logits: Iterable["np.ndarray"]) -> Distance:
     """Return how the model that gave `logits` differs from the reference stored at `path`.
 
-    `logits` is as in `store`. The result: `positions`, `mean_kl`, `p99_kl` and `max_kl` (nats), `same_top` (share of
-    positions with the same most likely token), `perplexity` and `reference_perplexity` of the tokens that follow.
-    Raises `ValueError` when the shapes differ, as for a vocabulary of another size.
+    `logits` is as in `store_logits`. Raises `ValueError` when the shapes differ, as for a vocabulary of another size.
     """
     import numpy as np
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from stages.lib.artifact.manifest import read_manifest
+from stages.lib.errors import UserError
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
-from stages.lib.report.card import KINDS, File, repositories, table, write
+from stages.lib.report.card import cell, fence, write
+from stages.lib.report.repository import KINDS, File, repositories
 from tests.support import uploads
 
 ALL = repositories("ann/tiny", list(KINDS))
@@ -38,6 +40,12 @@ def changed(recipe: Recipe, **tables: dict[str, object]) -> Recipe:
     return dataclasses.replace(
         recipe, **{name: dataclasses.replace(getattr(recipe, name), **values) for name, values in tables.items()}
     )
+
+
+def with_figures(manifests: dict, stage: str, **figures: object) -> dict:
+    """Return the manifests with other figures of one stage."""
+    metrics = manifests[stage]["metrics"] | figures
+    return manifests | {stage: manifests[stage] | {"metrics": metrics}}
 
 
 def of_the_hub(recipe: Recipe) -> Recipe:
@@ -174,10 +182,13 @@ def test_an_adapter_without_a_gguf_is_not_said_to_have_one(recipe, manifests):
 
 
 def test_a_training_that_ran_short_of_memory_says_so(recipe, manifests):
-    step = {"to": {"max_completion_tokens": 32}}
-    metrics = manifests["grpo"]["metrics"] | {"memory_ladder": [step]}
-    text = written("gguf", recipe, manifests | {"grpo": manifests["grpo"] | {"metrics": metrics}})
-    assert '- grpo: {"to": {"max_completion_tokens": 32}}' in text
+    rung = {"micro_batch_size": 8, "max_completion_tokens": 64}
+    step = {"at_step": 12, "from": rung, "to": rung | {"max_completion_tokens": 32}, "reason": "CUDA out of memory"}
+    text = written("gguf", recipe, with_figures(manifests, "grpo", memory_ladder=[step]))
+    assert (
+        "Memory was short, and training went on with less than the recipe below says:\n\n"
+        "- grpo, step 12: max_completion_tokens went from 64 to 32\n\n<details>"
+    ) in text
     assert "Memory was short" not in written("gguf", recipe, manifests)
 
 
@@ -213,7 +224,91 @@ def test_tables_name_no_path_of_this_disk(recipe, manifests):
 
 
 def test_a_cell_can_not_end_its_table():
-    assert table(["a"], [["x | y\n# z"]]) == ["| a |", "| --- |", "| x \\| y # z |"]
+    assert cell("x | y\n# z") == "x \\| y # z"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_of_a_user_ends_a_block_of_code(kind, recipe, manifests, tmp_path):
+    (tmp_path / "own.toml").write_text("# x\n```\n# head")
+    own = dataclasses.replace(recipe, path=tmp_path / "own.toml")
+    own = changed(own, ollama={"license": "x\n````\n# head"}, format={"system_prompt": "x\n```\n# head"})
+    card = written(kind, own, manifests)
+    outside = re.sub(r"(?ms)^(`{3,})\w+\n.*?^\1$", "", card)
+    assert card.count("# head") - outside.count("# head") >= 4
+    assert "# head" not in outside
+
+
+def test_no_text_of_a_user_ends_a_cell_of_a_table(recipe, manifests):
+    evil = "a | b\n# c"
+    sources = [dataclasses.replace(each, name=f"/{evil}", split=evil, revision=evil) for each in recipe.data.sources]
+    rewards = {"functions": [f"{evil}.py:int"], "weights": [1.0]}
+    dropped = {
+        "rows": 1,
+        "dropped": {evil: 1},
+        "prompt_tokens": manifests["prepare-data"]["metrics"]["sets"]["sft"]["prompt_tokens"],
+    }
+    spoilt = with_figures(manifests, "prepare-data", sets={"sft": dropped})
+    where = manifests["sft"]["environment"] | {"packages": {evil: evil}}
+    spoilt |= {"sft": manifests["sft"] | {"environment": where}}
+    recipe = changed(recipe, data={"sources": sources}, rewards=rewards)
+    card = write("gguf", ALL, recipe, spoilt, [File(evil, b"", 0, "0" * 64)])
+    tables = re.findall(r"(?m)(?:^\|.*\n)+", card)
+    widths = [{len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()} for table in tables]
+    assert widths == [{8}, {12}, {6}, {4}, {5}, {4}, {3}]
+    assert card.count("a \\| b # c") == 6 + 1 + 1 + 2 + 1
+    assert "\n# c" not in card
+
+
+@pytest.mark.parametrize(
+    ("text", "block"),
+    [
+        ("a", "```toml\na\n```"),
+        ("a\n\n", "```toml\na\n\n```"),
+        ("a\n```\nb", "````toml\na\n```\nb\n````"),
+        ("`" * 7, "`" * 8 + "toml\n" + "`" * 7 + "\n" + "`" * 8),
+    ],
+)
+def test_a_block_of_code_ends_where_its_text_does(text, block):
+    assert fence(text, "toml") == block
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["{{ 7 * 191 }}", "{% include 'card.py' %}", "{# gone #}", "{% raw %}", "{{ kinds"])
+def test_no_text_of_a_user_is_read_as_a_template(kind, text, run, recipe, manifests, tmp_path):
+    own = tmp_path / "own.toml"
+    own.write_text(f"# {text}")
+    sources = [dataclasses.replace(each, split=text, name=f"/data/{text}") for each in recipe.data.sources]
+    recipe = changed(recipe, ollama={"license": text}, format={"system_prompt": text}, data={"sources": sources})
+    recipe = dataclasses.replace(changed(recipe, model={"name": f"/models/{text}"}), base_model=None, path=own)
+    card = written(kind, recipe, manifests)
+    shown = {f"```text\n{text}\n```": 2, f"```toml\n# {text}\n```": 1, f"`{text}`, a model from a local folder": 1}
+    assert {each: card.count(each) for each in shown} == shown
+    assert card.count(f"| {text} | {text} |") == 2
+    assert "1337" not in card
+
+
+def test_a_manifest_that_lacks_a_figure_of_the_card_is_named(recipe, manifests):
+    figures = {key: value for key, value in manifests["merge"]["metrics"].items() if key != "parameters"}
+    with pytest.raises(UserError, match=r"the manifest of merge: metrics\.parameters is missing; expected int"):
+        written("gguf", recipe, manifests | {"merge": manifests["merge"] | {"metrics": figures}})
+
+
+def test_the_card_says_what_training_in_4_bits_cost_where_that_was_measured(recipe, manifests):
+    cost = {"mean_kl": 0.0123, "max_kl": 1.5, "same_top": 0.9512}
+    assert "in 4 bits" not in written("merged_16bit", recipe, manifests, {"merged_16bit": "ann/tiny"})
+    assert (
+        "It was trained on its base in 4 bits (NF4), and merged into the base in 16. As it was in training it has a "
+        "mean KL divergence of 1.2e-02 nats (at most 1.5e+00) from the adapter on the 16-bit base, and the same top "
+        "token at 95.12%.\n\n## How to prompt it\n"
+    ) in written("merged_16bit", recipe, with_figures(manifests, "merge", trained_in_4bit=cost))
+
+
+def test_sections_are_apart_by_one_blank_line_in_every_card(recipe, manifests):
+    for kind in KINDS:
+        text = re.sub(r"(?ms)^```toml\n.*?^```\n", "toml\n", written(kind, recipe, manifests))
+        assert "\n\n\n" not in text
+        assert not re.search(r"[^\n]\n#+ |[^\n]\n```\w|\n```\n[^\n]", text.replace("---\n", "", 1))
+        assert text.endswith("made from them.\n")
 
 
 def test_versions_are_said_once_or_stage_by_stage_and_a_dirty_tree_is_said_to_be_one(recipe, manifests):

@@ -3,10 +3,28 @@
 import json
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stages.lib.artifact.folder import write_artifact
 from stages.lib.recipe.read import read_recipe
+from stages.lib.report.figures import (
+    AdapterFile,
+    BaseModelFigures,
+    Examination,
+    GgufFigures,
+    GgufFile,
+    GrpoFigures,
+    InferFigures,
+    Lengths,
+    MergeFigures,
+    OllamaModelfileFigures,
+    PrepareDataFigures,
+    ProblemSet,
+    Rewarded,
+    SftFigures,
+)
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("prepare-data", "sft", "grpo", "infer", "merge", "gguf", "ollama-modelfile")
@@ -61,16 +79,24 @@ FILES: dict[str, dict[str, bytes]] = {
 }
 
 
-def quantized(accuracy: float, mean_kl: float, size: int) -> dict[str, float | int]:
-    """Return the figures of one GGUF file."""
+def adapter_file(mean_kl: float, size: int) -> AdapterFile:
+    """Return the figures of a GGUF file that is held against the merged model."""
     return {
-        "accuracy": accuracy, "accuracy_low": accuracy - 0.05, "accuracy_high": accuracy + 0.05, "bytes": size,
-        "ended": 198, "flipped_to_right": 3, "flipped_to_wrong": 7, "max_kl": 100 * mean_kl, "mean_kl": mean_kl,
-        "p99_kl": 10 * mean_kl, "same_text": 0.925, "same_top": 0.9721, "positions": 6400,
+        "bytes": size, "positions": 6400, "mean_kl": mean_kl, "p99_kl": 10 * mean_kl, "max_kl": 100 * mean_kl,
+        "same_top": 0.9721, "perplexity": 1.2346, "reference_perplexity": 1.2345, "max_mean_kl": 0.1,
     }  # fmt: skip
 
 
-def examined(accuracy: float) -> dict[str, object]:
+def gguf_file(accuracy: float, mean_kl: float, size: int) -> GgufFile:
+    """Return the figures of one GGUF file of the model."""
+    return {
+        **adapter_file(mean_kl, size), "accuracy": accuracy, "accuracy_low": accuracy - 0.05,
+        "accuracy_high": accuracy + 0.05, "ended": 198, "flipped_to_right": 3, "flipped_to_wrong": 7,
+        "same_text": 0.925, "answer": "42",
+    }  # fmt: skip
+
+
+def examined(accuracy: float) -> Examination:
     """Return the figures of one examination."""
     bounds = [round(accuracy - 0.02, 3), round(accuracy + 0.02, 3)]
     return {
@@ -79,40 +105,61 @@ def examined(accuracy: float) -> dict[str, object]:
     }  # fmt: skip
 
 
-PAID = {"xmlcount": 0.25, "soft_format": 0.3, "strict_format": 0.2, "int": 0.1, "correctness": 0.5, "reward": 1.35}
-METRICS: dict[str, dict] = {
-    "base-model": {"parameters": 1_313_280},
-    "prepare-data": {
-        "sources": [{"name": "base-model", "rows": 8123}, {"name": "base-model", "rows": 1517}],
-        "sets": {
-            "eval": {"rows": 1517, "dropped": {}},
-            "grpo": {"rows": 8001, "dropped": {"too close to eval": 122}},
-            "sft": {"rows": 7999, "dropped": {"too close to eval": 122, "duplicate": 2}},
+def rewarded(correctness: float) -> Rewarded:
+    """Return what a tenth of the steps of GRPO came to."""
+    rewards = {"xmlcount": 0.25, "soft_format": 0.3, "strict_format": 0.2, "int": 0.1, "correctness": correctness}
+    reward = round(sum(rewards.values()), 3)
+    return {"reward": reward, "reward_std": 0.4, "rewards": rewards, "completion_tokens": 41.5, "cut_off": 0.1}
+
+
+def problem_set(rows: int, **dropped: int) -> ProblemSet:
+    """Return the figures of a set; the names of reasons have _ for a blank."""
+    lengths: Lengths = {"measured": rows, "p50": 61, "p90": 70, "p99": 81, "max": 93}
+    reasons = {reason.replace("_", " "): count for reason, count in dropped.items()}
+    return {"rows": rows, "dropped": reasons, "prompt_tokens": lengths}
+
+
+METRICS: dict[str, Mapping[str, Any]] = {
+    "base-model": BaseModelFigures(parameters=1_313_280, tokens=900_000, loss=0.512),
+    "prepare-data": PrepareDataFigures(
+        sources=[
+            {"name": "base-model", "split": "train", "use": ["sft", "grpo"], "rows": 8123, "dropped": {}},
+            {"name": "base-model", "split": "eval", "use": ["eval"], "rows": 1517, "dropped": {"no answer": 3}},
+        ],
+        sets={
+            "eval": problem_set(1517),
+            "grpo": problem_set(8001, too_close_to_eval=122),
+            "sft": problem_set(7999, duplicate=2, too_close_to_eval=122),
         },
-    },
-    "sft": {"examples": 7999, "loss": 0.21345, "trainable_parameters": 131_072, "memory_ladder": []},
-    "grpo": {"first": PAID, "last": {**PAID, "correctness": 0.875, "reward": 1.725}, "memory_ladder": []},
-    "infer": {
-        "base": examined(0.031), "sft": examined(0.252), "grpo": examined(0.743),
-        "steps": {
+    ),
+    "sft": SftFigures(
+        examples=7999, dropped_too_long=0, loss=0.21345, trainable_parameters=131_072, memory_ladder=[]
+    ),
+    "grpo": GrpoFigures(first=rewarded(0.5), last=rewarded(0.875), memory_ladder=[]),
+    "infer": InferFigures(
+        base=examined(0.031), sft=examined(0.252), grpo=examined(0.743),
+        steps={
             "base to sft": {"gained": 301, "lost": 9, "p": 1.5e-76},
             "sft to grpo": {"gained": 655, "lost": 7, "p": 2.5e-158},
         },
-    },
-    "merge": {
-        "parameters": 1_313_280, "positions": 3200, "prompts": 50, "merged_mean_kl": 4.6e-7, "merged_max_kl": 1.2e-5,
-        "merged_same_top": 0.9987, "base_mean_kl": 10.75,
-        "merged_4bit": {"bytes": 40_000, "mean_kl": 0.0342, "max_kl": 0.456, "same_top": 0.9432},
-    },
-    "gguf": {
-        "files": {"q8_0": quantized(0.735, 3.5e-4, 150_000), "q4_k_m": quantized(0.705, 1.3e-2, 90_000)},
-        "reference": {
+    ),
+    "merge": MergeFigures(
+        parameters=1_313_280, bytes=2_700_000, positions=3200, prompts=50, merged_mean_kl=4.6e-7, merged_max_kl=1.2e-5,
+        merged_same_top=0.9987, base_mean_kl=10.75,
+        merged_4bit={"bytes": 40_000, "mean_kl": 0.0342, "max_kl": 0.456, "same_top": 0.9432},
+    ),
+    "gguf": GgufFigures(
+        files={"q8_0": gguf_file(0.735, 3.5e-4, 150_000), "q4_k_m": gguf_file(0.705, 1.3e-2, 90_000)},
+        reference={
             "accuracy": 0.74, "accuracy_low": 0.68, "accuracy_high": 0.8, "ended": 199, "positions": 6400,
             "prompts": 200,
         },
-        "lora": {"bytes": 20_000, "mean_kl": 6.7e-5, "max_kl": 8.9e-4, "same_top": 0.9978, "positions": 6400},
-    },
-    "ollama-modelfile": {"system_prompt": True},
+        lora={**adapter_file(6.7e-5, 20_000), "max_kl": 8.9e-4, "same_top": 0.9978},
+    ),
+    "ollama-modelfile": OllamaModelfileFigures(
+        conversations=48, stops=["<end>", "<eos>"], system_prompt=True,
+        earlier_answers_as_trained=True, file="model.q8_0.gguf",
+    ),
 }  # fmt: skip
 TABLES = {
     "base-model": ["base_model"], "prepare-data": ["model", "data", "format"], "sft": ["model", "lora", "sft"],

@@ -1,10 +1,11 @@
 """The pictures beside a stage's figures."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
-def draw_parity(files: dict[str, dict[str, Any]], path: Path) -> None:
+def draw_parity(files: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Draw the figures of GGUF `files`, KL divergence and size by type, to the PNG `path`."""
     from matplotlib.figure import Figure
 

@@ -74,7 +74,7 @@ def with_values(recipe: Recipe, stage: str, found: dict[str, float]) -> Recipe:
     return recipe
 
 
-def read_steps(checkpoints: Path) -> list[dict[str, Any]]:
+def read_steps(checkpoints: Path) -> list[Any]:
     """Return the steps down that a run took so far, as its manifest will state them."""
     path = checkpoints / FILE
     return json.loads(path.read_text()) if path.is_file() else []

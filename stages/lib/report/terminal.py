@@ -1,0 +1,122 @@
+"""What a stage prints of its figures when it ends: tables of text, and sentences."""
+
+from collections.abc import Mapping, Sequence
+
+from stages.lib.answers import stats
+from stages.lib.report.figures import (
+    AdapterFile,
+    GgufFigures,
+    InferFigures,
+    MergeFigures,
+    PrepareDataFigures,
+    ScoreBaseFigures,
+)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line a row, the columns under each other: the first flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def interval(low: float, high: float) -> str:
+    """Return an interval of shares as text."""
+    return f"{low:.1%} to {high:.1%}"
+
+
+def counted(dropped: Mapping[str, int]) -> str:
+    """Return how many rows were left out, by reason."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "none"
+
+
+def prepare_data(figures: PrepareDataFigures) -> str:
+    """Return the sets, a line each, and the sources they came from."""
+    rows = [("set", "rows", "prompt tokens", "at most", "dropped")]
+    for name, made in figures["sets"].items():
+        tokens = made["prompt_tokens"]
+        rows.append((name, f"{made['rows']:,}", str(tokens["p50"]), str(tokens["max"]), counted(made["dropped"])))
+    sources = [
+        f"from {source['name']} ({source['split']}): {source['rows']:,} rows; dropped: {counted(source['dropped'])}"
+        for source in figures["sources"]
+    ]
+    return "\n".join([*aligned(rows), *sources])
+
+
+def score_base(figures: ScoreBaseFigures) -> str:
+    """Return what the completions are like, a line a reward, and one for their weighted sum."""
+    rows: list[Sequence[str]] = [("", "weight", "mean", "spread", "least", "most", "groups with zero variance")]
+    paid = [(own["name"], str(own["weight"]), own) for own in figures["rewards"]]
+    for name, weight, own in (*paid, ("weighted sum", "", figures["total"])):
+        numbers = (own["mean"], own["spread"], own["least"], own["most"])
+        rows.append((name, weight, *(f"{number:.3f}" for number in numbers), f"{own['zero_variance']:.1%}"))
+    lines = [
+        f"{figures['problems']} problems, {figures['completions'] // figures['problems']} completions each, of the "
+        f"{figures['model']} model: {figures['right']:.1%} right, {figures['well_formed']:.1%} well formed, "
+        f"{figures['cut_off']:.1%} cut off, {figures['tokens']:.1f} tokens",
+        f"{figures['never_right']} problems never right, {figures['always_right']} always",
+        *aligned(rows),
+    ]
+    if "subset" in figures:
+        lines.append(f"{figures['subset']} problems are within the bounds, for GRPO to use")
+    return "\n".join(lines)
+
+
+def infer(figures: InferFigures) -> str:
+    """Return a line a model, and one a step."""
+    rows = [("", "accuracy", "95% interval", "well formed", "tokens", "cut off")]
+    for name, own in (("base", figures["base"]), ("sft", figures["sft"]), ("grpo", figures["grpo"])):
+        rows.append((
+            name, f"{own['accuracy']:.1%}", interval(*own["accuracy_interval"]), f"{own['well_formed']:.1%}",
+            f"{own['tokens']:.1f}", f"{own['cut_off']:.1%}",
+        ))  # fmt: skip
+    steps = [
+        f"{step}: {own['gained']} problems gained, {own['lost']} lost, McNemar {stats.p_text(own['p'])}"
+        for step, own in figures["steps"].items()
+    ]
+    return "\n".join([*aligned(rows), *steps])
+
+
+def merge(figures: MergeFigures) -> str:
+    """Return the distances that were measured."""
+    lines = [
+        f"merge: {figures['positions']:,} positions of {figures['prompts']} prompts; mean KL from the adapter on its "
+        f"base {figures['merged_mean_kl']:.1e}, of the base {figures['base_mean_kl']:.1e} nats"
+    ]
+    if "trained_in_4bit" in figures:
+        cost = figures["trained_in_4bit"]["mean_kl"]
+        lines.append(f"merge: mean KL of the model as it was in training, in 4 bits, {cost:.1e} nats")
+    if "merged_4bit" in figures:
+        lines.append(f"merge: mean KL of the 4-bit model {figures['merged_4bit']['mean_kl']:.1e} nats")
+    return "\n".join(lines)
+
+
+def distances(file: AdapterFile) -> tuple[str, ...]:
+    """Return what a GGUF file weighs, and how far it is from the merged model."""
+    return (
+        f"{file['bytes'] / 1e6:,.1f}", f"{file['mean_kl']:.1e}", f"{file['p99_kl']:.1e}", f"{file['max_kl']:.1e}",
+        f"{file['same_top']:.2%}", f"{file['perplexity']:.4f}",
+    )  # fmt: skip
+
+
+def gguf(figures: GgufFigures) -> str:
+    """Return a line a file, one for the adapter's, and one for the merged model."""
+    reference, perplexity = figures["reference"], ""
+    rows: list[Sequence[str]] = [(
+        "type", "MB", "mean KL", "p99 KL", "max KL", "same top", "perplexity", "same text", "right", "flips", "ended",
+    )]  # fmt: skip
+    for kind, file in figures["files"].items():
+        flips = f"{file['flipped_to_wrong']}/{file['flipped_to_right']}"
+        answered = (f"{file['same_text']:.1%}", f"{file['accuracy']:.1%}", flips, str(file["ended"]))
+        rows.append((kind, *distances(file), *answered))
+        perplexity = f"{file['reference_perplexity']:.4f}"
+    if "lora" in figures:
+        rows.append(("lora", *distances(figures["lora"]), "", "", "", ""))
+    rows.append((
+        "merged", "", "", "", "", "", perplexity, "", f"{reference['accuracy']:.1%}", "", str(reference["ended"])
+    ))  # fmt: skip
+    return "\n".join([
+        *aligned(rows),
+        f"{reference['prompts']} prompts, {reference['positions']:,} positions; KL in nats against the merged model; "
+        f"right: {interval(reference['accuracy_low'], reference['accuracy_high'])} (95%) for the merged model; "
+        f"flips: answers gone wrong/right",
+    ])  # fmt: skip

@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread, and one small run of the stages that train."""
 
 import os
+import re
 import sys
 
 # Before torch is imported, and for the processes that tests start: at this size a second thread costs more than it
@@ -21,6 +22,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """With `-m "not torch"`, let an import of torch fail, so that a test that needs it and does not say so is found."""
     if "not torch" in config.option.markexpr:
         sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way to say: none
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m "not torch"`, leave out a file that imports torch at its top."""
+    if "not torch" not in config.option.markexpr or collection_path.suffix != ".py":
+        return None
+    return True if re.search(r"^(import|from) torch\b", collection_path.read_text(), re.MULTILINE) else None
 
 
 @once_a_run

@@ -196,6 +196,7 @@ def test_what_is_up_to_date_says_so_and_loads_nothing_heavy(finished, stage):
     assert {name: size for name, (size, _) in state(finished / stage).items()} == before
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -45,6 +45,7 @@ def local(name: str, folder: Path) -> Any:
     return replace(recipe, model=replace(recipe.model, name=str(folder)), model_folder=folder)
 
 
+@pytest.mark.torch
 def test_sft_is_made_for_its_own_lengths_and_without_vllm(told, tmp_path):
     recipe = local("qwen2.5-3b-gsm8k", tmp_path)
     load_trainable(recipe, None)
@@ -53,6 +54,7 @@ def test_sft_is_made_for_its_own_lengths_and_without_vllm(told, tmp_path):
     assert not {"gpu_memory_utilization", "max_num_seqs", "adapter"} & set(told)
 
 
+@pytest.mark.torch
 def test_grpo_goes_on_with_the_adapter_beside_vllm_and_with_what_the_ladder_left(told, tmp_path):
     top = local("qwen2.5-3b-gsm8k", tmp_path)
     recipe = ladder.with_values(top, "grpo", {"memory_share": 0.3, "max_completion_tokens": 100})

@@ -327,6 +327,20 @@ def test_a_file_from_outside_may_have_any_name(copy):
     assert not (copy / "made").exists()
 
 
+def test_a_link_from_outside_that_leads_elsewhere_now_is_a_change(copy):
+    for name in ("one", "two"):
+        (copy / name).write_text(name)
+        os.utime(copy / name, (LONG_AGO, LONG_AGO))
+    (copy / "link").symlink_to("one")
+    reads(copy, "prepare_data", copy / "link", copy / "one")
+    assert ran(copy, "prepare-data") == ALL[:2]
+    time.sleep(0.02)
+    (copy / "link").unlink()
+    (copy / "link").symlink_to("two")
+    assert ran(copy, "prepare-data") == ["prepare_data"]
+    assert ran(copy, "prepare-data") == []
+
+
 @pytest.mark.parametrize("stated", [b"-fprint\0victim\0", b"victim\0", b"-exec\0touch\0made\0;\0", b"\0", None])
 def test_a_list_of_files_that_no_stage_wrote_is_no_command_and_has_the_stage_looked_at(copy, stated):
     (copy / "victim").write_text("kept")

@@ -1,11 +1,13 @@
 """Containers, without an engine: what docker/run asks a client for, what the Makefile chooses, what the locks hold."""
 
 import csv
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["apt", "common", "gotemplate/build", "install", "llama", "lock", "run"]
+MAKE_SCRIPTS = [path for path in (ROOT / "make").iterdir() if not path.suffix]
 IMAGE = "sha256:" + "1234abcd" * 8
 
 # Stands for docker: notes every argument, one a line. NO_ENGINE, NO_IMAGE, RUNTIMES and SECURITY say what it answers.
@@ -31,6 +34,9 @@ case $1 in
         [[ -z ${{NO_ENGINE:-}} ]] || exit 1
         case $* in *Runtimes*) echo "${{RUNTIMES:-}}" ;; *Security*) echo "${{SECURITY:-[]}}" ;; esac ;;
     image) [[ -z ${{NO_IMAGE:-}} ]] ;;
+    run)  # what a recipe names, the image may be asked
+        while (($#)) && [[ $1 != make/recipe.py ]]; do shift; done
+        (($# == 0)) || python3 "$@" ;;
     build)
         while (($#)); do [[ $1 != --iidfile ]] || printf '{IMAGE}' > "$2"; shift; done ;;
 esac
@@ -41,7 +47,7 @@ esac
 def checkout(tmp_path: Path) -> Path:
     """Return a copy of the repository whose name has a blank in it, beside a fake docker and a fake podman."""
     folder = tmp_path / "a checkout"
-    for name in ("recipes", "stages", "docker"):
+    for name in ("recipes", "stages", "docker", "make"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Makefile", folder)
     (tmp_path / "bin").mkdir()
@@ -173,7 +179,7 @@ def test_what_lies_outside_is_seen_read_only_and_only_when_named(checkout):
     models, certificates = checkout.parent / "models", checkout.parent / "bundle.pem"
     models.mkdir()
     certificates.touch()
-    mounts = after("--mount", run(checkout, "true", MOUNT=f"{models} docker/run", CA_BUNDLE=str(certificates)))
+    mounts = after("--mount", run(checkout, "true", MOUNT=f":{models}:docker/run", CA_BUNDLE=str(certificates)))
     assert mounts[3:] == [f"type=bind,source={path},target={path},readonly" for path in (models, certificates)]
 
 
@@ -281,29 +287,114 @@ def test_a_container_sees_the_data_that_was_given_and_later_the_same_unasked(che
         (checkout.parent / "log").unlink()
 
 
-@pytest.mark.parametrize("given", [[], ["MOUNT=docker ../my-model"]])
-def test_a_container_sees_once_what_the_recipe_names_on_this_disk(checkout, given):
-    model, data = checkout.parent / "my-model", checkout.parent / "data"
-    for folder in (model, data, checkout.parent / "with blank"):
-        folder.mkdir()
-    recipe = checkout / "recipes" / "qwen2.5-3b-gsm8k.toml"
-    text = (
-        recipe.read_text()
-        .replace('"Qwen/Qwen2.5-3B-Instruct"', f'"{model}"')
-        .replace('"openai/gsm8k"', '"../with blank"', 1)
-        .replace('"openai/gsm8k"', f'"{data}"')
+def with_image(folder: Path, image: str = "cpu") -> None:
+    (folder / "data" / "cache").mkdir(parents=True)
+    (folder / "data" / "cache" / f"image-{image}").write_text(IMAGE)
+    (folder / "artifacts" / "mine").mkdir(parents=True)
+
+
+def naming(model: str, sources: list[str], rewards: list[str]) -> str:
+    """Return a recipe that names these, each in a way of TOML's that no pattern for lines would see."""
+    rows = ", ".join(f"{{ name = {json.dumps(name)} }}" for name in sources)
+    return (
+        f"model.name = {json.dumps(model)}\n[ data ]\nsources = [{rows}]\n"
+        f"[ rewards ]\nfunctions = [\n  {json.dumps(rewards)[1:-1]}\n]\n"
     )
-    recipe.write_text(text)
-    cache = checkout / "data" / "cache"
-    cache.mkdir(parents=True)
-    (cache / "image-cpu").write_text(IMAGE)
-    target = ["prepare-data", "RECIPE=qwen2.5-3b-gsm8k", "RUNTIME=docker", "GPUS=none", f"DATA={data}"]
-    (checkout / "artifacts" / "qwen2.5-3b-gsm8k").mkdir(parents=True)
-    done = make(checkout, *target, *given)
+
+
+STAGE = ["prepare-data", "RECIPE=mine", "RUNTIME=docker", "GPUS=none"]
+
+
+def mounted(folder: Path, *arguments: str, **variables: str) -> list[str]:
+    """Run prepare-data and return what its container sees besides the checkout."""
+    done = make(folder, *STAGE, *arguments, **variables)
     assert done.returncode == 0, done.stderr
-    words = (checkout.parent / "log").read_text().rpartition("== run\n")[2].splitlines()
-    outside = [f"type=bind,source={path},target={path},readonly" for path in (model, data)]
-    assert sorted(after("--mount", words)[3:]) == sorted(outside)
+    words = (folder.parent / "log").read_text().rpartition("== run\n")[2].splitlines()
+    assert words.index(IMAGE) == words.index("stages.prepare_data") - 3  # python -m
+    return after("--mount", words)[3:]
+
+
+@pytest.mark.parametrize("given", [[], ["MOUNT=docker:../my-model"]])
+@pytest.mark.parametrize("python", ["python3", "no-python"])  # without one of 3.11, the image's is asked
+def test_a_container_sees_once_what_the_recipe_names_on_this_disk(checkout, given, python):
+    names = ["my-model", "data", "with blank", "it's $(touch made)", "--privileged", "own.py"]
+    paths = [checkout.parent / name for name in names]
+    for path in paths:
+        path.mkdir()
+    with_image(checkout)
+    sources = ["openai/gsm8k", "base-model", *(f"../{name}" for name in names[1:5]), "../data", "docker"]
+    text = naming(str(paths[0]), sources, ["xmlcount", "../../own.py:f", "gone.py:f"])
+    (checkout / "recipes" / "mine.toml").write_text(text)
+    outside = [f"type=bind,source={path},target={path},readonly" for path in paths]
+    assert sorted(mounted(checkout, f"DATA={paths[1]}", f"PYTHON={python}", *given)) == sorted(outside)
+    assert list(checkout.parent.rglob("made")) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "sources", "rewards"),
+    [
+        ("--privileged", ["-v", "/:/host"], ["--cap-add=ALL.py:f"]),
+        ("-fprint", ["victim"], ["-fprint.py:f", "../victim:f"]),
+        ("$(touch made)", ["; touch made", "-exec", "touch", "made", ";"], ["`touch made`.py:f"]),
+        ("\u0000", ["a\u0000b", "../../..\u0000"], ["\u0000.py:f"]),
+    ],
+)
+def test_no_text_of_a_recipe_is_an_option_of_the_engine(checkout, model, sources, rewards):
+    with_image(checkout)
+    (checkout / "victim").write_text("kept")
+    (checkout / "recipes" / "mine.toml").write_text(naming(model, sources, rewards))
+    assert mounted(checkout) == []
+    words = (checkout.parent / "log").read_text().splitlines()
+    assert not {"--privileged", "-v", "/:/host", "--cap-add=ALL.py"} & set(words)
+    assert (checkout / "victim").read_text() == "kept"
+    assert list(checkout.parent.rglob("made")) == []
+
+
+NOT_A_RECIPE = ["model = 1", "model.name = 1", "data = []", "data.sources = {}", "data.sources = [1]"]
+NOT_A_RECIPE += ["rewards = 2", "rewards.functions = 1", "rewards.functions = [1]", "[not TOML"]
+
+
+@pytest.mark.parametrize("text", NOT_A_RECIPE)
+def test_what_is_wrong_with_a_recipe_its_stage_says(checkout, text):
+    with_image(checkout)
+    (checkout / "recipes" / "mine.toml").write_text(text)
+    assert mounted(checkout) == []
+
+
+@pytest.mark.parametrize("name", ["a,b", 'a"b', "a\nb", "a\n", ",source=", "a\tb"])
+@pytest.mark.parametrize("how", ["recipe", "DATA", "MOUNT"])
+def test_what_the_engine_would_read_otherwise_is_refused_by_name(checkout, name, how):
+    with_image(checkout)
+    (checkout.parent / name).mkdir()
+    recipe = naming(f"../{name}" if how == "recipe" else "x/y", [], [])
+    (checkout / "recipes" / "mine.toml").write_text(recipe)
+    done = make(checkout, *STAGE, *([] if how == "recipe" else [f"{how}=../{name}"]))
+    assert done.returncode == 2
+    assert re.search(
+        r"can't be seen in a container: there is a comma, a quote or a line break|line break in it", done.stderr
+    )
+    assert "== run" not in ((checkout.parent / "log").read_text() if (checkout.parent / "log").exists() else "")
+
+
+def test_a_folder_to_see_that_is_not_there_is_refused_by_name(checkout):
+    with_image(checkout)
+    (checkout / "recipes" / "mine.toml").write_text("")
+    done = make(checkout, *STAGE, "MOUNT=docker:no such/folder")
+    assert done.returncode == 2
+    assert "MOUNT: there is no 'no such/folder'. Expected folders or files, with : between them" in done.stderr
+
+
+def test_where_no_python_reads_a_recipe_the_image_is_built_first_and_asked(checkout):
+    (checkout / "recipes" / "mine.toml").write_text("[ base_model ]\n")
+    done = make(checkout, "sft", "RECIPE=mine", "RUNTIME=docker", "GPUS=none", "PYTHON=no-python")
+    log = (checkout.parent / "log").read_text()
+    assert log.count("== build") == 1
+    assert re.findall(r"^stages\.\w+$", log, re.MULTILINE) == ["stages.base_model", "stages.prepare_data"], (
+        done.stderr
+    )  # which makes nothing here
+    dry = make(checkout, "-n", "sft", "RECIPE=mine", "RUNTIME=docker", "IMAGE=cuda", "PYTHON=no-python")
+    assert dry.returncode == 0, dry.stderr
+    assert (checkout.parent / "log").read_text().count("== build") == 1
 
 
 def test_targets_that_start_no_stage_ask_no_engine(checkout):
@@ -351,17 +442,191 @@ def test_the_build_gets_this_folder_its_secrets_as_files_and_its_id_is_kept(chec
 
 @pytest.mark.parametrize(
     ("touched", "built"),
-    [("docker/cpu.lock", 1), ("docker/Dockerfile", 1), ("docker/gotemplate/main.go", 1), ("docker/cuda.lock", 0)],
+    [
+        ("cpu docker/cpu.lock", 1),
+        ("cpu docker/cpu-cuda.lock", 1),
+        ("cpu docker/cuda.lock", 0),
+        ("cuda docker/cuda.lock", 1),
+        ("cuda docker/cpu.lock", 1),
+        ("cuda docker/cpu-cuda.lock", 0),
+        ("cpu docker/Dockerfile", 1),
+        ("cuda docker/gotemplate/main.go", 1),
+        ("cpu docker/check.py", 1),
+        ("cpu docker/run", 0),
+        ("cuda docker/sky.lock", 0),
+    ],
 )
 def test_what_the_image_is_made_of_builds_it_again_and_runs_no_stage(checkout, touched, built):
-    targets = ["data/cache/image-cpu", "RUNTIME=docker", "IMAGE=cpu"]
+    image, touched = touched.split()
+    targets = [f"data/cache/image-{image}", "RUNTIME=docker", f"IMAGE={image}"]
     assert make(checkout, *targets).returncode == 0
     (checkout.parent / "log").unlink()
-    later = (checkout / "data" / "cache" / "image-cpu").stat().st_mtime + 5
-    os.utime(checkout / touched, (later, later))
+    time.sleep(0.02)
+    os.utime(checkout / touched, (1_000_000_000, 1_000_000_000))  # an older one, put back
     assert make(checkout, *targets).returncode == 0
     log = checkout.parent / "log"
     assert (log.read_text().count("== build") if log.exists() else 0) == built
+
+
+@pytest.mark.parametrize("image", ["cpu", "cuda"])
+def test_an_image_is_made_of_exactly_what_its_part_of_the_dockerfile_reads(image):
+    text = (ROOT / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
+    parts = {part.split()[-1].lower(): part for part in re.findall(r"^FROM (.*? AS \w[\w-]*)$", text, re.MULTILINE)}
+    bodies = dict(zip(parts, re.split(r"^FROM .* AS .*$", text, flags=re.MULTILINE)[1:], strict=True))
+    read, todo = {"Dockerfile"}, [image]
+    while todo:
+        name = todo.pop()
+        body = bodies[name]
+        read |= set(re.findall(r"type=bind,source=([\w.-]+)", body)) | set(
+            re.findall(r"^COPY ([\w.]+) ", body, re.MULTILINE)
+        )
+        todo += re.findall(r"from=([\w-]+)", body) + [base for base in [parts[name].split()[0]] if base in bodies]
+    expected = read | ({"gotemplate"} if "gotemplate" in read else set())
+    makefile = (ROOT / "make" / "housekeeping.mk").read_text()
+    both = re.search(r"^image_files = \$\(addprefix docker/,(.*) \$\(image_of", makefile, re.MULTILINE)[1].split()
+    own = re.search(rf"^image_of\.{image} := (.*)$", makefile, re.MULTILINE)[1].split()
+    assert {*both, *own} == expected
+
+
+# ---- set-up -------------------------------------------------------------------------------------------------------
+
+# Stands for a Python: what it is asked with -c it does; an environment that it makes has a pip that notes each call.
+FAKE_HOST_PYTHON = """\
+#!/bin/bash
+[[ $1 != -c ]] || exec python3 "$@"
+[[ $1 != -m ]] || { mkdir -p "$3/bin"; touch "$3/pyvenv.cfg"; cp "$FAKES/pip" "$FAKES/python" "$3/bin/"; }
+"""
+FAKE_PIP = '#!/bin/bash\necho "$*" >> "$FAKES/pip.log"\nsleep "${SLOW:-0}"\n[[ -z ${BREAK:-} ]]\n'
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Path:
+    """Return a folder with a Python that makes virtual environments in no time, and a compiled llama.cpp."""
+    folder = tmp_path / "fakes"
+    (folder / "llama" / "llama.cpp").mkdir(parents=True)
+    for name, text in (("python", FAKE_HOST_PYTHON), ("pip", FAKE_PIP)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def install(checkout: Path, fakes: Path, folder: str = ".venv", **variables: str) -> subprocess.Popen:
+    settings = {"FAKES": str(fakes), "PYTHON": str(fakes / "python"), "LLAMA": str(fakes / "llama")}
+    return subprocess.Popen(
+        ["docker/install", folder], cwd=checkout, env=environment(checkout, **settings, **variables),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen, code: int = 0) -> str:
+    """Wait, and return what was printed."""
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == code, error
+    return output + error
+
+
+def calls(fakes: Path) -> int:
+    """Return how often pip ran since the last time this was asked."""
+    log = fakes / "pip.log"
+    count = len(log.read_text().splitlines()) if log.exists() else 0
+    log.unlink(missing_ok=True)
+    return count
+
+
+def test_an_environment_of_the_same_files_is_made_once_however_old_or_new_they_are(checkout, fakes):
+    finished(install(checkout, fakes))
+    assert calls(fakes) > 3
+    installed = checkout / ".venv" / "installed"
+    assert (checkout / "docker" / "cpu.lock").read_text() in installed.read_text()
+    for name in ("cpu.lock", "install", "common"):
+        text = (checkout / "docker" / name).read_bytes()
+        (checkout / "docker" / name).write_bytes(text)  # as by git checkout
+    before = time.time()
+    assert finished(install(checkout, fakes)) == ""
+    assert calls(fakes) == 0
+    assert installed.stat().st_mtime >= before - 0.1
+    with (checkout / "docker" / "cpu.lock").open("a") as lock:
+        lock.write("# another\n")
+    finished(install(checkout, fakes))
+    assert calls(fakes) > 3
+
+
+def test_the_makefile_looks_at_set_up_by_ctime_and_set_up_by_content(checkout, fakes):
+    variables = {
+        "FAKES": str(fakes),
+        "PYTHON": str(fakes / "python"),
+        "LLAMA": str(fakes / "llama"),
+        "RUNTIME": "local",
+    }
+    assert make(checkout, "setup", **variables).returncode == 0
+    assert calls(fakes) > 3
+    time.sleep(0.02)
+    os.utime(checkout / "docker" / "cpu.lock", (1_000_000_000, 1_000_000_000))
+    assert "docker/install .venv" in make(checkout, "-n", "setup", **variables).stdout
+    assert make(checkout, "setup", **variables).returncode == 0
+    assert calls(fakes) == 0
+    assert "docker/install" not in make(checkout, "-n", "setup", **variables).stdout
+
+
+def test_a_set_up_that_broke_off_is_made_again(checkout, fakes):
+    finished(install(checkout, fakes, BREAK="1"), 1)
+    assert not (checkout / ".venv" / "installed").exists()
+    finished(install(checkout, fakes))
+    assert (checkout / ".venv" / "installed").exists()
+
+
+def test_two_set_ups_at_once_make_one_environment(checkout, fakes):
+    first = install(checkout, fakes, SLOW="0.3")
+    deadline = time.monotonic() + 30
+    while not (fakes / "pip.log").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second = install(checkout, fakes, SLOW="0.3")
+    assert "another one is at work in ./.venv: waiting for it" in finished(second)
+    assert (checkout / ".venv" / "installed").exists()
+    finished(first)
+    once = calls(fakes)
+    (checkout / ".venv" / "installed").unlink()
+    finished(install(checkout, fakes))
+    assert once == calls(fakes)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "..odd", "bin include", "-rf", "a\nb", "lib/notes.txt"])
+def test_set_up_deletes_no_folder_that_it_did_not_make(checkout, fakes, name):
+    folder = checkout / "mine"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("kept")
+    said = finished(install(checkout, fakes, "mine"), 1)
+    assert re.search(r"docker/install: \./mine holds .*, which no set-up made; .* Nothing was deleted", said)
+    assert [path for path in folder.rglob("*") if path.is_file()] == [folder / name]
+
+
+def test_set_up_keeps_what_was_put_beside_its_own(checkout, fakes):
+    finished(install(checkout, fakes))
+    (checkout / ".venv" / "notes.txt").write_text("kept")
+    (checkout / ".venv" / "installed").unlink()
+    assert "holds 'notes.txt', which no set-up made" in finished(install(checkout, fakes), 1)
+    assert (checkout / ".venv" / "notes.txt").read_text() == "kept"
+    assert (checkout / ".venv" / "bin" / "pip").exists()
+
+
+def test_set_up_keeps_a_virtual_environment_of_somebody_elses(checkout, fakes):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", checkout / "theirs"], check=True)
+    before = set((checkout / "theirs").rglob("*"))
+    assert "which no set-up made" in finished(install(checkout, fakes, "theirs"), 1)
+    assert set((checkout / "theirs").rglob("*")) == before
+
+
+def test_a_blank_in_the_folders_name_reaches_no_other_folder(checkout, fakes):
+    for name in ("a", "b"):
+        (checkout / name).mkdir()
+        (checkout / name / "file").write_text("kept")
+    finished(install(checkout, fakes, "a b"))
+    assert (checkout / "a b" / "installed").exists()
+    done = make(checkout, "setup", "VENV=a b")
+    assert done.returncode == 2
+    assert [(checkout / name / "file").read_text() for name in ("a", "b")] == ["kept", "kept"]
+    two = subprocess.run(["docker/install", "a", "b"], cwd=checkout, capture_output=True, text=True, check=False)
+    assert (two.returncode, two.stderr) == (1, "docker/install: expected one folder, found 2 words: a b\n")
 
 
 # ---- what docker/ holds -------------------------------------------------------------------------------------------
@@ -442,13 +707,14 @@ def test_hadolint_finds_nothing_in_the_dockerfile():
 
 def test_shellcheck_finds_nothing_in_the_scripts():
     done = subprocess.run(
-        [tool("shellcheck"), "--external-sources", "--source-path=SCRIPTDIR", *SCRIPTS, "../.ci/run"],
+        [tool("shellcheck"), "--external-sources", "--source-path=SCRIPTDIR", *SCRIPTS, "../.ci/run", *MAKE_SCRIPTS],
         cwd=ROOT / "docker", capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "")
     files = [path for path in (ROOT / "docker").rglob("*") if path.is_file() and path.read_bytes()[:2] == b"#!"]
     scripts = {path.relative_to(ROOT / "docker").as_posix() for path in files}
     assert scripts | {"common"} == set(SCRIPTS)
+    assert len(MAKE_SCRIPTS) == 3
 
 
 # ---- docker/gotemplate/build --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The Makefile is an exact graph: it runs what has to be run, in order, with the options that the stages have."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -19,17 +20,28 @@ ALL = ["base_model", "prepare_data", "sft", "grpo", "infer", "merge", "gguf", "o
 DONE = {stage: f"artifacts/tiny/{stage.replace('_', '-')}/manifest.json" for stage in [*ALL, "score_base"]}
 LONG_AGO = 1_000_000_000
 
-# Stands for the virtual environment's python: notes what it is asked to run, and finishes the stage's folder.
-# BREAK=stages.X ends that stage before, LATE=stages.X after its manifest is written; INTERRUPT=stages.X ends make too.
+# Stands for the virtual environment's python: notes what it is asked to run, and finishes the stage's folder as a stage
+# does: with the time when it began on the manifest, and with what it read from outside, which the file outside-STAGE
+# says. BREAK=stages.X ends that stage before, LATE=stages.X after its manifest is written; INTERRUPT=stages.X ends make
+# too; EDIT=stages.X changes $EDITED while that stage runs.
 FAKE_PYTHON = """\
 #!/bin/bash
 echo "$*" >> log
 stage=$2
 [[ $stage != "${BREAK:-}" ]] || exit 1
 while (($#)); do [[ $1 != --out ]] || out=$2; shift; done
-[[ -z ${out:-} ]] || { mkdir -p "$out"; echo '{}' > "$out/manifest.json"; }
+began=$(mktemp -p .)
+[[ $stage != "${EDIT:-}" ]] || { sleep 0.05; touch "$EDITED"; }
+if [[ -n ${out:-} ]]; then
+    mkdir -p "$out"
+    cat "outside-${stage#stages.}" > "$out/outside" 2> /dev/null
+    echo '{}' > "$out/manifest.json"
+    touch -r "$began" "$out/manifest.json"
+fi
+rm "$began"
 [[ $stage != "${LATE:-}" ]] || exit 1
 [[ $stage != "${INTERRUPT:-}" ]] || { kill -TERM $PPID; sleep 0.3; exit 143; }
+exit 0
 """
 FAKE_INSTALL = """\
 #!/bin/bash
@@ -42,7 +54,7 @@ mkdir -p "$1/bin"; cp fake-python "$1/bin/python"; touch "$1/installed"
 def copy(tmp_path: Path) -> Path:
     """Return a copy of the repository, all of it long ago, in which nothing was run yet and every stage is fake."""
     folder = tmp_path / "copy"
-    for name in ("recipes", "stages", "docker"):
+    for name in ("recipes", "stages", "docker", "make"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Makefile", folder)
     for name, text in (("fake-python", FAKE_PYTHON), ("docker/install", FAKE_INSTALL)):
@@ -62,12 +74,19 @@ def make(folder: Path, *arguments: str, **variables: str) -> subprocess.Complete
 
 
 def ran(folder: Path, *arguments: str, code: int = 0, **variables: str) -> list[str]:
-    """Run make and return the stages it ran, in order."""
+    """Run make and return the stages it ran, in order, without the look at the result that `make all` ends with."""
     (folder / "log").unlink(missing_ok=True)
     result = make(folder, *arguments, **variables)
     assert result.returncode == code, result.stderr
     log = (folder / "log").read_text() if (folder / "log").is_file() else ""
-    return re.findall(r"^-m stages\.(\w+)", log, flags=re.MULTILINE)
+    found = re.findall(r"^-m stages\.(\w+)", log, flags=re.MULTILINE)
+    assert found.count("verify") == (code == 0 and "all" in arguments)
+    return [stage for stage in found if stage != "verify"]
+
+
+def reads(folder: Path, stage: str, *paths: Path) -> None:
+    """Let the stage say, whenever it runs, that it read these files from outside."""
+    (folder / f"outside-{stage}").write_bytes(b"".join(os.fsencode(path) + b"\0" for path in paths))
 
 
 def touch(path: Path) -> None:
@@ -80,7 +99,24 @@ def test_the_first_run_sets_up_and_runs_every_stage_in_order_and_the_second_runs
     assert (copy / "log").read_text().splitlines()[0] == "docker/install .venv"
     assert all((copy / DONE[stage]).is_file() for stage in ALL)
     assert ran(copy, "all") == []
-    assert not (copy / "log").exists()
+    assert (
+        copy / "log"
+    ).read_text() == "-m stages.verify --recipe recipes/tiny.toml --artifacts artifacts/tiny --quick\n"
+
+
+def test_what_is_not_whole_is_not_called_ready(copy):
+    assert "are ready" in make(copy, "all").stdout
+    done = make(copy, "all", BREAK="stages.verify")
+    assert done.returncode == 2
+    assert "ready" not in done.stdout
+
+
+def test_verify_looks_at_the_whole_of_a_recipes_artifacts_and_runs_no_stage(copy):
+    assert make(copy, "verify", "RECIPE=tiny-gsm8k").returncode == 0
+    assert (copy / "log").read_text().splitlines() == [
+        "docker/install .venv",
+        "-m stages.verify --recipe recipes/tiny-gsm8k.toml --artifacts artifacts/tiny-gsm8k",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -231,98 +267,269 @@ def test_remembered_data_that_is_gone_is_named_once_it_is_needed(copy):
     assert "--data" not in log_of(copy, "all", recipe, "DATA=")
 
 
-def test_data_is_handed_on_as_it_is_written(copy):
-    odd = copy / "it's;a&b$(c)"
-    odd.mkdir()
-    given = f"DATA={odd.name.replace('$', '$$')}"
-    assert f"--data {odd.name} " in log_of(copy, "prepare-data", "RECIPE=tiny-gsm8k", given)
+@pytest.mark.parametrize(
+    ("name", "handed"),
+    [
+        ("it's;a&b$(c)", "it's;a&b$(c)"),
+        ("my  data ", "my  data "),
+        ("-delete", "./-delete"),
+        ("-f of mine", "./-f of mine"),
+        ("$(touch made)`touch made`", "$(touch made)`touch made`"),
+        ("data,with:all*", "data,with:all*"),
+    ],
+)
+def test_data_is_handed_on_as_it_is_written_and_never_as_an_option(copy, name, handed):
+    (copy / name).mkdir()
+    given = f"DATA={name.replace('$', '$$')}"
+    assert f"--data {handed} --out" in log_of(copy, "prepare-data", "RECIPE=tiny-gsm8k", given)
     assert ran(copy, "prepare-data", "RECIPE=tiny-gsm8k") == []
+    touch(copy / "recipes" / "tiny-gsm8k.toml")
+    assert f"--data {handed} --out" in log_of(copy, "prepare-data", "RECIPE=tiny-gsm8k")
     make(copy, "prepare-data", "RECIPE=tiny-gsm8k", given.replace("=", "=~/"), HOME=str(copy))
-    assert f"--data {copy}/{odd.name} " in (copy / "log").read_text().splitlines()[-1]
+    assert f"--data {copy}/{name} --out" in (copy / "log").read_text().splitlines()[-1]
+    assert not (copy / "made").exists()
 
 
-def own_recipe(folder: Path, data: str, reward: str = "own.py:variety") -> None:
-    """Write recipes/mine.toml, which takes `data` from this disk and names a reward of its own."""
-    text = (folder / "recipes" / "gemma3-1b-gsm8k.toml").read_text()
-    text = text.replace('name = "openai/gsm8k"', f'name = "{data}"', 1).replace('"xmlcount"', f'"{reward}"')
-    assert data in text
-    assert reward in text
-    (folder / "recipes" / "mine.toml").write_text(text)
-    (folder / "recipes" / reward.partition(":")[0]).write_text("")
+# ---- what a stage read from outside -------------------------------------------------------------------------------
+
+ODD = ["my data/it's.csv", "-delete", "-exec touch made ;", "$(touch made)", "a\nb", "[x]*?.csv", "größe"]
 
 
-@pytest.mark.parametrize("name", ["data/bakery.csv", "my data/it's.csv", "my data"])
-def test_changed_data_on_this_disk_is_looked_at_again(copy, name):
-    file = copy / name if name.endswith(".csv") else copy / name / "data" / "train.csv"
-    file.parent.mkdir(parents=True)
+@pytest.mark.parametrize(("stage", "again"), [("prepare_data", ALL[1:]), ("grpo", ALL[3:])])
+def test_a_stage_is_looked_at_again_when_a_file_that_it_read_changed_or_is_gone(copy, stage, again):
+    file, other = copy / "train.csv", copy / "other"
     file.write_text("a")
-    own_recipe(copy, name)
-    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
-    assert ran(copy, "all", "RECIPE=mine") == []
-    time.sleep(0.02)
-    file.write_text("b")
-    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
-    assert ran(copy, "all", "RECIPE=mine") == []
-    time.sleep(0.02)
-    other = copy / "other.csv"
-    other.write_text("c")
+    other.write_text("b")
     os.utime(other, (LONG_AGO, LONG_AGO))
-    other.rename(file)  # moved there with the times it had
+    reads(copy, stage, ROOT / "README.md", file)
+    assert ran(copy, "all") == ALL
+    assert ran(copy, "all") == []
+    time.sleep(0.02)
+    other.rename(file)  # with the times it had
+    assert ran(copy, "all") == again
+    assert ran(copy, "all") == []
+    file.unlink()
+    reads(copy, stage)
+    assert ran(copy, "all") == again
+    assert ran(copy, "all") == []
+
+
+def test_a_file_from_outside_may_have_any_name(copy):
+    (copy / "my data").mkdir()
+    for name in ODD:
+        (copy / name).write_text("a")
+    reads(copy, "prepare_data", *(copy / name for name in ODD))
+    assert ran(copy, "prepare-data") == ALL[:2]
+    for name in ODD:
+        touch(copy / name)
+        assert ran(copy, "prepare-data") == ["prepare_data"], name
+    assert ran(copy, "prepare-data") == []
+    assert not (copy / "made").exists()
+
+
+def test_a_link_from_outside_that_leads_elsewhere_now_is_a_change(copy):
+    for name in ("one", "two"):
+        (copy / name).write_text(name)
+        os.utime(copy / name, (LONG_AGO, LONG_AGO))
+    (copy / "link").symlink_to("one")
+    reads(copy, "prepare_data", copy / "link", copy / "one")
+    assert ran(copy, "prepare-data") == ALL[:2]
+    time.sleep(0.02)
+    (copy / "link").unlink()
+    (copy / "link").symlink_to("two")
+    assert ran(copy, "prepare-data") == ["prepare_data"]
+    assert ran(copy, "prepare-data") == []
+
+
+@pytest.mark.parametrize("stated", [b"-fprint\0victim\0", b"victim\0", b"-exec\0touch\0made\0;\0", b"\0", None])
+def test_a_list_of_files_that_no_stage_wrote_is_no_command_and_has_the_stage_looked_at(copy, stated):
+    (copy / "victim").write_text("kept")
+    ran(copy, "all")
+    outside = copy / "artifacts" / "tiny" / "merge" / "outside"
+    if stated is None:
+        outside.unlink()
+    else:
+        outside.write_bytes(stated)
+    assert ran(copy, "all") == ["merge", "gguf", "ollama_modelfile"]
+    assert ran(copy, "all") == []
+    assert (copy / "victim").read_text() == "kept"
+    assert not (copy / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "again"),
+    [
+        ("mv {old} {new}", "recipes/tiny.toml", ALL),
+        ("cp -p {old} {new}", "recipes/tiny.toml", ALL),
+        ("tar -cf - {old} | tar -xf - --transform s=.*={new}=", "recipes/tiny.toml", ALL),
+        ("mv {old} {new}", "stages/lib/answers/number.py", ALL),
+        ("tar -cf - {old} | tar -xf - --transform s=.*={new}=", "stages/infer.py", ["infer"]),
+        ("cp -p {old} {new}", "own.py", ALL[3:]),
+    ],
+)
+def test_an_older_copy_put_back_is_a_change(copy, command, file, again):
+    (copy / "own.py").write_text("new")
+    reads(copy, "grpo", copy / "own.py")
+    older = copy / "older"
+    shutil.copy(copy / file, older)
+    os.utime(older, (LONG_AGO, LONG_AGO))
+    os.utime(copy / file, (LONG_AGO + 9, LONG_AGO + 9))
+    assert ran(copy, "all") == ALL
+    time.sleep(0.02)
+    subprocess.run(["bash", "-euo", "pipefail", "-c", command.format(old="older", new=file)], cwd=copy, check=True)
+    assert (copy / file).stat().st_mtime == LONG_AGO
+    assert ran(copy, "all") == again
+    assert ran(copy, "all") == []
+
+
+@pytest.mark.parametrize(
+    ("edited", "again"),
+    [
+        ("recipes/tiny.toml", ALL),
+        ("stages/lib/jsonl.py", ALL),
+        ("stages/sft.py", ALL[2:]),
+        ("stages/grpo.py", []),
+        ("own.csv", ALL[2:]),
+    ],
+)
+def test_what_is_edited_while_a_stage_runs_is_seen_the_next_time(copy, edited, again):
+    (copy / "own.csv").write_text("")
+    reads(copy, "sft", copy / "own.csv")
+    assert ran(copy, "all", EDIT="stages.sft", EDITED=edited) == ALL
+    assert ran(copy, "all") == again
+    assert ran(copy, "all") == []
+
+
+def test_a_recipe_that_is_a_link_is_looked_at_when_either_end_changes(copy):
+    (copy / "recipes" / "mine.toml").symlink_to("../far.toml")
+    for name in ("far.toml", "farther.toml"):
+        shutil.copy(copy / "recipes" / "gemma3-1b-gsm8k.toml", copy / name)
     assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
-    if not name.endswith(".csv"):
-        time.sleep(0.02)
-        file.unlink()
-        assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
+    touch(copy / "far.toml")
+    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
+    time.sleep(0.02)
+    (copy / "recipes" / "mine.toml").unlink()
+    (copy / "recipes" / "mine.toml").symlink_to("../farther.toml")
+    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
     assert ran(copy, "all", "RECIPE=mine") == []
 
 
-def test_other_weights_of_a_model_on_this_disk_are_looked_at(copy):
-    file = copy / "my model" / "model.safetensors"
-    file.parent.mkdir()
-    file.write_text("a")
+def test_what_python_compiles_beside_the_code_is_no_change(copy):
+    ran(copy, "all")
+    time.sleep(0.02)
+    compiled = copy / "stages" / "lib" / "__pycache__"
+    compiled.mkdir()
+    (compiled / "jsonl.cpython-311.pyc").write_text("")
+    assert ran(copy, "all") == []
+
+
+def test_no_stage_imports_another_one():
+    files = sorted((ROOT / "stages").rglob("*.py"))
+    assert len(files) > 50
+    for path in files:  # make/changed looks at a stage's own file and at stages/lib
+        found = re.findall(r"^\s*(?:from|import) stages(?:\.(?!lib\b)| import)", path.read_text(), re.MULTILINE)
+        assert found == [], path
+
+
+# ---- what a recipe may say ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "sources", "rewards"),
+    [
+        ("-fprint", ["victim"], ["xmlcount"]),
+        ("x/y", ["-fprint", "victim"], ["xmlcount"]),
+        ("-exec", ["touch", "made", ";"], ["xmlcount"]),
+        ("x/y", ["victim"], ["-fprint.py:f", "victim.py:f"]),
+        ("x/y", ["victim"], ["-fprint.py:f", "../victim.py:f"]),
+        ("x/y", ["-execdir", "sh", "-c", "touch made", "+"], ["-exec.py:f", "touch made.py:f"]),
+        ("$(touch made)", ["`touch made`", "; touch made #", "$(shell touch made)"], ["$(shell touch made).py:f"]),
+        ("' ; touch made ; '", ['" ; touch made ; "', "\n\ttouch made\n"], ["x'; touch made.py:f"]),
+    ],
+)
+def test_no_text_of_a_recipe_is_a_command_or_an_option(copy, model, sources, rewards):
     text = (copy / "recipes" / "gemma3-1b-gsm8k.toml").read_text()
-    assert 'name = "google/gemma-3-1b-it"' in text
-    (copy / "recipes" / "mine.toml").write_text(text.replace('name = "google/gemma-3-1b-it"', 'name = "my model"'))
-    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
-    assert ran(copy, "all", "RECIPE=mine") == []
-    touch(file)
-    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
-    assert ran(copy, "all", "RECIPE=mine") == []
+    named = ", ".join(json.dumps(reward) for reward in rewards)
+    text = text.replace('"google/gemma-3-1b-it"', json.dumps(model)).replace('"xmlcount"', named)
+    text = text.replace('name = "openai/gsm8k"', f"name = {json.dumps(sources[0])}")
+    text += "".join(f"\n[[data.sources]]\nname = {json.dumps(name)}\n" for name in sources)
+    (copy / "recipes" / "mine.toml").write_text(text)
+    victims = [copy / "victim", copy / "victim.py", copy / "recipes" / "victim.py"]
+    for victim in victims:
+        victim.write_text("kept")
+    before = set(copy.rglob("*"))
+    for target in ("help", "clean", "doctor"):
+        make(copy, target, "RECIPE=mine", PYTHON="true")
+    assert set(copy.rglob("*")) == before
+    assert ran(copy, "grpo", "RECIPE=mine") == ALL[1:4]
+    touch(copy / "recipes" / "mine.toml")
+    assert ran(copy, "grpo", "RECIPE=mine") == ALL[1:4]
+    assert ran(copy, "help", "RECIPE=mine") == []
+    assert [victim.read_text() for victim in victims] == ["kept"] * 3
+    assert list(copy.rglob("made")) == []
 
 
-@pytest.mark.parametrize("given", ["gsm8k", "gsm8k/train.jsonl"])
-def test_changed_files_of_data_are_looked_at_again_also_when_it_is_remembered(copy, given):
-    file = copy / "gsm8k" / "train.jsonl"
-    file.parent.mkdir()
-    file.write_text("a")
-    assert ran(copy, "all", "RECIPE=tiny-gsm8k", f"DATA={given}") == ALL
-    assert ran(copy, "all", "RECIPE=tiny-gsm8k") == []
-    touch(file)
-    assert ran(copy, "all", "RECIPE=tiny-gsm8k") == ALL[1:]
-    assert ran(copy, "all", "RECIPE=tiny-gsm8k") == []
+@pytest.mark.parametrize(
+    ("text", "makes"),
+    [
+        ("[base_model]\nseed = 0\n", True),
+        ("[ base_model ]\nseed = 0\n", True),
+        ("\t[\tbase_model\t]\nseed = 0\n", True),
+        ('["base_model"]\nseed = 0\n', True),
+        ("['base_model'] # here\nseed = 0\n", True),
+        ("base_model = { seed = 0 }\n", True),
+        ("base_model.seed = 0\n", True),
+        ("[model]\nname = 'x/y'\n", False),
+        ("# such as\n#[base_model]\n", False),
+        ('note = """\n[base_model]\n"""\n', False),
+        ("[other.base_model]\n", False),
+        ("[base_model\n", False),  # not TOML: the first stage says so
+        ("", False),
+    ],
+)
+def test_a_base_model_is_made_for_a_recipe_with_that_table_however_it_is_written(copy, text, makes):
+    (copy / "recipes" / "mine.toml").write_text(text)
+    assert ran(copy, "sft", "RECIPE=mine") == (ALL[:3] if makes else ALL[1:3])
+    assert ("--base-model" in (copy / "log").read_text()) == makes
 
 
-def test_caches_in_the_data_folder_are_no_data(copy):
-    (copy / "data" / "cache").mkdir(parents=True)
-    assert ran(copy, "all", "RECIPE=tiny-gsm8k", "DATA=data") == ALL
-    touch(copy / "data" / "cache" / "compiled")
-    assert ran(copy, "all", "RECIPE=tiny-gsm8k") == []
+def test_a_python_that_reads_no_recipe_is_named_before_anything_is_done(copy):
+    result = make(copy, "all", "PYTHON=no-python")
+    assert result.returncode == 2
+    assert "no-python can't read a recipe: expected Python 3.11 or newer. Run: make PYTHON=python3.12" in result.stderr
+    assert not (copy / "log").exists()
+    assert make(copy, "help", "PYTHON=no-python").returncode == 0
 
 
-@pytest.mark.parametrize("reward", ["own.py:variety", "my own.py:variety", "../shared/own.py:variety"])
-def test_a_changed_reward_of_ones_own_is_looked_at_again(copy, reward):
-    (copy / "shared").mkdir()
-    own_recipe(copy, "openai/gsm8k", reward)
-    file = copy / "recipes" / reward.partition(":")[0]
-    assert ran(copy, "all", "RECIPE=mine") == ALL[1:]
-    assert ran(copy, "all", "RECIPE=mine") == []
-    touch(file)
-    assert ran(copy, "all", "RECIPE=mine") == ["grpo", "infer", "merge", "gguf", "ollama_modelfile"]
-    assert ran(copy, "all", "RECIPE=mine") == []
-    assert ran(copy, "grpo", "RECIPE=mine", "SUBSET=1") == ["score_base", "grpo"]
-    touch(file)
-    assert ran(copy, "grpo", "RECIPE=mine") == ["score_base", "grpo"]
-    assert ran(copy, "grpo", "RECIPE=mine") == []
+ODD_RECIPES = [
+    "my recipe",
+    "it's",
+    "-rf",
+    "--version",
+    "$(touch made)",
+    "`touch made`",
+    "a\nb",
+    "x;touch made",
+    "%",
+    '"',
+]
+
+
+def test_help_lists_recipes_whatever_their_files_are_called_and_they_are_refused_by_name(copy):
+    for name in ODD_RECIPES:
+        (copy / "recipes" / f"{name}.toml").write_text("# Odd\n")
+    (copy / "recipes" / "folder.toml").mkdir()
+    result = make(copy, "help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count("(make can't work with this name: rename the file)\n") == len(ODD_RECIPES)
+    assert re.search(r"^  tiny +A network", result.stdout, re.MULTILINE)
+    for name in ODD_RECIPES:
+        result = make(copy, "all", f"RECIPE={name.replace('$', '$$')}")
+        assert result.returncode == 2, name
+        assert re.search("make can't work with this name|there is a line break in it", result.stderr)
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert not (copy / "made").exists()
+    assert not (copy / "log").exists()
 
 
 def log_of(folder: Path, *arguments: str) -> str:
@@ -334,7 +541,7 @@ def test_a_changed_lock_sets_up_again_and_runs_no_stage(copy):
     ran(copy, "all")
     touch(copy / "docker" / "cpu.lock")
     assert ran(copy, "all") == []
-    assert (copy / "log").read_text() == "docker/install .venv\n"
+    assert (copy / "log").read_text().splitlines()[:-1] == ["docker/install .venv"]
 
 
 @pytest.mark.parametrize(
@@ -348,7 +555,19 @@ def test_a_changed_lock_sets_up_again_and_runs_no_stage(copy):
         (["RECIPE=%"], r"RECIPE=%: there is no recipes/%\.toml"),
         (["DATA=no/such/folder"], r"DATA=no/such/folder: there is no such file or folder"),
         (["DATA=stages/*.py"], r"DATA=stages/\*\.py: there is no such file or folder"),
-        (["DATA=stages docker"], r"DATA=stages docker: has a blank in it\. Rename it, or name a link to it: ln -s"),
+        (["DATA=stages docker"], r"DATA=stages docker: there is no such file or folder"),
+        (["DATA=sta\nges"], r"DATA=sta ges: there is a line break in it, which make can't hand on"),
+        (["VENV=my venv"], r"VENV=my venv: make can't work with this name; expected a folder without blanks"),
+        (["VENV="], r"VENV=: make can't work with this name"),
+        (["VENV=-x"], r"VENV=-x: make can't work with this name"),
+        (["VENV=a:b"], r"VENV=a:b: make can't work with this name"),
+        (["VENV=a%b"], r"VENV=a%b: make can't work with this name"),
+        (["VENV=$$(touch made)"], r"VENV=\$\(touch made\): make can't work with this name"),
+        (["CA_BUNDLE=a\nb"], r"CA_BUNDLE=a b: there is a line break in it"),
+        (["PORT=http"], r"PORT=http is not known\. Expected a number, such as 8000"),
+        (['GPUS="; touch made; "'], r'GPUS="; touch made; " is not known'),
+        (["MAKE_VERSION=3.81"], r"this is GNU make 3\.81; expected 4\.2 or newer\. On macOS: brew install make"),
+        (["MAKE_VERSION=4.1"], r"this is GNU make 4\.1; expected 4\.2 or newer"),
         (["PUBLIC=0"], r"PUBLIC=0 is not known\. Expected 1, or leave it out"),
         (["YES=no"], r"YES=no is not known\. Expected 1, or leave it out"),
         (["SUBSET=0"], r"SUBSET=0 is not known\. Expected 1, or leave it out"),
@@ -384,15 +603,36 @@ def test_help_lists_every_target_and_every_recipe_with_its_first_line(copy):
         assert re.search(rf"^  {re.escape(recipe)} +{re.escape(first)}$", shown, flags=re.MULTILINE), recipe
 
 
+def test_help_shows_every_variable_that_make_goes_by_with_its_default(copy):
+    shown = dict(re.findall(r"^  ([A-Z_]+)=(\S*)", make(copy, "help").stdout, re.MULTILINE))
+    used = set()
+    for path in [ROOT / "Makefile", *(ROOT / "make").glob("*.mk")]:
+        used |= set(re.findall(r"\$\((?:value |call kept,)?([A-Z_]+)\)", path.read_text()))
+    assert used - {"HOME", "MAKECMDGOALS", "MAKEFLAGS", "MAKEFILE_LIST", "MAKE_VERSION"} <= shown.keys()
+    assert (shown["RECIPE"], shown["VENV"], shown["PORT"], shown["DATA"]) == ("tiny", ".venv", "8000", "")
+
+
+def test_the_graph_is_on_the_makefiles_first_screen():
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    assert max(number for number, line in enumerate(lines, 1) if ".reads " in line) <= 46
+
+
+def test_the_first_lines_are_of_a_kind_that_an_older_make_reads_up_to_its_refusal():
+    lines = [line for line in (ROOT / "Makefile").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0].startswith("ifneq ($(filter 1.% 2.% 3.% ")
+    assert "$(error " in lines[1]
+    assert lines[2] == "endif"
+
+
 def test_the_preamble_is_strict():
-    text = (ROOT / "Makefile").read_text()
+    text = (ROOT / "make" / "variables.mk").read_text()
     for line in (".DELETE_ON_ERROR:", ".NOTPARALLEL:", ".SHELLFLAGS := -euo pipefail -c", "SHELL := /bin/bash"):
         assert line in text.splitlines()
 
 
 def asked(*variables: str) -> dict[str, list[list[str]]]:
     """Return the options that the Makefile gives each stage, a list a call."""
-    targets = ["all", "score-base", "grpo", "ask", "chat", "serve", "push", "ollama", "doctor"]
+    targets = ["all", "verify", "score-base", "grpo", "ask", "chat", "serve", "push", "ollama", "doctor"]
     result = make(ROOT, "-n", "-B", *targets, "HUB=user/name", *variables)
     assert result.returncode == 0, result.stderr
     calls: dict[str, list[list[str]]] = {}

@@ -131,7 +131,7 @@ def test_it_runs_targets_that_the_makefile_has_on_a_recipe_that_is_there():
     task = yaml.safe_load(TASK.read_text())
     wanted = re.findall(r"\bmake ([a-z-]+)", task["run"])
     assert wanted == ["doctor", "all"]
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = "".join(path.read_text() for path in [ROOT / "Makefile", *(ROOT / "make").glob("*.mk")])
     assert [name for name in wanted if not re.search(rf"^{name}:", makefile, re.M)] == []
     assert (ROOT / "recipes" / f"{task['envs']['RECIPE']}.toml").is_file()
 

@@ -66,7 +66,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
         why = f"no container engine answers ({CLIENT} info), and these tests run the stages in one"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("recipes", "stages", "docker"):
+    for name in ("recipes", "stages", "docker", "make"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Makefile", folder)
     recipe = micro.write_recipe(

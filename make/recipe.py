@@ -1,0 +1,50 @@
+"""Tell make and docker/run what they have to know of a recipe; needs Python 3.11 and nothing else.
+
+recipe.py base-model FILE   "yes" if the recipe has a [base_model] table, else "no"
+recipe.py paths FILE        what it may name on this disk, model, data and rewards of one's own: absolute paths, each
+                            ended by NUL. A hub's name is among them; nothing lies there.
+
+A recipe that is not TOML, or has other tables than it should, names nothing here: the stage says what is wrong with it.
+"""
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+
+def main(what: str, file: Path) -> None:
+    """Print what is asked for."""
+    try:
+        recipe = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        recipe = {}
+    if what == "base-model":
+        print("yes" if "base_model" in recipe else "no")
+    else:
+        paths = [path.absolute() for path in named(recipe, file.parent)]
+        sys.stdout.buffer.write(b"".join(os.fsencode(path) + b"\0" for path in paths))
+
+
+def named(recipe: dict[str, Any], folder: Path) -> list[Path]:
+    """Return what the recipe names, as paths: rewards from the recipe's folder, the rest from the one make runs in."""
+    models = [recipe.get("model"), *listed(table(recipe.get("data")).get("sources"))]
+    names = [(Path(), table(each).get("name")) for each in models]
+    rewards = listed(table(recipe.get("rewards")).get("functions"))
+    names += [(folder, name.rpartition(":")[0]) for name in rewards if isinstance(name, str)]
+    return [start / name for start, name in names if isinstance(name, str) and name and "\0" not in name]
+
+
+def table(value: Any) -> dict[str, Any]:
+    """Return `value` if it is a table, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def listed(value: Any) -> list[Any]:
+    """Return `value` if it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,25 @@
+# With the result of a run.
+
+verify: | $(ready)  ## Hash every file of the recipe's artifacts, and compare it with what its stage wrote
+	@$(call stage,verify) --artifacts $(out)
+
+ask: $(call done_of,ollama-modelfile)  ## Ask the finished GGUF: make ask Q="What is 17 + 25?"
+	@$(call stage,ask) $(call given,ollama-modelfile) --question "$$QUESTION"
+ask: export QUESTION = $(value Q)
+unexport Q  # or make would expand a $ in it
+
+chat: $(call done_of,ollama-modelfile)  ## Talk with the finished GGUF
+	@INTERACTIVE=1 $(call stage,chat) $(call given,ollama-modelfile)
+
+# In a container the server has to listen to more than itself: docker/run publishes the port to this machine alone.
+serve: $(call done_of,ollama-modelfile)  ## Serve the finished GGUF with OpenAI's API, to this machine alone (PORT=8000)
+	@PUBLISH=$(PORT) $(call stage,serve) $(call given,ollama-modelfile) --port $(PORT) \
+	  $(if $(filter docker,$(RUNTIME)),--host 0.0.0.0)
+
+uploaded := prepare-data sft grpo infer merge gguf ollama-modelfile
+push: $(call done_of,$(uploaded))  ## Upload the result to a private repository: make push HUB=user/name (PUBLIC=1, WHAT=gguf)
+	@INTERACTIVE=1 $(call stage,push) --hub $(call quoted,$(HUB)) $(call given,$(uploaded)) \
+	  $(if $(WHAT),--what $(call quoted,$(WHAT))) $(if $(filter 1,$(PUBLIC)),--public) $(if $(filter 1,$(YES)),--yes)
+
+ollama: $(call done_of,ollama-modelfile)  ## Hand the model to the machine's Ollama and ask it one question
+	@$(on_host) -m stages.ollama --recipe $(recipe) $(call given,ollama-modelfile)

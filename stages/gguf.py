@@ -287,7 +287,8 @@ def written(tokenizer: Any, tokens: list[int], ends: Sequence[int]) -> str:
 def grade(completions: Sequence[str], rows: Sequence[dict], format_name: str) -> list[bool]:
     """Say for each completion whether it is well formed and gives its row's answer."""
     answer_format = formats.get(format_name)
-    return [mark(answer_format, text, row["answer"])["right"] for text, row in zip(completions, rows, strict=True)]
+    marked = zip(completions, rows, strict=True)
+    return [mark(answer_format, text, row["answer"], row.get("kind", "number"))["right"] for text, row in marked]
 
 
 def accuracy(right: Sequence[bool]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from stages.lib.train.rollouts import keep_completions
 from stages.lib.train.run import configure, keep_logs, read_rows, run_trainer, save_adapter
 
 ROOM_BYTES = 500_000_000
+COLUMNS = ("prompt", "answer", "kind")  # of a row: what is asked, and what the rewards need
 
 
 @click.command(help=__doc__)
@@ -174,7 +175,7 @@ def learn(
             model=model,
             args=configure(GRPOConfig, arguments(recipe, run.checkpoints, ends)),
             reward_funcs=functions,
-            train_dataset=rows.select_columns(["prompt", "answer"]),
+            train_dataset=rows.select_columns([name for name in rows.column_names if name in COLUMNS]),
             processing_class=tokenizer,
         )
     skip_scoring_pass(recipe, trainer)

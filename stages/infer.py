@@ -81,7 +81,7 @@ def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, P
                         "completion": completion,
                         "tokens": len(ids),
                         "ended": ended,
-                        **mark(answer_format, completion, problem["answer"]),
+                        **mark(answer_format, completion, problem["answer"], problem.get("kind", "number")),
                     }
                 )
     return rows

@@ -107,6 +107,7 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None)
         "completions": [[{"role": "assistant", "content": text}] for text in texts],
         "completion_ids": completion_ids,
         "answer": [problem["answer"] for problem in each],
+        "kind": [problem.get("kind", "number") for problem in each],
     }
     paid = {function.__name__: function(**columns) for function in functions}
     rows = []
@@ -121,7 +122,7 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None)
                 "completion": text,
                 "tokens": len(ids),
                 "ended": ids[-1] in generator.ends,
-                **mark(answer_format, text, problem["answer"]),
+                **mark(answer_format, text, problem["answer"], problem.get("kind", "number")),
                 "rewards": own,
                 "total": total,
             }

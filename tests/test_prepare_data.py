@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from stages import prepare_data
 from stages.lib.answers import formats
+from stages.lib.answers.grade import canonical
 from stages.lib.data.files import read_batches
 from stages.lib.data.fingerprint import BAND_ROWS, BANDS
 from stages.lib.data.rows import Unusable, completion_of, most_tokens, problem_of
@@ -105,13 +106,17 @@ def numbered(start: int, stop: int) -> list[dict[str, Any]]:
 
 
 def three_sets(
-    folder: Path, train: list[dict[str, Any]], evaluation: list[dict[str, Any]] | None = None, **knobs: Any
+    folder: Path,
+    train: list[dict[str, Any]],
+    evaluation: list[dict[str, Any]] | None = None,
+    stated: dict[str, Any] | None = None,
+    **knobs: Any,
 ) -> dict:
     evaluation = numbered(9000, 9003) if evaluation is None else evaluation
     return prepare(
         folder,
         [
-            {"name": write_rows(folder / "train.jsonl", train), "use": ["sft", "grpo"], **WORKED},
+            {"name": write_rows(folder / "train.jsonl", train), "use": ["sft", "grpo"], **WORKED, **(stated or {})},
             {"name": write_rows(folder / "eval.jsonl", evaluation), "use": ["eval"]},
         ],
         **knobs,
@@ -127,15 +132,17 @@ def test_a_row_becomes_a_conversation_in_each_of_its_sets(tmp_path: Path) -> Non
     )
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How much is\n3 \u2212 5?"}]
     (example,) = rows_of(tmp_path, "sft")
-    written = "<reasoning>\n3 - 5 = -2\n</reasoning>\n<answer>\n-2\n</answer>"
-    assert list(example) == ["id", "prompt", "answer", "completion"]
+    written = "<reasoning>\n3 - 5 = -2\n</reasoning>\n<answer>\n$\u22122.0\n</answer>"
+    assert list(example) == ["id", "prompt", "answer", "kind", "completion"]
     assert example == {
         "id": example["id"],
         "prompt": prompt,
-        "answer": "-2",
+        "answer": "$\u22122.0",
+        "kind": "number",
         "completion": [{"role": "assistant", "content": written}],
     }
-    assert rows_of(tmp_path, "grpo") == [{"id": example["id"], "prompt": prompt, "answer": "-2"}]
+    row = {"id": example["id"], "prompt": prompt, "answer": "$\u22122.0", "kind": "number"}
+    assert rows_of(tmp_path, "grpo") == [row]
     assert len(example["id"]) == 16
 
 
@@ -153,22 +160,43 @@ def test_any_text_survives_the_way_into_a_set(tmp_path: Path, question: str) -> 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("1,200", "1200"),
-        ("$18", "18"),
-        ("18.0", "18"),
-        (18.0, "18"),
+        (" 1,200\n", "1,200"),
+        ("$19.25", "$19.25"),
+        (18.0, "18.0"),
         (-3, "-3"),
-        ("1/2", "1/2"),
-        ("50%", "50"),
-        ("\u22124", "-4"),
-        ("It is 7 dollars.", "7"),
-        (0.5, "1/2"),
-        (1e20, "100000000000000000000"),
+        ("\u22124", "\u22124"),
+        ("It is 7 dollars.", "It is 7 dollars."),
+        (100 / 3, "33.333333333333336"),
+        (1e20, "1e+20"),
+        (r"\boxed{4}", r"\boxed{4}"),
+        (["7"], "7"),
     ],
 )
-def test_answers_are_written_in_one_form(tmp_path: Path, answer: object, expected: str) -> None:
+def test_an_answer_is_taught_and_kept_as_the_dataset_writes_it(tmp_path: Path, answer: object, expected: str) -> None:
     three_sets(tmp_path, [{"question": "q", "answer": answer, "solution": "s"}])
     assert [row["answer"] for row in rows_of(tmp_path, "grpo")] == [expected]
+    (example,) = rows_of(tmp_path, "sft")
+    assert example["completion"][0]["content"].endswith(f"<answer>\n{expected}\n</answer>")
+
+
+@pytest.mark.parametrize(
+    ("stated", "answer", "kept", "taught", "kind"),
+    [
+        ({"answers": "text"}, "Yes", "Yes", "Yes", "text"),
+        ({"answers": "text"}, True, "True", "True", "text"),
+        ({"answers": "text"}, ["UK", "Britain"], '["UK", "Britain"]', "UK", "text"),
+        ({"answers": "text"}, 'a "quoted" \\ one', 'a "quoted" \\ one', 'a "quoted" \\ one', "text"),
+        ({"answers": "choice"}, "(B)", "(B)", "(B)", "choice"),
+        ({"answers": "math"}, r"2\sqrt{2}", r"2\sqrt{2}", r"2\sqrt{2}", "math"),
+        ({"decimal": ","}, "1.234", "1.234", "1.234", "number decimal=,"),
+        ({"tolerance": 0.001}, 0.1 + 0.2, "0.30000000000000004", "0.30000000000000004", "number tolerance=0.001"),
+    ],
+)
+def test_a_row_has_the_kind_that_its_source_states(tmp_path: Path, stated, answer, kept, taught, kind) -> None:
+    three_sets(tmp_path, [{"question": "q", "answer": answer, "solution": "s"}], stated=stated)
+    (row,) = rows_of(tmp_path, "grpo")
+    assert (row["answer"], row["kind"]) == (kept, kind)
+    assert rows_of(tmp_path, "sft")[0]["completion"][0]["content"].endswith(f"<answer>\n{taught}\n</answer>")
 
 
 def test_gsm8k_solutions_lose_their_calculator_marks_and_their_last_line(tmp_path: Path) -> None:
@@ -176,11 +204,11 @@ def test_gsm8k_solutions_lose_their_calculator_marks_and_their_last_line(tmp_pat
     metrics = prepare(tmp_path, gsm8k_sources(), located)
     assert [made["rows"] for made in metrics["sources"]] == [8, 3]
     examples = rows_of(tmp_path, "sft")
-    assert [row["answer"] for row in examples] == ["1200", "-5", "11/2", "18", "21", "69", "23", "35"]
+    assert [row["answer"] for row in examples] == ["1,200", "-5", "5.50", "18", "21", "69", "23", "35"]
     assert examples[0]["completion"][0]["content"] == (
-        "<reasoning>\nEach tray holds 24 rolls.\n24 * 50 = 1,200 rolls.\n</reasoning>\n<answer>\n1200\n</answer>"
+        "<reasoning>\nEach tray holds 24 rolls.\n24 * 50 = 1,200 rolls.\n</reasoning>\n<answer>\n1,200\n</answer>"
     )
-    assert [row["answer"] for row in rows_of(tmp_path, "eval")] == ["700", "32550", "4"]
+    assert [row["answer"] for row in rows_of(tmp_path, "eval")] == ["700", "32,550", "4"]
 
 
 def gsm8k_folders() -> list[Path]:
@@ -195,7 +223,8 @@ def test_every_answer_of_gsm8k_is_read(folder: Path) -> None:
         for line in path.read_text().splitlines():
             row = json.loads(line)
             _, answer, worked = problem_of(row["question"], row["answer"], None, "gsm8k")
-            assert Fraction(answer) == Fraction(row["answer"].rpartition("####")[2].strip().replace(",", ""))
+            assert answer == row["answer"].rpartition("####")[2].strip()
+            assert Fraction(canonical("number", answer)) == Fraction(answer.replace(",", ""))
             written = completion_of(worked, answer, "gsm8k", formats.get("xml"))
             assert "<<" not in written
             assert "####" not in written
@@ -241,7 +270,7 @@ def test_openmath_gives_sft_its_thoughts_and_drops_what_is_not_a_number(tmp_path
         rewards={"functions": ["check_answer"], "weights": [1.0]},
     )
     assert metrics["sources"][0]["dropped"] == {"unreadable answer": 2}
-    assert [row["answer"] for row in rows_of(tmp_path, "sft")] == ["17", "1/3", "2"]
+    assert [row["answer"] for row in rows_of(tmp_path, "sft")] == ["17", r"\frac{1}{3}", "2"]
     assert rows_of(tmp_path, "sft")[0]["completion"][0]["content"] == (
         "The root of 144 is 12 and the root of 25 is 5.\nTogether that is 17.\n\n\n"
         "The roots are 12 and 5, so the sum is \\(\\boxed{17}\\).</think><SOLUTION>17</SOLUTION>"
@@ -261,7 +290,7 @@ UNUSABLE = {
         {"question": "q", "solution": "s"},
         *({**GOOD, "answer": found} for found in (None, "  ", True, [1])),
     ],
-    "unreadable answer": [{**GOOD, "answer": found} for found in ("42 or 43", "x", float("nan"), "\u0664\u0662")],
+    "unreadable answer": [{**GOOD, "answer": found} for found in ("42 or 43", "x", float("nan"), "3,5")],
     "no solution": [{"question": "q", "answer": "1"}, {**GOOD, "solution": ""}, {**GOOD, "solution": 5}],
     "unusable solution": [{**GOOD, "solution": "see <answer>"}],
     "not Unicode": [{**GOOD, "question": "half \ud83d"}, {**GOOD, "solution": "\udc00"}],
@@ -323,6 +352,66 @@ def test_a_gsm8k_answer_without_its_mark_is_refused() -> None:
 
 
 # Duplicates and contamination
+
+
+def test_two_answers_to_one_question_are_counted_and_listed(tmp_path: Path) -> None:
+    rows = [
+        *({"question": "How much is it?", "answer": answer, "solution": "s"} for answer in ("0.5", "1/2", "2")),
+        *numbered(0, 2),
+    ]
+    metrics = three_sets(tmp_path, rows)
+    assert [row["answer"] for row in rows_of(tmp_path, "grpo")] == ["0.5", "0", "1"]
+    dropped = {"exact duplicate": 1, "exact duplicate, other answer": 1}
+    assert metrics["sets"]["sft"]["dropped"] == metrics["sets"]["grpo"]["dropped"] == dropped
+    listed = [row for row in rows_of(tmp_path, "removed") if row["reason"] == "exact duplicate, other answer"]
+    assert [(row["set"], row["where"][-1], row["like_where"][-1]) for row in listed] == [
+        ("sft", "3", "1"),
+        ("grpo", "3", "1"),
+    ]
+
+
+def answered(*answers: object) -> list[dict[str, Any]]:
+    return [{**row, "answer": answer} for row, answer in zip(numbered(0, len(answers)), answers, strict=True)]
+
+
+def test_what_reads_two_ways_beside_decimal_commas_is_refused_until_the_source_states_its_separators(tmp_path) -> None:
+    rows = answered("1.234", "12,500", "3,5", "1.234,56", "7")
+    with pytest.raises(UserError) as refused:
+        three_sets(tmp_path, rows, stated={"unreadable": "drop"})
+    message = str(refused.value)
+    assert re.search(r"train.jsonl, line 1: '1.234' reads two ways, since .* decimals follow a comma", message)
+    assert re.search(r"line 3: '3,5'\)\. State decimal = \",\" for .*train.jsonl in the recipe, or \"\.\"", message)
+
+
+@pytest.mark.parametrize(
+    ("decimal", "kept"), [(",", ["1.234", "12,500", "3,5", "1.234,56", "7"]), (".", ["1.234", "12,500", "7"])]
+)
+def test_a_source_that_states_its_separators_is_read_by_them(tmp_path: Path, decimal: str, kept: list[str]) -> None:
+    rows = answered("1.234", "12,500", "3,5", "1.234,56", "7")
+    three_sets(tmp_path, rows, stated={"unreadable": "drop", "decimal": decimal})
+    assert [row["answer"] for row in rows_of(tmp_path, "grpo")] == kept
+
+
+@pytest.mark.parametrize("answers", [("1.234", "12.5", "7"), ("1,234", "0.125", "3.5"), (1.234, "3,500", "2")])
+def test_one_sort_of_separators_is_read_without_a_word(tmp_path: Path, answers: tuple[object, ...]) -> None:
+    three_sets(tmp_path, answered(*answers))
+    assert [row["answer"] for row in rows_of(tmp_path, "grpo")] == list(map(str, answers))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("3,5", r"line 1: unreadable answer: '3,5' has a decimal comma: state decimal = \",\"\. Mend the row, or set"),
+        (
+            "red",
+            r"unreadable answer: can't be read as one number: 'red' \(no numbers\? State answers = \"math\", \"text\"",
+        ),
+        ("3 PM", r"unreadable answer: can't be read as one number: '3 PM'"),
+    ],
+)
+def test_an_answer_of_another_kind_is_refused_with_what_to_state(tmp_path: Path, answer: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        three_sets(tmp_path, answered(answer))
 
 
 def test_exact_duplicates_go_within_a_set_and_the_first_stays(tmp_path: Path) -> None:
@@ -727,7 +816,7 @@ def test_the_example_of_the_documentation_is_read_as_it_says(tmp_path: Path) -> 
     read = [problem_of(*values, source.style) for values in columns]
     assert [(answer, worked) for _, answer, worked in read] == [
         ("288", "12 * 24 = 288 rolls."),
-        ("21", "4 * 0.75 = 3 and 18 + 3 = 21."),
+        ("$21.00", "4 * 0.75 = 3 and 18 + 3 = 21."),
     ]
 
 

@@ -579,6 +579,27 @@ def test_a_source_without_the_name_of_a_column_is_refused(key: str, tmp_path: Pa
     assert found == f"[[data.sources]] 'base-model' {key} = ''; expected the name of a column"
 
 
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ('answers = "numbers"', "answers = 'numbers'; expected "),
+        ('answers = "scored"', "'base-model' scorer = ''; expected one of: none is known yet"),
+        ('answers = "scored"\nscorer = "mine"', "'base-model' scorer = 'mine'; expected one of: none is known yet"),
+        ('scorer = "mine"', "'base-model' scorer = 'mine' goes with answers = 'scored'; found 'number'"),
+        ('answers = "text"\ndecimal = ","', "'base-model' decimal = ',' goes with answers = 'number'; found 'text'"),
+        ('decimal = ";"', "decimal = ';'; expected "),
+        ("tolerance = 1.0", "tolerance = 1.0; expected 0 or more and under 1"),
+        ("tolerance = -0.1", "tolerance = -0.1; expected 0 or more and under 1"),
+    ],
+)
+def test_a_kind_of_answers_that_is_not_known_or_misses_its_settings_is_refused(
+    stated: str, message: str, tmp_path: Path
+) -> None:
+    found = refusal(tmp_path, changed('answer = "answer"', f'answer = "answer"\n{stated}'))
+    assert "data.sources]" in found
+    assert message in found
+
+
 @pytest.mark.parametrize("tokens", [0, 65])
 def test_a_least_completion_that_no_rung_could_have_is_refused(tokens: int, tmp_path: Path) -> None:
     text = changed("max_completion_tokens = 64\n", f"max_completion_tokens = 64\nmin_completion_tokens = {tokens}\n")

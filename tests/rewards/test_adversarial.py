@@ -1,6 +1,6 @@
 """What each reward pays for completions that try to be paid for something else than a worked, right answer.
 
-The true answer is 42 (or stated). `python -m tests.lib.test_rewards_adversarial` writes the tables below into
+The true answer is 42 (or stated). `python -m tests.rewards.test_adversarial` writes the tables below into
 docs/rewards.md; a test asserts that they stand there.
 """
 
@@ -85,8 +85,8 @@ XML_CASES = [
     ("`NaN`", CHEAT, THOUGHT + "<answer>\nNaN\n</answer>", "42", (0.5, 0.5, 0.5, 0.0, 0.0)),
     ("`inf`", CHEAT, THOUGHT + "<answer>\ninf\n</answer>", "42", (0.5, 0.5, 0.5, 0.0, 0.0)),
     ("`1e999`", CHEAT, THOUGHT + "<answer>\n1e999\n</answer>", "42", (0.5, 0.5, 0.5, 0.0, 0.0)),
-    ("full-width digits", CHEAT, THOUGHT + "<answer>\n４２\n</answer>", "42", (0.5, 0.5, 0.5, 0.0, 0.0)),
-    ("Arabic digits", CHEAT, THOUGHT + "<answer>\n٤٢\n</answer>", "42", (0.5, 0.5, 0.5, 0.0, 0.0)),
+    ("full-width digits", HONEST, THOUGHT + "<answer>\n４２\n</answer>", "42", (0.5, 0.5, 0.5, 0.5, 2.0)),
+    ("Arabic digits", HONEST, THOUGHT + "<answer>\n٤٢\n</answer>", "42", (0.5, 0.5, 0.5, 0.5, 2.0)),
     ("a superscript", CHEAT, THOUGHT + "<answer>\n4²\n</answer>", "42", (0.5, 0.5, 0.5, 0.0, 0.0)),
     ("tags in capitals", CHEAT,
      "<REASONING>\na\n</REASONING>\n<ANSWER>\n42\n</ANSWER>", "42", (0.0, 0.0, 0.0, 0.0, 0.0)),
@@ -143,7 +143,12 @@ THINK_CASES = [
     ("`inf`", CHEAT, "a</think><SOLUTION>inf</SOLUTION>", "42", (3.0, 1.5, -4.5, -2.5)),
     ("`1e999`", CHEAT, "a</think><SOLUTION>1e999</SOLUTION>", "42", (3.0, 1.5, -4.5, -2.5)),
     ("`1/0`", CHEAT, "a</think><SOLUTION>1/0</SOLUTION>", "42", (3.0, 1.5, -4.5, -2.5)),
-    ("Arabic digits", CHEAT, "a</think><SOLUTION>٤٢</SOLUTION>", "42", (3.0, 1.5, -4.5, -2.5)),
+    ("Arabic digits", HONEST, "a</think><SOLUTION>٤٢</SOLUTION>", "42", (3.0, 1.5, 3.5, 3.5)),
+    ("the same number of something else", HONEST, "a</think><SOLUTION>€42</SOLUTION>", "$42", (3.0, 1.5, -2.5, -1.5)),
+    ("as the dataset writes it", HONEST, "a</think><SOLUTION>1,200</SOLUTION>", "1,200", (3.0, 1.5, 5.0, 3.5)),
+    ("in the canonical form", HONEST, "a</think><SOLUTION>1200</SOLUTION>", "1,200", (3.0, 1.5, 5.0, 3.5)),
+    ("a division left to do", CHEAT, "a</think><SOLUTION>84 ÷ 2</SOLUTION>", "42", (3.0, 1.5, -4.5, -2.5)),
+    ("a scale left out", HONEST, "a</think><SOLUTION>5 lakh</SOLUTION>", "5", (3.0, 1.5, -2.5, -1.5)),
     ("a number after `</SOLUTION>`", CHEAT, "a</think><SOLUTION>none</SOLUTION> 42", "42", (0.0, 1.5, -2.0, -2.5)),
     ("the other format", CHEAT, "<reasoning>\na\n</reasoning>\n<answer>\n42\n</answer>", "42", (0.0, -3.0, -2.0, -2.5)),
     ("a megabyte of `<`", CHEAT, "<" * 2**20, "42", (0.0, -3.0, -2.0, -2.5)),

@@ -1,180 +1,299 @@
-r"""One canonical form of a numeric answer, with exact arithmetic, so that equal answers are equal strings.
+r"""The number that an answer is, read by one grammar from a dataset and from a completion, with exact arithmetic.
 
-    value(text)       the number that the whole text is, or None                 "1,200" "$18" "18.0" "-3" "1/2" "50%"
-    find(text)        that, or the only number in a short text, or None          "The answer is 18 dollars."
-    canonical(text)   `find` as a string: an integer, else a reduced fraction    "1200" "18" "18" "-3" "1/2" "50"
-    given(text)       that, of what a completion answers: no division left to do  not "84/2"
+    read_number(text)         the number and its unit, or None   "1,200"  "$18"  "1 1/2 cups"  "The answer is 18."
+    canonical_number(text)    its value as a string, or None     "1200"   "18"   "3/2"         "18"
+    same_number(true, given)  whether two are the same, units included
 
-`canonical` is for the answers of a dataset, `given` for what a completion answers, to be compared with one. `value` is
-for asking whether a field is a bare number. Decisions:
+A number is digits, or a fraction in English words, with what people put around it: a sign, a currency, thousands in
+groups (by comma, blank, apostrophe, `_`; Indian groups too), a power, `x 10^6`, a scale (`2 dozen`, `1.2k`), a unit, a
+lead-in (`x =`, `The answer is`), a hedge (`about`). Decisions:
 
-- The form is "18" or "-5/2": `0.5`, `.50` and `1/2` are one answer. Nothing is rounded and no float is involved.
-- A unit is dropped: a currency sign, `%`, the degree sign, `°C` and `°F`. `50%` is 50, as GSM8K has it, and not 0.5.
-- A comma only groups thousands: `1,200` is 1200; `1,20` and `1,2` are not read.
-- Digits are ASCII. Others (full-width, Arabic, superscript, Roman, `½`, `五`) are not read: what comes after would not
-  read them either. A minus may be `-`, U+2212 or one of the other dashes of its length.
-- LaTeX is read where the whole text is `\boxed{..}`, `$..$`, `\(..\)` or `\frac{a}{b}` with integers;
-  so are `\%`, `\$` and `1{,}200`, a `\boxed{..}` among words, and `\text{..}` as its words.
-- More than one number is not an answer (`42 or 43`, `10:30`, `1 1/2`, `2 + 2 = 4`). Nor is an expression (`x - 5`,
-  `3x`, `f(3)`, `5!`), a number that words change (`5 million`, `not 42`, `half of 18`), one that a letter touches
-  (`18k`), or `NaN`, `inf` and `1e999`: a number has at most 100 digits above and below the bar.
-
-Time is bounded: a text over 1,000 characters is not an answer and is not looked at.
+- **What the grammar does not know is not read.** Every word must stand in `words.py`, and every sign here. `not 42`,
+  `less than 42`, `5 Dutzend`, `loss of 5`, `3 PM`, `May 5`, `($5)`, `18th`, `5!` and `NaN` are no answers.
+- **Work left to do is no answer**: `6 * 7`, `40 + 2`, `sqrt(16)` and a division that comes out even (`84/2`). A power
+  and `1.2 * 10^6` are ways to write a number.
+- A whole number in words alone is no answer (`forty-two`): the formats ask for digits. `one and a half` is one.
+- Two numbers are no answer (`41 or 42`, `10:30`, `2 + 2 = 4`), but for `4 dollars and 50 cents` and `42 (forty-two)`.
+- Nothing is rounded. `0.333...` and `0.\overline{3}` are 1/3. `50%` has the unit `%`; `same_number` compares it.
+- `decimal` is the sign before the decimals, "." or ",". With ".", `3,5` is not read; with ",", `1.234` is 1234.
+- A value has at most 100 digits above and below the bar; a text over 1,000 characters is not looked at.
 """
 
+import functools
 import re
 from fractions import Fraction
+from typing import NamedTuple
+
+from stages.lib.answers.spelling import digits_for_words, plain_text
+from stages.lib.answers.words import (
+    AFTER,
+    CURRENCIES,
+    HEDGES,
+    LENGTHS,
+    MONEY,
+    NAMES,
+    PLAIN,
+    SCALES,
+    SHORT_SCALES,
+    THINGS,
+    UNITS,
+    Unit,
+    find_unit,
+)
 
 MAX_TEXT_CHARACTERS = 1000
+FLOAT_TOLERANCE = Fraction(5, 1000)  # of a float that does not end, unless the source states another
 _LIMIT = 10**100
 
-_DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"), "-")
-_CURRENCY = "$€£¥₹"
-_SIGN_AFTER = rf"(?: [{_CURRENCY}%] | °[CF]? )"
+_GROUPED = r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?:[ ]\d{3})+(?![ ]?/|\d)|\d{1,3}(?:['_]\d{3})+|\d+)"
+_DIGITS = rf"(?:{_GROUPED}(?:\.\d*)?|\.\d+)"
+_MONEY = "|".join(sorted(map(re.escape, CURRENCIES), key=len, reverse=True))
+_POWER_OF = r"\s?(?:\^|\*\*)\s?"
+_QUANTITY = re.compile(
+    rf"""
+    (?P<signs> (?: (?: [-+] | \bminus\b | \bnegative\b | (?<![^\W\d_])(?:{_MONEY})\.? ) \s? ){{0,4}} )
+    (?: (?P<whole>\d+) (?: \s+and\s+ | \s+ | - ) (?P<top>\d+) \s?/\s? (?P<bottom>\d+)
+      | (?P<above>{_GROUPED}) \s?/\s? (?P<below>\d+)
+      | (?P<base>\d+) {_POWER_OF} (?P<power>-?\d{{1,3}})
+      | (?P<number>{_DIGITS}) (?P<repeats> (?<=[.\d])\(\d+\) | \.\.\. )? (?: [eE](?P<exponent>[+-]?\d{{1,3}}) )?
+        (?: \s? [*x] \s? 10 {_POWER_OF} (?P<ten>-?\d{{1,3}}) )? )
+    (?P<scales> (?: \s+ (?:{"|".join(SCALES)})\b )+ | (?:{"|".join(SHORT_SCALES)})(?![^\W\d_]) )?
+    """,
+    re.VERBOSE | re.I,
+)
+_MINUS = re.compile(r"-|minus|negative")
+_WORD = r"[^\W\d_]+(?:['-][^\W\d_]+)*"
+_TOKEN = re.compile(rf"{_WORD}(?:\^?[23](?!\d))?|°\s?[CF]\b|\S")
+_NAMED = re.compile(r"(?<![^\W\d_])(?:[A-Za-z]|[A-Z]{2}|m?\s?∠\s?[A-Z]{0,3}x?)\s*(?==|~|:|is\b|equals\b)")
+_INDEX = re.compile(r"(?<=(?<![A-Za-z])[A-Za-z])(?:_\{?\w{1,3}\}?|\([a-z0-9]{1,3}\))(?=\s*[=:~])")
+_BELOW_ZERO = re.compile(r"(\s*(?:°\s?[CF]?|degrees?(?:\s+(?:celsius|fahrenheit))?)?)\s+below(?:\s+0)?\b", re.I)
+_SMALLER_PART = re.compile(rf"\s*(\w+)\s*(?:,|\band\b)?\s*({_DIGITS})\s*(\w+)")
+_RESTATED = re.compile(rf"\s*\(\s*({_DIGITS})\s*\)")
+_RAISED_WORD = re.compile(rf"\b(?:(sq)(?:uare|\.|\b)|cu(?:bic|\.|\b))\s*({'|'.join(LENGTHS)})\b", re.I)
+_PER = re.compile(
+    rf"(?:/|\bper\b|\b(?:an?|each|every)\b(?=\s+(?:second|minute|hour|day|week|month|year)\b))\s*({_WORD}(?:\^?[23])?)"
+)
+_ANOTHER_NAME = {"per cent": "percent", "mph": "mile/hour", "kph": "km/hour", "kmh": "km/hour", "or so": ""}
+_NAMED_OTHERWISE = re.compile(r"\b(?:per\s+cent|mph|kph|kmh|or\s+so)\b", re.I)
+_AROUND = frozenset(".,;:?!\"'()[]—")
 _INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
-_BODY = r"""
-    (?: (?P<whole> [0-9]{1,3} (?:,[0-9]{3})+ | [0-9]+ ) (?: \.(?P<decimals>[0-9]*) )?
-      | \.(?P<only_decimals>[0-9]+) )
-    (?: [eE](?P<exponent>[+-]?[0-9]{1,3}) )?
-    (?: [ ]?/[ ]?(?P<denominator>[0-9]+) )?
-"""
-_WHOLE_TEXT = re.compile(
-    rf"(?P<first_sign>[+-]?) \s? [{_CURRENCY}]? \s? (?P<second_sign>[+-]?) {_BODY} \s? {_SIGN_AFTER}? \s? \.?",
-    re.VERBOSE,
-)
-_IN_A_TEXT = re.compile(
-    rf"(?P<first_sign>[+-]?) (?: [{_CURRENCY}][ ]? )? (?P<second_sign>[+-]?) {_BODY} (?: [ ]?{_SIGN_AFTER} )?",
-    re.VERBOSE,
-)
-_LATEX_FRACTION = re.compile(r"([+-]?)\s?\\[dt]?frac\s?\{([0-9]+)\}\s?\{([0-9]+)\}")
-_WRAPPERS = (("**", "**"), ("`", "`"), ("$", "$"), ("\\(", "\\)"), ("\\boxed{", "}"))
-_BEFORE_A_NUMBER = frozenset("([=:\"'“‘—")
-_PUNCTUATION = frozenset(".,;:!?'\"()[]=‘’“”—")
-_DIVISION = re.compile(r"[0-9]\s?/\s?[0-9]|\\[dt]?frac")
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-_UNIT = re.compile(r"\s*\\text\s?\{([^{}]*)\}")
-_WORD = re.compile(r"[^\W\d_]+")
-_HYPHENATED = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
-_CHANGES_A_NUMBER = frozenset(
-    "or nor not minus negative plus divided over squared cubed root half third quarter"
-    " dozen hundred thousand million billion trillion".split()
-)
 
 
-def number_value(text: str) -> Fraction | None:
-    """Give the number that the whole of `text` is, white space and a unit sign apart, or None."""
+class Number(NamedTuple):
+    """A number as read. `digits` are its decimals as written, None for a fraction or a power."""
+
+    value: Fraction
+    unit: Unit | None = None
+    per: Unit | None = None  # of `km/h`: the hour
+    digits: int | None = None
+    bare: bool = False  # digits, with no letter beside them
+
+
+@functools.lru_cache(1 << 16)
+def read_number(text: str, decimal: str = ".") -> Number | None:
+    """Return the number that `text` gives as its answer, or None. `decimal` is the sign before decimals, "." or ","."""
+    if _INTEGER.fullmatch(text):
+        return Number(Fraction(int(text)), digits=0, bare=True)
     if len(text) > MAX_TEXT_CHARACTERS:
         return None
-    return _value(_unwrapped(text))
-
-
-def find_number(text: str) -> Fraction | None:
-    """Give the number that `text` is or, failing that, the only one it holds among plain words, or None."""
-    if len(text) > MAX_TEXT_CHARACTERS:
-        return None
-    text = _unwrapped(text)
-    number = _value(text)
-    if number is not None:
+    text = _INDEX.sub("", plain_text(text))
+    if decimal == "," and ("," in text or not re.search(r"\.(?:\d{1,2}|\d{4,})(?!\d)", text)):
+        text = text.rstrip(",").translate({ord(","): ".", ord("."): ","}).rstrip(",")
+    spelled = digits_for_words(text) if any(map(str.isalpha, text)) else text
+    match = _QUANTITY.search(spelled)
+    number = _read_match(spelled, match) if match else None
+    if number is None or spelled == text:
         return number
-    text = _BOXED.sub(r"\1", text.replace("**", ""))
-    match = _IN_A_TEXT.search(text)
-    if match is None or not _are_plain_words(text[: match.start()], text[match.end() :]):
-        return None
-    return _fraction(match)
+    written_in_words = number.value.denominator == 1 and not any(map(str.isdecimal, text))
+    return None if written_in_words else number._replace(bare=False)
 
 
 def canonical_number(text: str) -> str | None:
-    """Give the one form that every way to write the answer `text` has ("1200", "-5/2"), or None if it can't be read.
-
-    Text around the number is allowed as in `find`; `canonical(canonical(text)) == canonical(text)`.
-    """
-    if _INTEGER.fullmatch(text):
-        return text
-    number = find_number(text)
-    return None if number is None else str(number)
+    """Return the value of the number that `text` gives ("1200", "-5/2"; of `50%` it is "50"), or None."""
+    number = read_number(text)
+    return None if number is None else str(number.value)
 
 
-def given_number(text: str) -> str | None:
-    """Give `canonical(text)` for what a completion answers; None for a division that comes out even (`84/2`).
-
-    That is the last step of a problem left undone, as `6 * 7` is, which is no answer either. `2/4` is a fraction.
-    """
-    answer = canonical_number(text)
-    return None if answer is not None and "/" not in answer and _DIVISION.search(text) else answer
-
-
-def gsm8k_final(answer: str) -> str:
-    """Give what follows the last `####` of a GSM8K answer, as written ("1,200"). Raises ValueError if there is none."""
-    _, mark, final = answer.rpartition("####")
-    if not mark:
-        raise ValueError("a GSM8K answer ends with a line '#### N'; this one has no '####'")
-    return final.strip()
-
-
-def _unwrapped(text: str) -> str:
-    """Take white space, typographic dashes and whatever merely wraps the whole text off it."""
-    text = text.translate(_DASHES).strip()
-    if "\\" in text or "{,}" in text:
-        text = _UNIT.sub(r" \1", text.replace("\\%", "%").replace("\\$", "$").replace("{,}", ","))
-    for start, end in _WRAPPERS:
-        inside = text.removesuffix(".")
-        if inside.startswith(start) and inside.endswith(end) and len(inside) > len(start) + len(end):
-            text = inside[len(start) : -len(end)].strip()
-    return text
-
-
-def _value(text: str) -> Fraction | None:
-    match = _WHOLE_TEXT.fullmatch(text)
-    if match:
-        return _fraction(match)
-    latex = _LATEX_FRACTION.fullmatch(text)
-    if latex:
-        return _bounded(int(latex[1] + latex[2]), int(latex[3]))
-    return None
-
-
-def _fraction(match: re.Match[str]) -> Fraction | None:
-    signs = match["first_sign"] + match["second_sign"]
-    decimals = match["decimals"] or match["only_decimals"] or ""
-    exponent = int(match["exponent"] or 0)
-    denominator = match["denominator"]
-    if len(signs) > 1 or abs(exponent) > 100 or (denominator and (match["exponent"] or "." in match[0].rstrip("."))):
+def _read_match(text: str, match: re.Match[str]) -> Number | None:
+    """Return the number of a match, given that all of the text around it leaves it alone."""
+    value, before, after = _value(match), text[: match.start()], text[match.end() :]
+    signs = match["signs"].lower()
+    minus = len(_MINUS.findall(signs))
+    money = _MINUS.sub("", signs).replace("+", "").strip(" .")
+    if value is None or minus + signs.count("+") > 1 or not _leaves_alone(before, signs):
         return None
-    numerator = int(signs + (match["whole"] or "").replace(",", "") + decimals)
-    exponent -= len(decimals)
-    return _bounded(numerator * 10 ** max(exponent, 0), int(denominator or 1) * 10 ** max(-exponent, 0))
-
-
-def _bounded(numerator: int, denominator: int) -> Fraction | None:
-    if denominator == 0:
+    if (money and find_unit(money) is None) or (before.strip() == "(" and not minus):  # "($5)" is a loss
         return None
-    number = Fraction(numerator, denominator)
-    return number if abs(number.numerator) < _LIMIT and number.denominator < _LIMIT else None
+    below = _BELOW_ZERO.match(after)
+    if below and not signs:
+        minus, after = 1, below[1] + after[below.end() :]
+    restated = _RESTATED.match(after)
+    if restated and _decimal_value(restated[1]) == value:
+        after = after[restated.end() :]
+    part = _SMALLER_PART.match(after)
+    if part:  # "4 dollars and 50 cents"
+        larger, smaller = find_unit(part[1]), find_unit(part[3])
+        if not (larger and smaller and larger.kind == smaller.kind and larger.size > smaller.size):
+            return None
+        value += (_decimal_value(part[2]) or 0) * smaller.size / larger.size
+        after = f" {part[1]}{after[part.end() :]}"
+    units = _units_after(after, find_unit(money) if money else None)
+    if units is None:
+        return None
+    exact = not match["number"] or any(match[name] for name in ("scales", "ten", "repeats", "exponent"))
+    bare = not re.search(r"[^\W\d_]", re.sub(r"°\s?[CF]\b", "", before + after))
+    digits = None if exact or part else len(match["number"].partition(".")[2])
+    return Number(-value if minus else value, *units, digits, bare and digits is not None)
 
 
-def _are_plain_words(before: str, after: str) -> bool:
-    """Say whether the text around a number leaves its meaning alone, as the module's docstring lays down."""
-    if before and not (before[-1].isspace() or before[-1] in _BEFORE_A_NUMBER):
+def _value(match: re.Match[str]) -> Fraction | None:
+    """Return the value of the digits of a match, with its scales and without its sign; None for work left to do."""
+    value = None
+    if match["whole"]:
+        top, bottom = int(match["top"]), int(match["bottom"])
+        value = int(match["whole"]) + Fraction(top, bottom) if 0 < top < bottom else None
+    elif match["above"]:
+        top, bottom = int(re.sub(r"\D", "", match["above"])), int(match["below"])
+        value = Fraction(top, bottom) if bottom and top % bottom else None
+    elif match["base"]:
+        base, power = int(match["base"]), int(match["power"])
+        if base > 1 and abs(power) > 1 and abs(power) * len(match["base"]) < 400:
+            value = Fraction(base) ** power
+    else:
+        value, power = (
+            _decimal_value(match["number"], match["repeats"]),
+            int(match["exponent"] or 0) + int(match["ten"] or 0),
+        )
+        value = None if value is None or abs(power) > 100 else value * Fraction(10) ** power
+    for scale in (match["scales"] or "").lower().split():
+        has_money = _MINUS.sub("", match["signs"].lower()).strip(" +")
+        if value is None or (scale not in SCALES and scale != "k" and not has_money):
+            return None  # "5m" is metres or millions
+        value *= SCALES.get(scale) or SHORT_SCALES[scale]
+    return value if value is not None and abs(value.numerator) < _LIMIT and value.denominator < _LIMIT else None
+
+
+def _decimal_value(number: str, repeats: str | None = None) -> Fraction | None:
+    """Return the value of digits; `repeats` is "(3)", the digits that go on, or "...", which says that the last do."""
+    head, _, decimals = re.sub(r"[, '_]", "", number).partition(".")
+    if not repeats:
+        return Fraction(int(head + decimals), 10 ** len(decimals)) if head + decimals else None
+    shown = re.fullmatch(r"(\d*?)(\d{1,6}?)\2+", decimals) if repeats == "..." else None
+    if not shown and (repeats == "..." or "." not in number):
+        return None
+    decimals, period = shown.groups() if shown else (decimals, repeats.strip("()"))
+    rest = Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(decimals))
+    return Fraction(int(head + decimals or 0), 10 ** len(decimals)) + rest
+
+
+def _leaves_alone(before: str, signs: str) -> bool:
+    """Say whether what stands before a number and its signs is a lead-in that changes nothing."""
+    if before and ((before[-1].isalpha() and before[-1].isascii()) or before[-1] in "_-—.,"):
         return False
-    if after and (after[0].isalpha() or after[0] == "!"):  # "18k"; "5!" is 120
+    tokens = [token.lower() for token in _TOKEN.findall(_NAMED.sub("", before))]
+    if not tokens:
+        return _NAMED.search(before) is not None or not before.strip()
+    last = tokens[-1]
+    follows = signs.startswith(("-", "+")) and (last[0].isalpha() or last == ":")
+    if follows and (not before[-1].isspace() or signs[1:2].isspace() or (len(last) < 2 and last != ":")):
+        return False  # "x - 5"; but "She pays -3"
+    for place, word in enumerate(tokens):
+        thing = word not in UNITS and find_unit(word) is not None
+        if not (thing or any(word in known for known in (PLAIN, HEDGES, NAMES, _AROUND, "=~"))):
+            return False
+        if word == "!" and tokens[place + 1 : place + 2] == ["="]:
+            return False
+    if last == "of":  # "the square of 5"
+        return len(tokens) > 1 and tokens[-2] in ("total", "cost", "price", "amount", "answer")
+    return last in PLAIN or not (thing or last in NAMES)  # "page 5"
+
+
+def _units_after(after: str, unit: Unit | None) -> tuple[Unit | None, Unit | None] | None:
+    """Return the unit and its `per` in what stands after a number; None if there is a word that is not known."""
+    if after.lstrip()[:1] == "!" or (after[:1] == "(" and after[1:2].isdigit()):
+        return None
+    touching, per = after[:1].isalpha(), None
+    after = _NAMED_OTHERWISE.sub(lambda match: _ANOTHER_NAME[" ".join(match[0].lower().split())], after)
+    after = _RAISED_WORD.sub(lambda match: f"{match[2]}^{2 if match[1] else 3}", after)
+    rate = _PER.search(after)
+    if rate:
+        per, after = _unit_of(rate[1]), after[: rate.start()] + after[rate.end() :]
+        if per is None:
+            return None
+    tokens = _TOKEN.findall(after)
+    for place, token in enumerate(tokens):
+        word, found = token.lower(), _unit_of(token)
+        if word in ("a", "an", "i") and not "".join(tokens[place + 1 : place + 2]).isalpha() and token != "A":
+            return None  # "5 a.m.", "5 i"
+        if touching and place == 0 and token not in UNITS and word not in UNITS:
+            return None
+        if found and not (word in PLAIN and place):
+            if unit and found.kind == "%":
+                return None
+            unit = unit or found
+        elif word not in PLAIN and not any(word in known for known in (AFTER, HEDGES, NAMES, _AROUND)):
+            return None
+    return unit, per
+
+
+@functools.lru_cache(1 << 12)
+def _unit_of(token: str) -> Unit | None:
+    """Return the unit of a word, of `m^2` and `m2` that of a square."""
+    raised = re.fullmatch(r"([^\W\d_]+)\^?([23])", token)
+    if not raised:
+        return find_unit(token.replace(" ", ""))
+    unit, power = UNITS.get(raised[1]), int(raised[2])
+    return Unit(f"{unit.kind}^{power}", unit.size**power) if unit and unit.kind in ("m", "s") else None
+
+
+# --- the same number --------------------------------------------------------------------------------------------------
+
+
+def same_number(true: Number, given: Number, tolerance: Fraction = FLOAT_TOLERANCE) -> bool:
+    """Say whether `given` is the right answer `true`.
+
+    A unit that only one of the two has changes nothing; two units must be of one kind and are converted (`450 cents` is
+    `$4.50`). `25%` is also 25 and 1/4, whichever of the two has the sign, but for a percentage under 1. Where `true`
+    has 15 significant digits or more it is a float that does not end: a decimal rounded to its last digit is right if
+    it is within `tolerance` (a share of the value).
+    """
+    if true.unit is given.unit is true.per is given.per is None:
+        return _is_close(true, given, tolerance)
+    percent = [number.unit == UNITS["%"] for number in (true, given)]
+    if any(percent) and not all(percent):
+        plain, hundredths = (given, true.value) if percent[0] else (true, given.value)
+        equal = plain.value * 100 == hundredths or (plain.value == hundredths and abs(plain.value) >= 1)
+        return equal and plain.unit is None
+    size, per = _size_in(true.unit, given.unit), _size_in(true.per, given.per)
+    if size is None or per is None:
         return False
-    for part in (before, after):
-        previous = ""
-        for position, character in enumerate(part):
-            if character.isnumeric():
-                return False
-            if character == "-":
-                if not (previous.isalpha() and part[position + 1 : position + 2].isalpha()):
-                    return False
-            elif character in "([" and previous.isalpha():
-                return False
-            elif not (character.isalpha() or character.isspace() or character in _PUNCTUATION):
-                return False
-            previous = character
-    words = _WORD.findall(f"{before} {after}".lower())
-    if "times" in _WORD.findall(before.lower()):  # while "5 times" is what "how many times" asks for
+    if (true.per is None) != (given.per is None) and true.unit and given.unit and true.unit.kind not in MONEY:
+        return False  # "60 km" for "60 km/h"
+    return _is_close(true, given._replace(value=given.value * size / per), tolerance)
+
+
+def _size_in(first: Unit | None, second: Unit | None) -> Fraction | None:
+    """Return how large the second unit is in the first; 1 where one is not stated, None where they are of two kinds."""
+    if first is None or second is None:
+        return Fraction(1)
+    kinds = {first.kind, second.kind}
+    alike = kinds in ({"°", "°C"}, {"°", "°F"}) or ("thing" in kinds and kinds <= {*THINGS, "thing"})
+    return second.size / first.size if len(kinds) == 1 or alike else None
+
+
+def _is_close(true: Number, given: Number, share: Fraction) -> bool:
+    """Say whether two values are equal as far as a float, or a long decimal of an endless fraction, can tell."""
+    miss, digits = abs(true.value - given.value), given.digits or 0
+    if not (miss and (true.digits or digits)):
+        return miss == 0
+    if _is_float(true) or _is_float(given):
+        if miss <= abs(true.value) / 10**12:
+            return True
+    elif pow(10, 400, true.value.denominator) == 0 or abs(given.value) * 10**digits < 10**5:
         return False
-    if any(word in _CHANGES_A_NUMBER or word.removesuffix("s") in _CHANGES_A_NUMBER for word in words):
-        return False
-    # "3 x", "10 k": one letter after the number is a variable or a factor, not a word. That of "T-shirts" is in one.
-    return all(max(map(len, word.split("-"))) > 1 or word in ("a", "i") for word in _HYPHENATED.findall(after.lower()))
+    return digits > 0 and miss * 2 * 10**digits <= 1 + Fraction(1, 10**9) and miss <= abs(true.value) * share
+
+
+def _is_float(number: Number) -> bool:
+    """Say whether a number has decimals, and in all the 15 digits or more of a float that does not end."""
+    return bool(number.digits) and abs(number.value) * 10 ** (number.digits or 0) >= 10**14

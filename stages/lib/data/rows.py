@@ -1,11 +1,11 @@
 """A row of a source: its question, answer and solution read, or the reason it is left out."""
 
-import functools
 import itertools
 import json
 import os
 import re
 import unicodedata
+import zlib
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from stages.lib.answers import formats
 from stages.lib.answers.formats import Format
-from stages.lib.answers.number import canonical_number, gsm8k_final
+from stages.lib.answers.grade import Kind, canonical, kind_of, shown_answer
 from stages.lib.data.batch import Batch
 from stages.lib.data.files import Lines
 from stages.lib.errors import UserError
@@ -26,7 +26,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 encode = json.JSONEncoder(ensure_ascii=False).encode
 quote = json.encoder.encode_basestring  # what `encode` does with a string, without what it does before
-canonical = functools.lru_cache(1 << 16)(canonical_number)
+COMMA = str(Kind("number", decimal=","))
+READS_TWO_WAYS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}[.,]\d{3}(?![\d.,])")
 
 
 class Unusable(ValueError):
@@ -50,8 +51,8 @@ def most_tokens(text: str) -> int:
     return max(len(text.encode()), len(unicodedata.normalize("NFKD", text).encode()))
 
 
-def problem_of(question: Any, answer: Any, solution: Any, style: str) -> tuple[str, str, str]:
-    """Return question, canonical answer and worked solution ("" if there is none; its marks still in it) of a row.
+def problem_of(question: Any, answer: Any, solution: Any, style: str, kind: str = "number") -> tuple[str, str, str]:
+    """Return question, answer as written and worked solution ("" if there is none; its marks still in it) of a row.
 
     Raises `Unusable` when there is no question, or no answer that can be read.
     """
@@ -59,26 +60,42 @@ def problem_of(question: Any, answer: Any, solution: Any, style: str) -> tuple[s
     if not question:
         raise Unusable("no question", "no text in the column of the question")
     worked = solution if isinstance(solution, str) else ""
-    text = answer.strip() if isinstance(answer, str) else as_text(answer)
+    text = answer.strip() if isinstance(answer, str) else as_text(answer, kind)
     if not text:
         raise Unusable("no answer", f"no answer: {answer!r}")
     if style == "gsm8k":
-        worked = text.rpartition("####")[0]
-        try:
-            text = gsm8k_final(text)
-        except ValueError as error:
-            raise Unusable("unreadable answer", str(error)) from error
-    final = canonical(text)
-    if final is None:
-        raise Unusable("unreadable answer", f"can't be read as one number: {text[:80]!r}")
-    if not (question.isascii() and worked.isascii()) and SURROGATE.search(question + worked):
+        worked, mark, text = (part.strip() for part in text.rpartition("####"))
+        if not mark:
+            raise Unusable("unreadable answer", "a GSM8K answer ends with a line '#### N'; this one has no '####'")
+    if canonical(kind, text) is None:
+        raise Unusable("unreadable answer", unread(text, kind))
+    if not (question.isascii() and worked.isascii() and text.isascii()) and SURROGATE.search(question + worked + text):
         raise Unusable("not Unicode", "half of a surrogate pair, which no file can hold as UTF-8")
-    return question, final, worked.strip()
+    return question, text, worked.strip()
 
 
-def as_text(value: Any) -> str:
-    """Return a number, which is one in JSON and Parquet, as text; "" for what is none."""
-    return str(value) if isinstance(value, int | float | Decimal) and not isinstance(value, bool) else ""
+def as_text(value: Any, kind: str) -> str:
+    """Return an answer that is no text in JSON or Parquet as text: a number, or several texts; "" for another."""
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return value[0].strip() if len(value) == 1 else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, bool):
+        return str(value) if kind == "text" else ""
+    return str(value) if isinstance(value, int | float | Decimal) else ""
+
+
+def unread(text: str, kind: str) -> str:
+    """Return why an answer can't be read, and what to state in the recipe if it is one of another kind."""
+    if has_decimal_comma(text, kind):
+        return f'{text[:80]!r} has a decimal comma: state decimal = ","'
+    if kind.startswith("number"):
+        others = 'no numbers? State answers = "math", "text" or "choice"'
+        return f"can't be read as one number: {text[:80]!r} ({others})"
+    return f"can't be read as an answer of kind {kind!r}: {text[:80]!r}"
+
+
+def has_decimal_comma(text: str, kind: str) -> bool:
+    """Say whether an answer is a number only where the decimals follow a comma."""
+    return kind.startswith("number") and "," in text and canonical(kind, text) is None is not canonical(COMMA, text)
 
 
 def completion_of(worked: str, answer: str, style: str, answer_format: Format) -> str:
@@ -119,6 +136,7 @@ class Checked:
     table: dict[str, Any]  # arrays: ids, counts, bands, sets, number, and the MEASURES; tokens are filled in later
     to_measure: list[tuple[str, int, tuple[str, ...]]]  # column, row, the conversation
     removed: list[tuple[str | None, str | None, str, int]]  # set, id, reason, number; None where it had none yet
+    separators: dict[str, str]  # the first answers with a "decimal comma" and that read in "two ways", and their places
 
 
 def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all: bool, folder: Path) -> Checked:
@@ -131,7 +149,8 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
     from stages.lib.data import fingerprint
 
     batch = piece.parsed()
-    answer_format = formats.get(rules.format_name)
+    answer_format, kind = formats.get(rules.format_name), str(kind_of(source))
+    separators: dict[str, str] = {}
     removed: list[tuple[str | None, str | None, str, int]] = []
 
     def leave_out(place: int, error: Unusable, name: str | None = None, row_id: str | None = None) -> None:
@@ -147,12 +166,16 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
     columns = zip(batch.columns[source.question], batch.columns[source.answer], solutions, strict=False)
     for place, (question, answer, solution) in enumerate(columns):
         try:
-            problems.append(problem_of(question, answer, solution, source.style))
+            problems.append(problem_of(question, answer, solution, source.style, kind))
             places.append(place)
         except Unusable as error:
             leave_out(place, error)
+        if isinstance(answer, str) and not source.decimal and ("," in answer or "." in answer):
+            which = "two ways" if READS_TWO_WAYS.search(answer) else "decimal comma"
+            if which not in separators and (which == "two ways" or has_decimal_comma(answer, kind)):
+                separators[which] = f"{batch.where(place)}: {answer.strip()[-40:]!r}"
     if not problems:
-        return Checked(batch.origin, len(batch.numbers), 0, {}, {}, [], removed)
+        return Checked(batch.origin, len(batch.numbers), 0, {}, {}, [], removed, separators)
     questions = [question for question, _, _ in problems]
     prints = fingerprint.fingerprint(questions, rules.ngram_words)
     ids = [f"{number:016x}" for number in prints.ids.tolist()]
@@ -163,29 +186,37 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
     for row in np.flatnonzero(sets & BIT["sft"]).tolist():
         _, answer, worked = problems[row]
         try:
-            completions[row] = completion_of(worked, answer, source.style, answer_format)
+            completions[row] = completion_of(worked, shown_answer(kind, answer), source.style, answer_format)
         except Unusable as error:
             leave_out(places[row], error, "sft", ids[row])
             sets[row] -= BIT["sft"]
-    lines, table, to_measure = lines_of(problems, completions, ids, sets, rules, measure_all)
+    written = [(question, f'"answer": {quote(answer)}, "kind": "{kind}"') for question, answer, _ in problems]
+    lines, table, to_measure = lines_of(written, completions, ids, sets, rules, measure_all)
     table |= {"ids": prints.ids, "counts": prints.counts, "bands": prints.bands, "sets": sets}
+    table["answers"] = np.array([zlib.crc32(canonical(kind, answer).encode()) for _, answer, _ in problems], np.uint32)
     table["number"] = np.array([batch.numbers[place] for place in places], np.uint32)
-    drafts = {}
-    for name, content in (*((name, b"".join(texts)) for name, texts in lines.items()), ("grams", prints.grams)):
-        path = folder / f"{name}.{os.getpid()}.draft"
-        with path.open("ab") as file:
-            drafts[name] = (path, file.tell())
-            file.write(content)
-    return Checked(batch.origin, len(batch.numbers), unused, drafts, table, to_measure, removed)
+    drafts = {name: add_to_draft(folder, name, b"".join(texts)) for name, texts in lines.items()}
+    drafts["grams"] = add_to_draft(folder, "grams", prints.grams)
+    return Checked(batch.origin, len(batch.numbers), unused, drafts, table, to_measure, removed, separators)
+
+
+def add_to_draft(folder: Path, name: str, content: Any) -> tuple[Path, int]:
+    """Append `content` to this process's draft `name` in `folder`; return the file and where the content begins."""
+    path = folder / f"{name}.{os.getpid()}.draft"
+    with path.open("ab") as file:
+        begin = file.tell()
+        file.write(content)
+    return path, begin
 
 
 def lines_of(
-    problems: list[tuple[str, str, str]], completions: dict[int, str], ids: list[str], sets: Any, rules: Rules,
+    problems: list[tuple[str, str]], completions: dict[int, str], ids: list[str], sets: Any, rules: Rules,
     measure_all: bool,
 ) -> tuple[dict[str, list[bytes]], dict[str, Any], list[tuple[str, int, tuple[str, ...]]]]:  # fmt: skip
     """Return the lines of each set, and of a `Checked` the MEASURES, with the bytes filled in, and `to_measure`.
 
-    `completions` are those of the sft set, by row.
+    `problems` are questions, each with its answer and kind as they stand in a line of JSON; `completions` are those of
+    the sft set, by row.
     """
     import numpy as np
 
@@ -194,8 +225,8 @@ def lines_of(
     table = {name: np.zeros(len(ids), np.uint32) for name in MEASURES}
     to_measure: list[tuple[str, int, tuple[str, ...]]] = []
     for row, bits in enumerate(sets.tolist()):
-        question, answer, _ = problems[row]
-        line = f'{{"id": "{ids[row]}", {head}{quote(question)}}}], "answer": "{answer}"'
+        question, answer = problems[row]
+        line = f'{{"id": "{ids[row]}", {head}{quote(question)}}}], {answer}'
         length = most_tokens(question)
         if row in completions:
             completion = completions[row]

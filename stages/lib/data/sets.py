@@ -116,6 +116,7 @@ class Draft:
     def add_source(self, source: Source, files: list[Path], pool: ProcessPoolExecutor | None) -> dict[str, Any]:
         """Read a source to its end. Return what the manifest says about it. Raises `UserError` for a row to refuse."""
         dropped, content, origin = Counter[str](), hashlib.sha256(), ""
+        separators: dict[str, str] = {}
         rows = unused = 0
         for checked in check_all(source, files, self.rules, content, self.folder, pool):
             if checked.origin != origin:
@@ -124,7 +125,13 @@ class Draft:
             rows += checked.rows
             unused += checked.unused
             dropped.update(reason for name, _, reason, _ in checked.removed if name is None)
+            separators = checked.separators | separators
             self.add(checked)
+        if len(separators) == 2:
+            raise UserError(
+                f"{separators['two ways']} reads two ways, since elsewhere the decimals follow a comma "
+                f'({separators["decimal comma"]}). State decimal = "," for {source.name} in the recipe, or "."'
+            )
         read = {"name": source.name, "split": source.split, "use": source.use, "rows": rows, "dropped": dict(dropped)}
         read |= {"outside_shares": unused} if source.shares else {}
         return read if files else {**read, "revision": source.revision, "sha256": content.hexdigest()}
@@ -192,7 +199,12 @@ class Draft:
                 rows = rows_in(name)
                 first = duplicates.exact_duplicates(table["ids"][rows])
                 again = np.flatnonzero(first < np.arange(len(rows)))
-                remove(name, "exact duplicate", rows[again], rows[first[again]], np.ones(len(again)))
+                other = table["answers"][rows[again]] != table["answers"][rows[first[again]]]
+                for reason, these in (
+                    ("exact duplicate", again[~other]),
+                    ("exact duplicate, other answer", again[other]),
+                ):
+                    remove(name, reason, rows[these], rows[first[these]], np.ones(len(these)))
                 if data.near_duplicate_jaccard < 1:
                     found = duplicates.near_duplicates(
                         rows_in(name), table["bands"], grams, data.near_duplicate_jaccard

@@ -87,7 +87,8 @@ def completed(
         for tokens, end in zip(generated, ended, strict=True)
     ]
     answer_format = formats.get(format_name)
-    right = [mark(answer_format, text, row["answer"])["right"] for text, row in zip(texts, rows, strict=True)]
+    marked = zip(texts, rows, strict=True)
+    right = [mark(answer_format, text, row["answer"], row.get("kind", "number"))["right"] for text, row in marked]
     return Completions(texts, right, sum(ended))
 
 

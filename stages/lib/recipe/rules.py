@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from stages.lib.answers.grade import SCORERS
 from stages.lib.errors import UserError, nearest
 from stages.lib.gguf.types import GGUF_TYPES, NEED_IMPORTANCE
 from stages.lib.ollama import modelfile
@@ -172,6 +173,16 @@ def check_data(recipe: Recipe) -> None:
         for key, column in (("question", source.question), ("answer", source.answer)):
             if not column:
                 raise UserError(f"{where} {key} = ''; expected the name of a column")
+        if source.answers == "scored" and source.scorer not in SCORERS:
+            known = ", ".join(SCORERS) or "none is known yet"
+            raise UserError(
+                f"{where} scorer = {source.scorer!r}{nearest(source.scorer, SCORERS)}; expected one of: {known}"
+            )
+        for key, kind in (("decimal", "number"), ("scorer", "scored")):
+            if getattr(source, key) and source.answers != kind:
+                raise UserError(
+                    f"{where} {key} = {getattr(source, key)!r} goes with answers = {kind!r}; found {source.answers!r}"
+                )
         if source.max_rows < 0:
             raise UserError(f"{where} max_rows = {source.max_rows}; expected 0 (all) or more")
         if "sft" in source.use and not source.solution and source.style != "gsm8k":

@@ -105,6 +105,12 @@ class Source:
     use: list[Literal["sft", "grpo", "eval"]]  # the sets its rows go to: to each of them, unless there are `shares`
     question: str  # the column of the problem
     answer: str  # the column of the answer
+    answers: Literal["number", "math", "text", "choice", "scored"] = "number"  # their kind (`docs/answers.md`)
+    decimal: Literal[".", ","] | None = None  # number: what the decimals follow; None: ".", and what
+    #   reads two ways is refused
+    tolerance: Annotated[float, FROM_0_UNDER_1] = 0.005  # number: how far a rounded answer may be from a float that
+    #   does not end, as a share
+    scorer: str = ""  # scored: the name of the scorer
     solution: str = ""  # the column of the worked solution, which sft needs; "": none, or within `answer` (gsm8k)
     style: Literal["plain", "gsm8k", "think"] = "plain"  # gsm8k: solution, "####" and answer are one column, with
     #   calculator marks; think: the solution has <think> marks, and one without its end was cut off

@@ -1,11 +1,12 @@
 """What a completion is, looked at once for all rewards of a suite, and whether its answer is right."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from stages.lib.answers.formats import THINK, XML, Format
-from stages.lib.answers.number import canonical_number, given_number, number_value
+from stages.lib.answers.grade import grade
+from stages.lib.answers.number import read_number
 
 Completion = str | list[dict[str, Any]]
 Reward = Callable[..., list[float]]
@@ -19,7 +20,6 @@ class Judgement(NamedTuple):
 
     answer: str | None  # what the format reads; None: not well formed
     written: str  # the answer with the white space around it
-    canonical: str | None
     integer: bool  # the answer is one bare integer
     exact: bool  # well formed, and the tags as `write` puts them
     tags_in_place: int
@@ -31,12 +31,11 @@ def judge(format: Format, text: str) -> Judgement:
     trailing = _count_trailing_characters(format, text)
     parts = format.split(text)
     if parts is None:
-        return Judgement(None, "", None, False, False, _count_tags_in_place(format, text), trailing)
+        return Judgement(None, "", False, False, _count_tags_in_place(format, text), trailing)
     answer = parts.answer.strip()
-    canonical = given_number(answer)
-    bare = answer == canonical or number_value(answer) is not None
-    integer = canonical is not None and bare and "/" not in canonical
-    return Judgement(answer, parts.answer, canonical, integer, format.is_exact(parts), len(format.tags), trailing)
+    number = read_number(answer)
+    integer = number is not None and number.bare and number.value.denominator == 1
+    return Judgement(answer, parts.answer, integer, format.is_exact(parts), len(format.tags), trailing)
 
 
 def _count_tags_in_place(format: Format, text: str) -> int:
@@ -81,10 +80,11 @@ def texts_of(completions: Sequence[Completion]) -> list[str]:
     return [c if isinstance(c, str) else c[-1]["content"] or "" for c in completions]
 
 
-def is_right(judgement: Judgement, true: str) -> bool:
-    """Say whether a completion's answer is the canonical answer `true`, or where it is no number, the same text."""
-    if judgement.answer is None:
-        return False
-    if judgement.canonical is None:
-        return judgement.answer == true.strip()
-    return judgement.canonical == canonical_number(true)
+def grades(judgements: Iterable[Judgement], answers: Sequence[str], kinds: Sequence[str] | None) -> list[float]:
+    """Return from 0.0 to 1.0 what each completion's answer is worth; 0.0 for one that is not well formed.
+
+    `kinds` are those of the rows; without them the answers are numbers, and what is none must be the same text.
+    """
+    rules = kinds or ["number"] * len(answers)
+    each = zip(judgements, answers, rules, strict=True)
+    return [0.0 if j.answer is None else grade(rule, true, j.answer) for j, true, rule in each]

@@ -1,10 +1,11 @@
 """What GRPO pays for: the two suites, the rewards for any format, and the user's own. `docs/rewards.md` explains each.
 
 A reward is a function as TRL calls it: `f(completions, **columns)` gives one number a completion. `completions` holds
-strings or conversations of one assistant message; `answer` is the dataset's column of canonical answers;
-`completion_ids` are the token ids of each completion. What a completion answers is what its format reads, so a reward
-and `infer` never disagree. Rewards print nothing, draw nothing at random and keep no state: the caches below and the
-worker of `math_correct` change how long an answer takes and not what it is.
+strings or conversations of one assistant message; `answer` is the column of right answers as the dataset writes them,
+`kind` that of their kinds; `completion_ids` are the token ids of each completion. What a completion answers is what its
+format reads, and `answers/grade.py` says whether that is right, so a reward and `infer` never disagree. Rewards print
+nothing, draw nothing at random and keep no state: the caches and the process of `math_correct` change how long an
+answer takes and not what it is.
 
 Recipes name the functions and weigh them; TRL logs each under its name and pays the weighted sum, so that weight 0 logs
 without paying.
@@ -16,11 +17,12 @@ from typing import Any
 
 from stages.lib.answers import formats
 from stages.lib.answers.formats import Format
+from stages.lib.answers.worker import WORKER
 from stages.lib.errors import UserError, nearest
 from stages.lib.recipe.tables import Recipe, Rewards
 from stages.lib.rewards.judge import Completion, Reward
 from stages.lib.rewards.lengths import length_penalty, repetition_penalty
-from stages.lib.rewards.math_correct import _MATH_WORKER, math_correct
+from stages.lib.rewards.math_correct import math_correct
 from stages.lib.rewards.own import is_own, load_own, look_for_own, own_path
 from stages.lib.rewards.think import check_answer, check_numbers, match_format_approximately, match_format_exactly
 from stages.lib.rewards.xml import correctness, integer, soft_format, strict_format, xmlcount
@@ -72,7 +74,7 @@ def _load_one(name: str, recipe: Recipe) -> Reward:
     format = formats.get(recipe.format.name)
     reward = _known(name, format)
     if name == "math_correct":
-        _MATH_WORKER.start()
+        WORKER.start()
         return _named(name, functools.partial(math_correct, format=format))
     own = _parameters_of(name, recipe)
     return _named(name, functools.partial(reward, **own)) if own else reward

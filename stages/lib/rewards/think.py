@@ -1,13 +1,12 @@
 """Rewards of the suite `think`: shape and answer of `<think>` and `<SOLUTION>`."""
 
-import functools
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 from stages.lib.answers.formats import THINK
-from stages.lib.answers.number import canonical_number
-from stages.lib.rewards.judge import _CACHED_COMPLETIONS, Completion, is_right, judge_think, texts_of
+from stages.lib.answers.grade import number_of
+from stages.lib.answers.number import Number, canonical_number
+from stages.lib.rewards.judge import Completion, grades, judge_think, texts_of
 
 # --- suite think ----------------------------------------------------------------------------------------------------
 
@@ -26,56 +25,59 @@ def match_format_approximately(completions: Sequence[Completion], **columns: Any
     return rewards
 
 
-def check_answer(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float]:
+def check_answer(
+    completions: Sequence[Completion], answer: Sequence[str], kind: Sequence[str] | None = None, **columns: Any
+) -> list[float]:
     """Pay by how near the answer is.
 
-    5.0 the canonical answer to the letter; 3.5 the same after stripping white space, commas, units and words; 2.0
-    within 10% and 1.5 within 20% of it; -2.5 another number; -4.5 not one number; -2.0 not well formed.
+    5.0 the true answer to the letter; 3.5 the same written differently; 2.0 within 10% and 1.5 within 20% of it; -2.5
+    another number; -4.5 not one number; -2.0 not well formed. Where the answer is no number: 3.5 times a score, if
+    there is one, and -2.5 for a wrong answer.
     """
+    judgements = list(map(judge_think, texts_of(completions)))
+    rules = kind or ["number"] * len(answer)
     rewards = []
-    for text, true in zip(texts_of(completions), answer, strict=True):
-        judgement = judge_think(text)
+    for judgement, true, rule, score in zip(judgements, answer, rules, grades(judgements, answer, kind), strict=True):
         if judgement.answer is None:
             rewards.append(-2.0)
-        elif judgement.written == true:
+        elif score and judgement.written in (true, canonical_number(true)):
             rewards.append(5.0)
-        elif is_right(judgement, true):
-            rewards.append(3.5)
-        elif judgement.canonical is None:
-            rewards.append(-4.5)
-        else:
-            rewards.append(_nearness(judgement.canonical, canonical_number(true)))
-    return rewards
-
-
-def check_numbers(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float]:
-    """Pay 3.5 for the right number, -1.5 for a wrong one, -2.5 for none or several, 0.0 if the true answer is none."""
-    rewards = []
-    for text, true in zip(texts_of(completions), answer, strict=True):
-        number, true_number = judge_think(text).canonical, canonical_number(true)
-        if true_number is None:
-            rewards.append(0.0)
-        elif number is None:
+        elif score:
+            rewards.append(3.5 * score)
+        elif not rule.startswith("number"):
             rewards.append(-2.5)
         else:
-            rewards.append(3.5 if number == true_number else -1.5)
+            rewards.append(_pay_nearness(number_of(rule, judgement.answer), number_of(rule, true)))
     return rewards
 
 
-def _nearness(number: str, true: str | None) -> float:
-    """Give the part payment for a wrong number. Exact: nothing is divided, so a true answer of 0 has no near miss."""
-    if true is None:
-        return -2.5
-    above, below = _ratio(number)
-    true_above, true_below = _ratio(true)
+def check_numbers(
+    completions: Sequence[Completion], answer: Sequence[str], kind: Sequence[str] | None = None, **columns: Any
+) -> list[float]:
+    """Pay 3.5 for the right number, -1.5 for a wrong one, -2.5 for none or several, 0.0 if the true answer is none."""
+    judgements = list(map(judge_think, texts_of(completions)))
+    rules = kind or ["number"] * len(answer)
+    rewards = []
+    for judgement, true, rule, score in zip(judgements, answer, rules, grades(judgements, answer, kind), strict=True):
+        if number_of(rule, true) is None:
+            rewards.append(0.0)
+        elif score == 1.0:
+            rewards.append(3.5)
+        else:
+            rewards.append(-2.5 if number_of(rule, judgement.answer or "") is None else -1.5)
+    return rewards
+
+
+def _pay_nearness(number: Number | None, true: Number | None) -> float:
+    """Return the part payment for a wrong answer. Nothing is divided, so a true answer of 0 has no near miss."""
+    if number is None or true is None:
+        return -4.5 if number is None else -2.5
+    (above, below), (true_above, true_below) = number.value.as_integer_ratio(), true.value.as_integer_ratio()
     miss, size = abs(above * true_below - true_above * below), abs(true_above * below)
+    if miss == 0:  # the right number of something else
+        return -2.5
     if miss * 10 <= size:
         return 2.0
     if miss * 5 <= size:
         return 1.5
     return -2.5
-
-
-@functools.lru_cache(_CACHED_COMPLETIONS)
-def _ratio(canonical: str) -> tuple[int, int]:
-    return Fraction(canonical).as_integer_ratio()

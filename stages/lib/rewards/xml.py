@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from stages.lib.rewards.judge import Completion, is_right, judge_xml, texts_of
+from stages.lib.rewards.judge import Completion, grades, judge_xml, texts_of
 
 
 def xmlcount(completions: Sequence[Completion], **columns: Any) -> list[float]:
@@ -29,7 +29,8 @@ def integer(completions: Sequence[Completion], **columns: Any) -> list[float]:
 integer.__name__ = "int"
 
 
-def correctness(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float]:
-    """Pay 2.0 for the right answer of a well-formed completion, in whatever form its number is written."""
-    judgements = map(judge_xml, texts_of(completions))
-    return [2.0 if is_right(j, true) else 0.0 for j, true in zip(judgements, answer, strict=True)]
+def correctness(
+    completions: Sequence[Completion], answer: Sequence[str], kind: Sequence[str] | None = None, **columns: Any
+) -> list[float]:
+    """Pay 2.0 for the right answer of a well-formed completion, in whatever form; where there is a score, its part."""
+    return [2.0 * score for score in grades(map(judge_xml, texts_of(completions)), answer, kind)]

@@ -1,0 +1,110 @@
+"""A process that compares LaTeX by math-verify, and dies when that takes long."""
+
+import contextlib
+import functools
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing import spawn
+from typing import Any
+
+from stages.lib.errors import UserError
+
+MATH_TIMEOUT_SECONDS = 0.5  # of processor time, so that what else the machine does decides nothing
+_WALL_SECONDS = 60.0  # for a process that waits instead of working
+_MAX_MEMORY_BYTES = 4 << 30  # of address space, of which SymPy alone takes a good part
+
+
+class MathWorker:
+    """One process that compares, forked anew from a server that has math-verify loaded whenever it was killed.
+
+    math-verify's own time limit works in the main thread only and not inside one long step of SymPy or of integer
+    arithmetic (10 to the power of 10 to the power of 10), so the limit is the worker's death by SIGPROF or SIGALRM.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pipe: Any = None
+
+    def start(self) -> None:
+        """Start the process, which takes a second the first time, unless it runs."""
+        if self._pipe is None:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["math_verify", __name__])
+            self._pipe, remote = context.Pipe()
+            process = context.Process(target=_serve_math, args=(remote,), name="math", daemon=True)
+            with _no_main_module():
+                process.start()
+            remote.close()  # so that the worker's death ends the pipe
+            try:
+                self._pipe.recv()  # ready
+            except EOFError as error:
+                self._pipe = None
+                raise UserError("math-verify's process could not start; its error is above") from error
+
+    def ask(self, true: str, given: str) -> bool:
+        """Say whether `given` equals `true`."""
+        with self._lock:
+            self.start()
+            # The pipe is kept only if the answer came: a late one must not be taken for that of the next question.
+            pipe, self._pipe = self._pipe, None
+            try:
+                pipe.send((true, given))
+                equal: bool = pipe.recv()
+            except (EOFError, ConnectionError):
+                self.start()
+                return False
+            self._pipe = pipe
+            return equal
+
+
+WORKER = MathWorker()
+
+
+@contextlib.contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Tell the worker nothing of the main module: it needs nothing of that, and would run a script's lines again."""
+    told = spawn.get_preparation_data
+    spawn.get_preparation_data = lambda name: {k: v for k, v in told(name).items() if not k.startswith("init_main")}
+    try:
+        yield
+    finally:
+        spawn.get_preparation_data = told
+
+
+def _serve_math(pipe: Any) -> None:
+    """Compare what comes through the pipe until it closes; the worker's main function."""
+    import logging
+    import resource
+
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own time limit is off
+    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end closes the pipe
+    # LaTeX only: plain expressions math-verify gives to SymPy's parse_expr, which evaluates them as Python.
+    # Units are not dropped by it: "2m" is twice m.
+    spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    read: Callable[..., list[Any]] = functools.partial(
+        parse,
+        extraction_config=[LatexExtractionConfig(boxed_match_priority=-1, normalization_config=spelling)],
+        fallback_mode="no_fallback",
+        parsing_timeout=None,
+    )
+    verify(read("$1$"), read("$\\frac{2}{2}$"), timeout_seconds=None)  # loads the parser
+    pipe.send(True)
+    while True:
+        try:
+            true, given = pipe.recv()
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_PROF, MATH_TIMEOUT_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, _WALL_SECONDS)
+        equal = verify(read(f"${true}$"), read(f"${given}$"), timeout_seconds=None)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        pipe.send(equal)

@@ -21,8 +21,8 @@ from types import SimpleNamespace
 import click
 
 from stages import gguf
+from stages.lib.artifact.digests import sha256_of
 from stages.lib.artifact.folder import Run
-from stages.lib.artifact.manifest import sha256_of
 from stages.lib.gguf.convert import HOME, type_number
 from stages.lib.gguf.library import threads_for
 from stages.lib.recipe.tables import Gguf

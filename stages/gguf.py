@@ -19,7 +19,7 @@ from stages.lib.gguf.tokens import Vocabulary
 from stages.lib.gguf.types import GGUF_TYPES
 from stages.lib.jsonl import first_rows
 from stages.lib.model.files import refuse_quantized, vocabulary_size, whole_model_folder
-from stages.lib.model.locate import locate_model
+from stages.lib.model.locate import local_model, locate_model
 from stages.lib.model.parity import examine, examine_adapter, refer
 from stages.lib.model.reference import load_reference
 from stages.lib.recipe.read import read_recipe
@@ -47,12 +47,16 @@ def main(recipe: Path, merge: Path, prepare_data: Path, grpo: Path, base_model: 
         "model": {"name": run_recipe.model.name},
         "infer": {"max_completion_tokens": run_recipe.infer.max_completion_tokens},
     }
-    inputs = {"merge": merge, "prepare-data": prepare_data}
+    sets = ["eval.jsonl", "sft.jsonl"] if run_recipe.gguf.importance_prompts else ["eval.jsonl"]
+    inputs = {"merge": (merge, ["model/*"]), "prepare-data": (prepare_data, sets)}
+    sources = {}
     if lora:
         tables |= {"save": ["lora"], "merge": {"max_mean_kl": run_recipe.merge.max_mean_kl}}
-        inputs |= {"grpo": grpo, **({"base-model": base_model} if base_model else {})}
+        inputs |= {"grpo": (grpo, ["adapter/*"])}
+        inputs |= {"base-model": (base_model, ["model/*"])} if base_model else {}
+        sources = local_model(run_recipe)
         base, revision = locate_model(run_recipe)
-    with write_artifact(out, "gguf", tables, inputs, room_bytes=room) as run:
+    with write_artifact(out, "gguf", tables, inputs, sources=sources, room_bytes=room) as run:
         refuse_quantized(merge / "model", "gguf")
         rows = first_rows(prepare_data / "eval.jsonl", run_recipe.gguf.prompts, "[gguf] prompts")
         run.checkpoints.mkdir(exist_ok=True)

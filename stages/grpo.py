@@ -14,6 +14,7 @@ from stages.lib.ends import end_ids
 from stages.lib.errors import UserError
 from stages.lib.model.engine import close_engine, import_engine
 from stages.lib.model.load import load_trainable
+from stages.lib.model.locate import local_model
 from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.model.unsloth import needs_scoring_pass, skip_scoring_pass
 from stages.lib.recipe.read import read_recipe
@@ -44,13 +45,14 @@ def main(
     recipe: Path, prepare_data: Path, sft: Path, score_base: Path | None, base_model: Path | None, out: Path
 ) -> None:
     run_recipe = read_recipe(recipe, base_model)
-    inputs = {"prepare-data": prepare_data, "sft": sft}
-    inputs |= {"score-base": score_base} if score_base else {}
-    inputs |= {"base-model": base_model} if base_model else {}
+    problems = subset(score_base) if score_base else prepare_data / "grpo.jsonl"
+    inputs = {"score-base" if score_base else "prepare-data": (problems.parent, [problems.name])}
+    inputs |= {"sft": (sft, ["adapter/*"])}
+    inputs |= {"base-model": (base_model, ["model/*"])} if base_model else {}
     # Not [health]: it stops a run and changes none, so one that it stopped goes on under other bounds.
     tables = run_recipe.tables("model", "vllm", "format", "lora", "rewards", "grpo")
-    problems = subset(score_base) if score_base else prepare_data / "grpo.jsonl"
-    sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent)
+    tables |= {"data": {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}}
+    sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent) | local_model(run_recipe)
     with write_artifact(out, "grpo", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
         run.metrics.update(train(run_recipe, problems, sft / "adapter", run))
 

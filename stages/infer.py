@@ -13,6 +13,7 @@ from stages.lib.answers.grade import mark
 from stages.lib.artifact.folder import write_artifact
 from stages.lib.jsonl import write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
+from stages.lib.model.locate import local_model
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
 from stages.lib.report import terminal
@@ -31,10 +32,13 @@ MODELS = ("base", "sft", "grpo")
 @options.out
 def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Path | None, out: Path) -> None:
     run_recipe = read_recipe(recipe, base_model)
-    inputs = {"prepare-data": prepare_data, "sft": sft, "grpo": grpo}
-    inputs |= {"base-model": base_model} if base_model else {}
+    inputs = {"prepare-data": (prepare_data, ["eval.jsonl"])}
+    inputs |= {"sft": (sft, ["adapter/*"]), "grpo": (grpo, ["adapter/*"])}
+    inputs |= {"base-model": (base_model, ["model/*"])} if base_model else {}
     tables = run_recipe.tables("model", "vllm", "format", "infer")
-    with write_artifact(out, "infer", tables, inputs, room_bytes=ROOM_BYTES) as run:
+    tables |= {"data": {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}}
+    sources = local_model(run_recipe)
+    with write_artifact(out, "infer", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
         with (prepare_data / "eval.jsonl").open() as file:
             problems = [json.loads(line) for _, line in zip(range(run_recipe.infer.problems), file, strict=False)]
         adapters = {"sft": sft / "adapter", "grpo": grpo / "adapter"}

@@ -24,7 +24,7 @@ from stages.lib.model.files import (
     weight_shapes,
     whole_model_folder,
 )
-from stages.lib.model.locate import locate_model
+from stages.lib.model.locate import local_model, locate_model
 from stages.lib.model.nf4 import nf4_lacks, require_nf4, training_cost, verify_nf4, write_nf4
 from stages.lib.model.reference import load_reference, model_logits
 from stages.lib.recipe.read import read_recipe
@@ -48,11 +48,13 @@ REFERENCE = "adapter-on-base.npy"  # among the checkpoints: the logits that merg
 def main(recipe: Path, grpo: Path, prepare_data: Path, base_model: Path | None, out: Path) -> None:
     run_recipe = read_recipe(recipe, base_model)
     name, revision = locate_model(run_recipe)
-    inputs = {"grpo": grpo, "prepare-data": prepare_data, **({"base-model": base_model} if base_model else {})}
+    inputs = {"grpo": (grpo, ["adapter/*", "tokenizer/*"]), "prepare-data": (prepare_data, ["eval.jsonl"])}
+    inputs |= {"base-model": (base_model, ["model/*"])} if base_model else {}
     four_bits = "merged_4bit" in run_recipe.save
     room = room_bytes(local_model_folder(name, revision), run_recipe.merge, four_bits=four_bits)
     tables = run_recipe.tables("model", "merge") | ({"save": ["merged_4bit"]} if four_bits else {})
-    with write_artifact(out, "merge", tables, inputs, room_bytes=room) as run:
+    sources = local_model(run_recipe)
+    with write_artifact(out, "merge", tables, inputs, sources=sources, room_bytes=room) as run:
         knobs = run_recipe.merge
         if four_bits:
             require_nf4(recipe)

@@ -21,7 +21,7 @@ QUESTION = "A baker makes 12 rolls a tray and fills 7 trays. She sells 50 rolls.
 @click.option("--question", default=QUESTION, show_default=True, help="What to ask it.")
 def main(recipe: Path, ollama_modelfile: Path, question: str) -> None:
     read_recipe(recipe)
-    read_manifest(ollama_modelfile, "ollama-modelfile")
+    read_manifest(ollama_modelfile, "ollama-modelfile", "*")
     create_and_ask(recipe.stem, ollama_modelfile, question)
 
 

@@ -22,6 +22,7 @@ from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Ollama, Recipe
 from stages.lib.report.figures import OllamaModelfileFigures
 
+TOKENIZER_FILES = ("model/*.jinja", "model/*.json", "model/*.model", "model/*.txt")  # in merge
 PARAMETERS = ("num_ctx", "temperature", "top_p", "top_k", "min_p", "repeat_penalty")
 
 
@@ -32,9 +33,10 @@ PARAMETERS = ("num_ctx", "temperature", "top_p", "top_k", "min_p", "repeat_penal
 @options.out
 def main(recipe: Path, merge: Path, gguf: Path, out: Path) -> None:
     run_recipe = read_recipe(recipe)
-    inputs = {"merge": merge, "gguf": gguf}
+    kind = run_recipe.ollama.quantization
+    inputs = {"merge": (merge, TOKENIZER_FILES), "gguf": (gguf, [f"*.{kind.lower()}.gguf"])}
     tables = run_recipe.tables("format", "ollama")
-    room = sum(path.stat().st_size for path in recommended(gguf, run_recipe.ollama.quantization))
+    room = sum(path.stat().st_size for path in recommended(gguf, kind))
     with write_artifact(out, "ollama-modelfile", tables, inputs, room_bytes=room) as run:
         run.metrics.update(make(run_recipe, merge / "model", gguf, run.folder))
 

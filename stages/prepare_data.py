@@ -22,7 +22,7 @@ from stages.lib.data.files import files_of_source
 from stages.lib.data.rows import label
 from stages.lib.data.sets import Draft, Ruler, helpers
 from stages.lib.errors import UserError
-from stages.lib.model.locate import locate_model
+from stages.lib.model.locate import local_model
 from stages.lib.model.rehearsal import check_chat_template, check_completion, check_tokenizer, refuse_base
 from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.read import read_recipe
@@ -30,7 +30,8 @@ from stages.lib.recipe.tables import Recipe, is_hub_name
 from stages.lib.report import terminal
 from stages.lib.report.figures import PrepareDataFigures
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "vocab.json")
+# Of base-model: all but the weights, which change no row.
+BASE_MODEL_FILES = ("problems/*", "model/*.json", "model/*.jinja", "model/*.model")
 
 
 @click.command(help=__doc__.partition("\n")[0])
@@ -52,16 +53,17 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     located = [files_of_source(source, base_model, data) for source in given]
     raw = {label(source, file): file for source, files in zip(given, located, strict=True) for file in files}
     room = sum((32 if file.suffix == ".parquet" else 8) * file.stat().st_size for file in raw.values()) + (1 << 26)
-    model = Path(locate_model(run_recipe)[0])
-    raw |= {f"tokenizer {name}": model / name for name in TOKENIZER_FILES if (model / name).is_file()}
-    if not base_model and model.is_dir():  # all stages after this go by what it states: the weights trained are these
-        raw |= {f"model {file.name}": file for file in sorted([*model.glob("*.safetensors"), model / "config.json"])}
+    if base_model:  # its problems are an input
+        raw = {name: file for name, file in raw.items() if not file.is_relative_to(base_model)}
+    folders = [path for path in (data, *(Path(source.name) for source in given)) if path and path.is_dir()]
+    folders += [file.parent for file in raw.values() if any(file.is_relative_to(folder) for folder in folders)]
+    raw |= {str(folder): folder for folder in folders} | local_model(run_recipe)
     tables = {
         **run_recipe.tables("data", "format"),
         "model": {"name": run_recipe.model.name, "revision": run_recipe.model.revision},
         "sft": {"max_tokens": run_recipe.sft.max_tokens},
     }
-    inputs = {"base-model": base_model} if base_model else {}
+    inputs = {"base-model": (base_model, BASE_MODEL_FILES)} if base_model else {}
     with write_artifact(out, "prepare-data", tables, inputs, sources=raw, room_bytes=room) as run:
         with helpers(located) as pool:  # they start while this process loads the tokenizer
             refuse_base(run_recipe)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stages.lib import options
-from stages.lib.artifact.manifest import manifest_digest, read_manifest
+from stages.lib.artifact.manifest import read_manifest, refuse_other_run
 from stages.lib.errors import UserError, nearest
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
@@ -63,7 +63,7 @@ def prepare(names: Mapping[str, str], folders: Mapping[str, Path], recipe: Recip
     Raises `UserError` when they are not of one run of this recipe, or hold what is not to be uploaded.
     """
     manifests = {stage: read_manifest(folder, stage) for stage, folder in folders.items()}
-    verify_chain(manifests, folders)
+    refuse_other_run(manifests, folders)
     verify_recipe(recipe, manifests)
     uploads = []
     for kind, repository in names.items():
@@ -101,21 +101,6 @@ def read_token() -> str:
             f"(https://huggingface.co/settings/tokens). Run: export {TOKEN}=...  and this again"
         )
     return token
-
-
-def verify_chain(manifests: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> None:
-    """Raise `UserError` unless all artifacts come from one run: whatever two of them were made from is the same."""
-    stated: dict[str, tuple[str, str]] = {
-        name: (manifest_digest(manifest), str(folders[name])) for name, manifest in manifests.items()
-    }
-    for stage, manifest in manifests.items():
-        for name, claimed in manifest["inputs"].items():
-            digest, where = stated.setdefault(name, (claimed, f"the one that {folders[stage]} was made from"))
-            if claimed != digest:
-                raise UserError(
-                    f"{folders[stage]}: was made from another {name} than {where}. Its figures and files would not be "
-                    f"those of one model. Run: make {stage}"
-                )
 
 
 def verify_recipe(recipe: Recipe, manifests: Mapping[str, Mapping[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
 from stages.lib.jsonl import write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
+from stages.lib.model.locate import local_model
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe, ScoreBase
 from stages.lib.report import terminal
@@ -44,12 +45,13 @@ def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | 
     knobs = run_recipe.score_base
     if knobs is None:
         raise UserError(f"{recipe}: has no [score_base] table; score-base needs one, like that of recipes/tiny.toml")
-    inputs = {"prepare-data": prepare_data}
-    inputs |= {"sft": sft} if sft else {}
-    inputs |= {"base-model": base_model} if base_model else {}
+    inputs = {"prepare-data": (prepare_data, ["grpo.jsonl"])}
+    inputs |= {"sft": (sft, ["adapter/*"])} if sft else {}
+    inputs |= {"base-model": (base_model, ["model/*"])} if base_model else {}
     tables = run_recipe.tables("model", "vllm", "format", "rewards", "score_base")
     tables["grpo"] = {name: getattr(run_recipe.grpo, name) for name in GRPO_KNOBS}
-    sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent)
+    tables["data"] = {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}
+    sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent) | local_model(run_recipe)
     writing = write_artifact(out, "score-base", tables, inputs, sources=sources, room_bytes=ROOM_BYTES)
     with contextlib.suppress(SystemExit), writing as run:  # the exit of what is up to date: its advice still holds
         with (prepare_data / "grpo.jsonl").open() as file:

@@ -9,6 +9,7 @@ from stages.lib import options
 from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.model.engine import import_engine
 from stages.lib.model.load import load_trainable
+from stages.lib.model.locate import local_model
 from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
@@ -27,9 +28,11 @@ ROOM_BYTES = 500_000_000
 @options.out
 def main(recipe: Path, prepare_data: Path, base_model: Path | None, out: Path) -> None:
     run_recipe = read_recipe(recipe, base_model)
-    inputs = {"prepare-data": prepare_data, **({"base-model": base_model} if base_model else {})}
+    inputs = {"prepare-data": (prepare_data, ["sft.jsonl"])}
+    inputs |= {"base-model": (base_model, ["model/*"])} if base_model else {}
     tables = run_recipe.tables("model", "format", "lora", "sft")
-    with write_artifact(out, "sft", tables, inputs, room_bytes=ROOM_BYTES) as run:
+    sources = local_model(run_recipe)
+    with write_artifact(out, "sft", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
         run.metrics.update(train(run_recipe, prepare_data / "sft.jsonl", run))
 
 

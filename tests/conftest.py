@@ -17,6 +17,8 @@ from tests.support.once import once_a_run, run_folder
 
 run_folder()  # of this process, before it starts others
 
+os.fsync = lambda file: None  # no test's files have to outlive a power cut
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """With `-m "not torch"`, let an import of torch fail, so that a test that needs it and does not say so is found."""

@@ -29,7 +29,7 @@ def test_the_stage_leaves_the_files_asked_for_and_the_proof():
     names = {path.name for path in tiny_models.quantized().iterdir()}
     assert names == {
         "model.f16.gguf", "model.q8_0.gguf", "model.q4_k_m.gguf", "adapter-f16.gguf", "parity.json", "parity.png",
-        "manifest.json",
+        "manifest.json", "outside",
     }  # fmt: skip
     assert (tiny_models.quantized() / "parity.png").read_bytes().startswith(b"\x89PNG")
 
@@ -121,7 +121,7 @@ def test_without_lora_in_save_neither_adapter_nor_base_is_looked_at(tmp_path):
     result = tiny_models.run_stage("gguf", recipe, tmp_path / "gguf", "merge", "prepare-data", "grpo", "base-model")
     assert result.exit_code == 0, result.output
     assert {path.name for path in (tmp_path / "gguf").iterdir()} == {
-        "model.q8_0.gguf", "parity.json", "parity.png", "manifest.json"
+        "model.q8_0.gguf", "parity.json", "parity.png", "manifest.json", "outside",
     }  # fmt: skip
     manifest = json.loads((tmp_path / "gguf" / "manifest.json").read_text())
     assert set(manifest["inputs"]) == {"merge", "prepare-data"}

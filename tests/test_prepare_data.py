@@ -646,7 +646,7 @@ def test_the_stage_reads_a_local_copy_in_place_of_the_hub(tmp_path: Path, model:
     assert set(manifest["sources"]) >= {
         "openai/gsm8k main (train) train.jsonl",
         "openai/gsm8k main (test) test.jsonl",
-        "tokenizer tokenizer.json",
+        "model tokenizer.json",
     }
     (row, *_) = rows_of(tmp_path, "grpo")
     rendered = "".join(f"<{turn['role']}>{turn['content']}" for turn in row["prompt"]) + "<assistant>"

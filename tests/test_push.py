@@ -319,12 +319,16 @@ SPOILT = [
     (lambda run: (run / "merge/model/.env").write_text("KEY=1"), r"\.env: was not written by merge"),
     (lambda run: (run / "grpo/adapter/optimizer.pt").write_bytes(b"x"), r"optimizer\.pt: was not written by grpo"),
     (
-        lambda run: state(run / "grpo/manifest.json", metrics={"first": {}, "last": {}}),
-        r"infer: was made from another grpo than \S*grpo\. .* Run: make infer",
+        lambda run: state(run / "infer/manifest.json", inputs={"grpo": {"completions.jsonl": "0" * 64}}),
+        r"infer: was made from another grpo \(completions\.jsonl\) than \S*grpo\. .* Run: make infer",
     ),
     (
-        lambda run: state(run / "prepare-data/manifest.json", inputs={"base-model": "0" * 64}),
-        r"(sft|grpo|infer|merge|gguf): was made from another (base-model|prepare-data) than",
+        lambda run: state(run / "infer/manifest.json", inputs={"sft": {"gone.safetensors": "0" * 64}}),
+        r"infer: was made from another sft \(gone\.safetensors\) than \S*sft\.",
+    ),
+    (  # base-model itself is not uploaded, and so not looked at
+        lambda run: state(run / "grpo/manifest.json", inputs={"base-model": {"model/model.safetensors": "0" * 64}}),
+        r"grpo: was made from another base-model \(model/model\.safetensors\) than the one that \S+ was made from",
     ),
     (
         lambda run: (run / "tiny.toml").write_text((run / "tiny.toml").read_text().replace("rank = 16", "rank = 8")),

@@ -715,3 +715,10 @@ def test_a_local_folder_needs_no_revision(name: str, tmp_path: Path, monkeypatch
 def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(changed("temperature = 1.0", "temperature = 1"))
     assert read_recipe(tmp_path / "mine.toml").grpo.temperature == 1.0
+
+
+def test_keys_that_change_no_result_are_in_no_identity():
+    tables = read_recipe(ROOT / "recipes" / "tiny.toml").tables("sft", "grpo")
+    assert not {"save_steps", "log_steps", "show_completions_steps"} & {*tables["sft"], *tables["grpo"]}
+    assert {"steps", "seed"} <= set(tables["sft"])
+    assert {"steps", "min_completion_tokens"} <= set(tables["grpo"])

@@ -13,7 +13,7 @@ from stages.lib.errors import UserError
 from stages.lib.gguf.file import Loaded
 from stages.lib.model.files import refuse_quantized, weight_shapes
 from stages.lib.recipe.tables import Gguf, Merge
-from tests.support import tiny_models
+from tests.support import micro, tiny_models
 
 pytestmark = pytest.mark.torch
 
@@ -252,9 +252,7 @@ def test_a_file_that_adds_a_bos_the_model_was_trained_without_is_caught(tmp_path
 def test_a_q4_k_m_of_a_merge_in_few_bits_is_refused_by_name(tmp_path, settings, named):
     shutil.copytree(tiny_models.merged(), tmp_path / "merge")
     edit_json(tmp_path / "merge" / "model" / "config.json", quantization_config=settings)
-    manifest = json.loads((tmp_path / "merge" / "manifest.json").read_text())
-    manifest["files"]["model/config.json"]["bytes"] = (tmp_path / "merge" / "model" / "config.json").stat().st_size
-    (tmp_path / "merge" / "manifest.json").write_text(json.dumps(manifest))
+    micro.restate(tmp_path / "merge", "model/config.json")
     recipe = tiny_models.recipe(tmp_path, types=["q8_0", "q4_k_m"])
     result = tiny_models.run_stage("gguf", recipe, tmp_path / "gguf", "merge", "prepare-data", "grpo", "base-model")
     assert (result.exit_code, f"its weights are {named}" in result.output) == (1, True), result.output

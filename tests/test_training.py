@@ -3,31 +3,50 @@
 import dataclasses
 import gc
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from click.testing import Result
 
 from stages import grpo, sft
+from stages.lib.artifact.code import code_digest
+from stages.lib.artifact.digests import sha256_of
 from stages.lib.artifact.folder import Run
-from stages.lib.artifact.manifest import manifest_digest, read_manifest, sha256_of
+from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
 from stages.lib.model.engine import import_engine
 from stages.lib.model.lora import adapted_modules
 from stages.lib.recipe.read import read_recipe
-from stages.lib.recipe.tables import BitsandbytesOptimizer, Sft, TorchOptimizer
+from stages.lib.recipe.tables import BitsandbytesOptimizer, Health, Sft, TorchOptimizer
 from stages.lib.report.figures import GrpoFigures, SftFigures, figures_of
-from stages.lib.train.run import configure, last_checkpoint, read_rows
+from stages.lib.train.callbacks import make_callbacks
+from stages.lib.train.checkpoints import last_checkpoint, mark_complete
+from stages.lib.train.run import configure, read_rows
 from tests.support import micro
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["sft", "grpo"]
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Let signals have their default handlers, as in a terminal, and put back what was there before."""
+    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    defaults[signal.SIGINT] = signal.default_int_handler
+    kept = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -224,13 +243,9 @@ def is_as_undisturbed(out: Path, finished: Path, stage: str) -> None:
     """Raise AssertionError unless `out` holds what an undisturbed run left in `finished`, byte for byte."""
     for name in ["adapter/adapter_model.safetensors"] + ["completions.jsonl"] * (stage == "grpo"):
         assert sha256_of(out / name) == sha256_of(finished / stage / name), name
-    assert digest(out, stage) == digest(finished / stage, stage)
+    assert micro.vouched(out) == micro.vouched(finished / stage)
     assert list((out / "logs").rglob("events.out.tfevents.*"))
     assert not (out / "checkpoints").exists()
-
-
-def digest(out: Path, stage: str) -> str:
-    return manifest_digest(read_manifest(out, stage))
 
 
 def checkpoints(out: Path) -> dict[int, Path]:
@@ -288,6 +303,119 @@ def test_killed_with_half_a_checkpoint_and_then_at_the_very_end_it_still_ends_wi
     is_as_undisturbed(out, finished, stage)
 
 
+# Keys that change no result, with other values than the micro recipe's.
+OTHER_PACE = {"sft": {"log_steps": 3, "save_steps": 3}, "grpo": {"log_steps": 4, "save_steps": 8}}
+OTHER_PACE["grpo"]["show_completions_steps"] = 7
+
+
+def stopped_at(stage: str, finished: Path, out: Path, step: int, number: signal.Signals, monkeypatch) -> Result:
+    """Run `stage` in this process, sent the signal `number` amid `step`, the recipe's own; return what it said."""
+    from transformers import Trainer
+
+    real, sent = Trainer.training_step, []
+
+    def training_step(trainer, *arguments, **options):
+        if trainer.state.global_step == step - 1 and not sent:  # once, in the first of its micro-batches
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return real(trainer, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", training_step)
+        return micro.run(stage, finished, out)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("stage", STAGES)
+def test_after_ctrl_c_a_run_goes_on_from_its_checkpoint_though_keys_that_change_no_result_changed(
+    finished, tmp_path, stage, monkeypatch
+):
+    out = tmp_path / stage
+    assert stopped_at(stage, finished, out, 3, signal.SIGINT, monkeypatch).exit_code == 130
+    assert max(checkpoints(out)) == 3
+    from transformers import TrainerState
+
+    steps, real = [], TrainerState.init_training_references
+    note = lambda state, *rest: (steps.append(state.global_step), real(state, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(TrainerState, "init_training_references", note)
+    recipe = micro.write_recipe(tmp_path, **{stage: OTHER_PACE[stage]})
+    shutil.copyfile(finished / "own.py", tmp_path / "own.py")
+    result = micro.run(stage, finished, out, recipe)
+    assert result.exit_code == 0, result.output
+    assert steps == [3]
+    assert f"{stage}: carrying on from" in result.output
+    assert "starts anew" not in result.output
+    is_as_undisturbed(out, finished, stage)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_recorded_does_not_depend_on_how_often_it_is_logged_and_saved(finished, tmp_path, stage):
+    recipe = micro.write_recipe(tmp_path, **{stage: OTHER_PACE[stage]})
+    assert micro.run(stage, finished, tmp_path / stage, recipe).exit_code == 0
+    is_as_undisturbed(tmp_path / stage, finished, stage)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_between_two_log_entries_the_recorded_figures_are_those_of_an_undisturbed_run(
+    finished, tmp_path, stage, monkeypatch
+):
+    out = tmp_path / stage
+    recipe = micro.write_recipe(tmp_path, **{stage: {"log_steps": 4, "save_steps": 2}})
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.lib.train.callbacks.mark_complete", killed_after(2))
+        with pytest.raises(Killed):
+            micro.command_of(stage).main(micro.arguments(stage, finished, out, recipe), standalone_mode=False)
+    assert set(checkpoints(out)) == {2, 4}  # and the one of step 4 is not complete
+    assert micro.run(stage, finished, out, recipe).exit_code == 0
+    is_as_undisturbed(out, finished, stage)
+
+
+def killed_after(count: int) -> Callable[[Path, int], None]:
+    """Return what marks checkpoints as complete, but at the call number `count` is killed instead."""
+    steps: list[int] = []
+
+    def mark(folder: Path, step: int) -> None:
+        steps.append(step)
+        if len(steps) == count:
+            raise Killed
+        mark_complete(folder, step)
+
+    return mark
+
+
+@pytest.mark.torch
+def test_another_learning_rate_throws_checkpoints_away_and_that_is_said_before_it_starts(
+    finished, tmp_path, monkeypatch
+):
+    out = tmp_path / "sft"
+    assert stopped_at("sft", finished, out, 3, signal.SIGHUP, monkeypatch).exit_code == 129
+    recipe = micro.write_recipe(tmp_path, sft={"learning_rate": 0.5, "log_steps": 2})
+    result = micro.run("sft", finished, out, recipe)
+    rate = read_recipe(finished / "micro.toml").sft.learning_rate
+    said = f"sft: starts anew, 3 steps are lost. Changed: [sft] learning_rate = 0.5, before {rate}\n"
+    assert result.output.index(said) < result.output.index("sft: finished")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("file", ["optimizer.pt", "complete"])
+def test_a_checkpoint_that_a_power_cut_tore_is_set_aside_and_the_one_before_it_is_used(
+    finished, tmp_path, stage, file, monkeypatch
+):
+    out = tmp_path / stage
+    assert stopped_at(stage, finished, out, 5, signal.SIGTERM, monkeypatch).exit_code == 143
+    assert set(checkpoints(out)) == {4, 5}
+    torn = checkpoints(out)[5]
+    content = (torn / file).read_bytes()
+    (torn / file).write_bytes(content[: len(content) // 2])
+    result = micro.run(stage, finished, out)
+    assert result.exit_code == 0, result.output
+    assert f"{torn}: is not whole, as after a power cut; it is now {torn.parent / 'torn-5'}" in result.output
+    is_as_undisturbed(out, finished, stage)
+
+
 class Killed(BaseException):
     """Stands for KILL in this process: nothing catches it."""
 
@@ -316,7 +444,7 @@ def test_with_two_passes_over_a_batch_grpo_stops_only_where_it_can_be_carried_on
     assert max(checkpoints(out)) == 6
     monkeypatch.delenv("TERM_AT_CALL")
     assert micro.run("grpo", finished, out, recipe).exit_code == 0
-    assert digest(out, "grpo") == digest(tmp_path / "undisturbed", "grpo")
+    assert micro.vouched(out) == micro.vouched(tmp_path / "undisturbed")
     rows = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [step for step in (1, 3, 5, 7) for _ in range(8)]  # each is there once
 
@@ -372,13 +500,16 @@ def test_grpo_continues_the_sft_adapter_and_learns(finished):
     assert all(0 < distance < 0.05 for distance in moved)
     settings = [json.loads((finished / name / "adapter" / "adapter_config.json").read_text()) for name in STAGES]
     assert settings[0]["r"] == settings[1]["r"] == 16
+    names = settings[0]["target_modules"]
+    assert len(names) == 7
+    assert names == settings[1]["target_modules"] == sorted(names)  # PEFT has them in a set
 
 
 @pytest.mark.torch
 def test_the_artifacts_hold_what_later_stages_read(finished):
     for stage in STAGES:
         names = {path.name for path in (finished / stage).iterdir()}
-        assert names == {"adapter", "tokenizer", "logs", "manifest.json"} | ({"completions.jsonl"} & names)
+        assert names == {"adapter", "tokenizer", "logs", "outside", "manifest.json"} | ({"completions.jsonl"} & names)
         files = set(read_manifest(finished / stage, stage)["files"])
         assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "tokenizer/tokenizer.json"} <= files
         template = (finished / stage / "tokenizer" / "chat_template.jinja").read_text()
@@ -446,6 +577,17 @@ def test_an_sft_example_that_is_too_long_is_left_out_and_counted_and_none_left_i
     assert "examples are longer than [sft] max_tokens = 10" in result.output
 
 
+@pytest.mark.torch
+def test_other_code_of_prepare_data_retrains_nothing_while_its_rows_stay_the_same(finished, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    monkeypatch.setattr(
+        "stages.lib.artifact.identity.code_digest", lambda stage: code_digest(stage) + "!" * (stage == "prepare-data")
+    )
+    said = {stage: micro.run(stage, run).output for stage in ("prepare-data", "sft", "grpo", "infer")}
+    assert "prepare-data: finished" in said.pop("prepare-data")
+    assert [text.partition(",")[0] for text in said.values()] == [f"{stage}: up to date" for stage in said]
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -455,10 +597,96 @@ def test_the_newest_complete_checkpoint_before_the_last_step_counts_and_others_o
         folder.mkdir()
         (folder / "model.safetensors").write_text("")
         if complete:
-            (folder / "complete").touch()
+            mark_complete(tmp_path, step)
     (tmp_path / "logs").mkdir()
     assert last_checkpoint(tmp_path, steps=20) == str(tmp_path / "checkpoint-10")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-8", "checkpoint-9", "logs"]
+
+
+FILES = ("optimizer.pt", "adapter_model.safetensors", "trainer_state.json", "rng_state.pth")
+
+
+def write_checkpoint(folder: Path, step: int) -> Path:
+    """Write a checkpoint of four small files, complete; return it."""
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    for name in FILES:
+        (checkpoint / name).write_text(f"{name} of step {step}")
+    mark_complete(folder, step)
+    return checkpoint
+
+
+TORN = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "of NUL bytes": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("tear", TORN.values(), ids=TORN)
+@pytest.mark.parametrize("file", FILES)
+def test_each_file_of_a_checkpoint_is_looked_at(tmp_path, capsys, file, tear):
+    before, newest = write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path, 4)
+    tear(newest / file)
+    assert last_checkpoint(tmp_path, steps=9) == str(before)
+    said = f"{newest}: is not whole, as after a power cut; it is now {tmp_path / 'torn-4'}, and is not used\n"
+    assert capsys.readouterr().err == said
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "torn-4"}
+    tear(before / file)
+    assert last_checkpoint(tmp_path, steps=9) is None
+
+
+def test_the_files_of_a_checkpoint_are_on_the_disk_before_it_is_complete(tmp_path, monkeypatch):
+    synced: list[str] = []
+    (tmp_path / "checkpoint-2").mkdir()
+    for name in ("completions.jsonl", "checkpoint-2/optimizer.pt"):
+        (tmp_path / name).write_text("x")
+    where = lambda file: str(Path(f"/proc/self/fd/{file}").readlink().relative_to(tmp_path))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(where(file)))
+    mark_complete(tmp_path, 2)
+    assert synced == [
+        "checkpoint-2/optimizer.pt", "checkpoint-2", "completions.jsonl", ".", "checkpoint-2/complete.tmp",
+        "checkpoint-2",
+    ]  # fmt: skip
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stop():
+    """Return the callback that heeds signals."""
+    return make_callbacks((), 1, Health())[1]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_term_hup_and_ctrl_c_save_and_stop_after_the_step_in_hand(stop, number):
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    stop.on_train_begin(None, None, None)
+    stop.on_step_end(None, SimpleNamespace(global_step=1), control)
+    assert not control.should_training_stop
+    os.kill(os.getpid(), number)
+    stop.on_step_end(None, SimpleNamespace(global_step=2), control)
+    assert (stop.signal, control.should_save, control.should_training_stop) == (number, True, True)
+
+
+@pytest.mark.torch
+def test_a_second_ctrl_c_ends_the_process_at_once(stop):
+    stop.on_train_begin(None, None, None)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    stop.on_train_end(None, None, None)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+@pytest.mark.torch
+def test_a_signal_that_is_ignored_as_under_nohup_stays_so(stop):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop.on_train_begin(None, None, None)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert (stop.signal, signal.getsignal(signal.SIGHUP)) == (None, signal.SIG_IGN)
 
 
 def test_without_a_checkpoint_there_is_none(tmp_path):

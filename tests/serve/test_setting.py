@@ -1,6 +1,5 @@
 """What the Modelfile says reaches the model: file, system prompt, stops, context and sampling."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from stages.lib.answers import formats
 from stages.lib.errors import UserError
 from stages.lib.serve.setting import Setting, read_setting
-from tests.support import tiny_models
+from tests.support import micro, tiny_models
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "1 + 1?"}
@@ -33,9 +32,7 @@ def test_a_modelfile_without_a_system_prompt_has_none(tmp_path):
     text = (folder / "Modelfile").read_text()
     start = text.index("SYSTEM ")
     (folder / "Modelfile").write_text(text[:start] + text[text.index("PARAMETER") :])
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["Modelfile"]["bytes"] = (folder / "Modelfile").stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    micro.restate(folder, "Modelfile")
     setting = read_setting(folder)
     assert setting.system == ""
     assert setting.with_system([USER]) == [USER]

@@ -179,7 +179,7 @@ def write_run(folder: Path) -> Path:
     shutil.copy(ROOT / "recipes" / "tiny.toml", folder)
     recipe = read_recipe(folder / "tiny.toml")
     for stage, files in FILES.items():
-        inputs = {name: folder / name for name in INPUTS[stage]}
+        inputs = {name: (folder / name, ["*"]) for name in INPUTS[stage]}
         tables = recipe.tables(*TABLES[stage]) | ({"save": ["lora"]} if stage == "gguf" else {})
         with write_artifact(folder / stage, stage, tables, inputs) as run:
             for name, content in files.items():

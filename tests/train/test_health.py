@@ -54,7 +54,7 @@ def test_a_metric_that_is_logged_in_every_second_entry_counts_where_it_is(check,
 @pytest.mark.parametrize(("check", "sign"), SIGNS)
 def test_advice_names_what_was_seen_and_a_knob_or_command(check, sign):
     text = health.find([WELL | sign] * 3, KNOBS)[check]
-    assert "for 3 log entries" in text
+    assert "for 3 logged steps" in text
     assert any(word in text for word in ("make score-base", "max_completion_tokens", "learning_rate", "epsilon_high"))
 
 

@@ -8,12 +8,12 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
-# Modules that decide whether a stage runs and what a person reads, and not what comes out: of the recipe the identity
-# states the values themselves, and its tables and the limits in gguf/types.py count as code.
+# Modules that decide whether a stage runs, where it carries on and what a person reads, and not what comes out: of the
+# recipe the identity states the values themselves. Its tables and the limits in gguf/types.py count as code.
 FRAME = (
     "stages/lib/artifact/", "stages/lib/errors.py", "stages/lib/options.py", "stages/lib/recipe/read.py",
     "stages/lib/recipe/rules.py", "stages/lib/report/figures.py", "stages/lib/report/terminal.py",
-    "stages/lib/train/callbacks.py",
+    "stages/lib/train/callbacks.py", "stages/lib/train/checkpoints.py", "stages/lib/train/health.py",
 )  # fmt: skip
 
 
@@ -35,16 +35,16 @@ def code_digest(stage: str) -> str:
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
 
-def imported_modules(source: str) -> list[str]:
-    """Return the paths in the checkout of the modules of this project that `source` imports, at any depth."""
+def imported_modules(source: str | bytes) -> list[str]:
+    """Return the paths in the checkout of the modules in it that `source` imports, also within a function."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "stages":
-            package = node.module.replace(".", "/")
-            module = f"{package}.py"
-            names = [module] if (ROOT / module).is_file() else [f"{package}/{alias.name}.py" for alias in node.names]
-            found += names
-    return found
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    paths = [f"{name.replace('.', '/')}.py" for name in found]
+    return [path for path in paths if (ROOT / path).is_file()]
 
 
 def without_comments(source: str) -> str:

@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ RECORDED_PACKAGES = (
     "safetensors", "sentencepiece", "tokenizers", "torch", "transformers", "triton", "trl", "unsloth", "unsloth_zoo",
     "vllm", "xformers",
 )  # fmt: skip
+COMMAND_SECONDS = 10.0
 
 
 def environment_now() -> dict[str, Any]:
@@ -22,7 +22,7 @@ def environment_now() -> dict[str, Any]:
     for name in RECORDED_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     return {
         "python": platform.python_version(),
         "packages": versions,
@@ -35,8 +35,9 @@ def environment_now() -> dict[str, Any]:
 
 
 def output_of(*command: str) -> str | None:
-    """Return what a command printed, or None when it is not installed or failed."""
-    if shutil.which(command[0]) is None:
+    """Return what a command printed, or None when it is not installed, failed or took too long: a driver can hang."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None if done.returncode == 0 else None

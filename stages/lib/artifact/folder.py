@@ -12,30 +12,34 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 
-from stages.lib.artifact.code import code_digest
 from stages.lib.artifact.environment import environment_now
+from stages.lib.artifact.identity import is_current, outside_paths, refuse_replaced, say_what_is_lost, take_identity
 from stages.lib.artifact.manifest import (
     CHECKPOINTS,
     IDENTITY,
     LOGS,
     MANIFEST,
+    OUTSIDE,
     TEMPORARY,
     describe_files,
-    is_current,
-    manifest_digest,
-    read_manifest,
-    sha256_of,
+    is_emptied,
     stage_of,
+    sync,
+    sync_files,
     write_json,
+    write_whole,
 )
 from stages.lib.errors import UserError
+
+# Before the recipe and the code were read. It becomes the manifest's mtime: make looks again at what changed after it.
+STARTED = time.time()
 
 
 @dataclass
@@ -57,62 +61,66 @@ def write_artifact(
     out: Path,
     stage: str,
     tables: Mapping[str, Any],
-    inputs: Mapping[str, Path],
+    inputs: Mapping[str, tuple[Path, Sequence[str]]],
     *,
     sources: Mapping[str, Path] | None = None,
     room_bytes: int = 0,
 ) -> Iterator[Run]:
     """Open the artifact `out` of `stage` for writing; leave the process with exit code 0 if it is up to date.
 
-    `tables` are the recipe's tables that the stage reads, `inputs` the finished folders, by stage name, and `sources`
-    raw files from outside, by name: all three, and the code of the stage, decide whether there is anything to do.
-    `room_bytes` is what the stage will write at most. The body runs once, with a `Run`; if it returns, the artifact is
-    finished, and if it raises, whatever was finished before is still there, untouched.
+    `tables` are the recipe's tables that the stage reads. `inputs` are the finished folders, by stage, each with the
+    names of the files in it that are read (* stands for any text). `sources` are raw files from outside, by name. All
+    three, and the code of the stage, decide whether there is anything to do. A folder among the sources is only named
+    to make, which looks whether a file in it came or went. `room_bytes` is what the stage will write at most. The body
+    runs once, with a `Run`; if it returns, the artifact is finished, and if it raises, whatever was finished before is
+    still there, untouched.
 
-    Raises `UserError` when an input is not finished, when `out` holds something this stage did not write, when another
-    process is writing it, or when the disk has too little room.
+    Raises `UserError` when an input is not finished, or was replaced while the body ran, when `out` holds something
+    this stage did not write, when another process is writing it, or when the disk has too little room.
     """
-    identity = {
-        "stage": stage,
-        "recipe": json.loads(json.dumps(dict(tables))),
-        "inputs": {name: manifest_digest(read_manifest(folder, name)) for name, folder in sorted(inputs.items())},
-        "sources": {name: sha256_of(path) for name, path in sorted((sources or {}).items())},
-        "code": code_digest(stage),
-    }
     if out.name in ("", ".."):
         raise UserError(f"--out {out}: expected the name of a folder for {stage} to write, such as artifacts/{stage}")
+    identity, read = take_identity(stage, tables, inputs, sources or {})
+    outside = outside_paths((sources or {}).values())
     folder = out.with_name(out.name + ".unfinished")
-    refuse_foreign(out, stage)
+    if not is_emptied(out / MANIFEST):
+        refuse_foreign(out, stage)
     with lock_artifact(folder, stage):
+        if is_emptied(out / MANIFEST):
+            set_aside(out, stage)
         if stage_of(folder / MANIFEST) == stage:  # killed after its last line: it only lacks its name
             put_in_place(folder, out, stage)
         if out.exists():
             remove_replaced(out, stage)  # killed while it did so
         if is_current(out, identity):
             click.echo(f"{stage}: up to date, {out} already holds this recipe, these inputs and this code")
-            os.utime(out / MANIFEST)  # make decides by time
+            if (out / OUTSIDE).read_bytes() != outside:
+                write_whole(out / OUTSIDE, outside)
+            os.utime(out / MANIFEST, (STARTED, STARTED))
             raise SystemExit(0)
         check_room(out, stage, room_bytes)
         checkpoints = take_over(folder, stage, identity)
-        started = time.time()
+        environment, started = environment_now(), time.time()
         run = Run(folder)
         if checkpoints:
             click.echo(f"{stage}: carrying on from {folder / CHECKPOINTS}")
         yield run
-        manifest = {
-            **identity,
-            "metrics": run.metrics,
-            "files": describe_files(folder),
-            "environment": environment_now(),
-            "wall": {
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-                "seconds": round(time.time() - started, 1),
-                **{name: round(value, 3) for name, value in run.seconds.items()},
-            },
-        }
+        refuse_replaced(read, folder, stage)
+        made = {"metrics": run.metrics, "files": describe_files(folder)}
+        manifest = {**identity, **made, "environment": environment, "wall": wall(started, run.seconds)}
+        write_whole(folder / OUTSIDE, outside)
+        sync_files(folder)
         write_json(folder / MANIFEST, manifest)
+        os.utime(folder / MANIFEST, (STARTED, STARTED))
         put_in_place(folder, out, stage)
     click.echo(f"{stage}: finished {out} in {manifest['wall']['seconds']:.0f} s")
+
+
+def wall(started: float, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Return when a stage started, in UTC, how many seconds it took, and how many each of its parts did."""
+    utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
+    parts = {name: round(value, 3) for name, value in seconds.items()}
+    return {"started": utc, "seconds": round(time.time() - started, 1), **parts}
 
 
 def refuse_foreign(out: Path, stage: str) -> None:
@@ -123,7 +131,7 @@ def refuse_foreign(out: Path, stage: str) -> None:
         raise UserError(f"{out}: is a file; expected a folder for {stage} to write. Name another --out")
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
     if stage_of(out / MANIFEST) == stage:
-        found -= {MANIFEST, *json.loads((out / MANIFEST).read_text()).get("files", {})}
+        found -= {MANIFEST, OUTSIDE, OUTSIDE + TEMPORARY, *json.loads((out / MANIFEST).read_text()).get("files", {})}
         found = {name for name in found if not name.startswith(f"{LOGS}/")}
     foreign = sorted(found)
     if foreign:
@@ -171,8 +179,10 @@ def take_over(folder: Path, stage: str, identity: Mapping[str, Any]) -> bool:
         found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
         if stage_of(marker) != stage and not found <= {IDENTITY + TEMPORARY}:
             raise UserError(f"{folder}: was not made by {stage} and will not be emptied. Move it away")
-        same = marker.is_file() and json.loads(marker.read_text()) == identity
+        before = json.loads(marker.read_text()) if marker.is_file() else {}
+        same = before == identity
         if not same:
+            say_what_is_lost(folder / CHECKPOINTS, before, identity)
             write_json(marker, {"stage": stage})  # killed while it is emptied, it must not look like what it was
         for path in list(folder.iterdir()):
             if path.name == IDENTITY or (same and path.name == CHECKPOINTS):
@@ -184,7 +194,7 @@ def take_over(folder: Path, stage: str, identity: Mapping[str, Any]) -> bool:
 
 
 def put_in_place(folder: Path, out: Path, stage: str) -> None:
-    """Let the whole artifact `folder` become `out`. A crash in between is mended by the next call of `writing`."""
+    """Let the whole artifact `folder` become `out`. A crash in between is mended by the next `write_artifact`."""
     refuse_foreign(out, stage)  # once more: hours may lie between
     before = remove_replaced(out, stage)
     remove_folder(folder / CHECKPOINTS)
@@ -192,7 +202,17 @@ def put_in_place(folder: Path, out: Path, stage: str) -> None:
     if out.exists():
         out.rename(before)
     folder.rename(out)
+    sync(out.parent)
     remove_folder(before)
+
+
+def set_aside(out: Path, stage: str) -> None:
+    """Rename the artifact `out`, whose manifest a power cut emptied: nothing says any more whose its files are."""
+    aside = out.with_name(out.name + ".emptied")
+    if aside.exists():
+        raise UserError(f"{out}: its {MANIFEST} is empty, and {aside} is in the way of it. Move both away")
+    out.rename(aside)
+    click.echo(f"{stage}: {out}: its {MANIFEST} is empty, so it is made again; what was there is {aside}", err=True)
 
 
 def remove_replaced(out: Path, stage: str) -> Path:

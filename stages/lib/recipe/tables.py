@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+# Keys that change no result, so that no identity holds them: a run goes on from its checkpoint when they change.
+UNCHANGING = ("save_steps", "log_steps", "show_completions_steps")
 MAX_VLLM_RANK = 512  # of a LoRA (vllm/config/lora.py)
 
 
@@ -60,7 +62,9 @@ class Vllm:
 class Health:
     """`[health]`: what ends a training run that would only waste GPU hours (`stages/lib/train/health.py`)."""
 
-    log_entries: Annotated[int, FROM_1] = 20  # in a row, all of which show a sign, before it counts; nan counts at once
+    log_entries: Annotated[int, FROM_1] = (
+        20  # of log_steps each, all of which show a sign, before it counts; nan: at once
+    )
     max_kl: Annotated[float, OVER_0] | None = None  # nats; with beta = 0 none is measured
     min_entropy: Annotated[float, FROM_0] | None = None  # nats a token; not with engine unsloth, which measures none
     max_entropy: Annotated[float, OVER_0] | None = None
@@ -183,7 +187,7 @@ class Sft:
     packing: bool  # several examples in one row of max_tokens, instead of padding
     gradient_checkpointing: bool  # compute a layer's activations again instead of keeping them: less memory, slower
     save_steps: Annotated[int, FROM_1]  # a checkpoint every so many steps
-    log_steps: Annotated[int, FROM_1]  # a log entry every so many steps
+    log_steps: Annotated[int, FROM_1]  # each step is logged; so many are an entry that [health] counts
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ class Grpo:
     max_grad_norm: Annotated[float, FROM_0]
     gradient_checkpointing: bool  # as in [sft]
     save_steps: Annotated[int, FROM_1]  # a checkpoint every so many steps
-    log_steps: Annotated[int, FROM_1]  # a log entry every so many steps
+    log_steps: Annotated[int, FROM_1]  # each step is logged; so many are an entry that [health] counts
     show_completions_steps: Annotated[int, FROM_1]  # every so many steps, a table of samples on the terminal
     min_completion_tokens: int | None = None  # out of GPU memory, the last resort is completions down to this; None: no
 
@@ -319,8 +323,12 @@ class Recipe:
     score_base: ScoreBase | None = None
 
     def tables(self, *names: str) -> dict[str, Any]:
-        """Return the named tables as plain dicts: what a stage's manifest states as used."""
-        return {name: dataclasses.asdict(getattr(self, name)) for name in names if getattr(self, name) is not None}
+        """Return the named tables as plain dicts, without `UNCHANGING`: what a stage's manifest states as used."""
+        tables = {name: dataclasses.asdict(getattr(self, name)) for name in names if getattr(self, name) is not None}
+        return {
+            name: {key: value for key, value in table.items() if key not in UNCHANGING}
+            for name, table in tables.items()
+        }
 
 
 def is_hub_name(name: str) -> bool:

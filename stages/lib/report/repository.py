@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.lib.artifact.manifest import LOGS, MANIFEST, sha256_of
+from stages.lib.artifact.digests import sha256_of
+from stages.lib.artifact.manifest import LOGS, MANIFEST, OUTSIDE
 from stages.lib.errors import UserError
 from stages.lib.ollama import modelfile
 from stages.lib.recipe.tables import Recipe, is_hub_name
@@ -113,7 +114,7 @@ def refuse_unknown(folder: Path, stage: str, manifest: Mapping[str, Any]) -> Non
     """Raise `UserError` when an artifact holds a symbolic link, or a file that its manifest does not state."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        known = path.is_dir() or name == MANIFEST or name.startswith(f"{LOGS}/")
+        known = path.is_dir() or name in (MANIFEST, OUTSIDE) or name.startswith(f"{LOGS}/")
         if path.is_symlink() or not (known or name in manifest["files"]):
             found = "is a symbolic link" if path.is_symlink() else f"was not written by {stage}"
             raise UserError(f"{path}: {found}; expected only files that {folder / MANIFEST} states. Move it away")

@@ -1,5 +1,6 @@
 """A user's own rewards: `FILE.py:FUNCTION`, found, imported and checked."""
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.lib.artifact.code import ROOT, imported_modules
 from stages.lib.errors import UserError, nearest
 from stages.lib.rewards.judge import Completion, Reward
 
@@ -21,10 +23,20 @@ from stages.lib.rewards.judge import Completion, Reward
 def own_reward_files(names: Sequence[str], recipe_folder: Path) -> dict[str, Path]:
     """Give the user's own files among the rewards `names`, by name: who pays by them is out of date when they change.
 
-    Leaves out those that are not there, which `load` refuses.
+    With them go the files of the checkout that they import, outside `stages/`. Leaves out those that are not there or
+    do not parse, which `load_own` refuses.
     """
-    paths = {name: (recipe_folder / name.rpartition(":")[0]).resolve() for name in names if ":" in name}
-    return {name: path for name, path in paths.items() if path.is_file()}
+    todo = {name: (recipe_folder / name.rpartition(":")[0]).resolve() for name in names if ":" in name}
+    found: dict[str, Path] = {}
+    while todo:
+        name, path = todo.popitem()
+        if name in found or not path.is_file():
+            continue
+        found[name] = path
+        with contextlib.suppress(SyntaxError, ValueError):
+            modules = imported_modules(path.read_bytes())
+            todo |= {module: ROOT / module for module in modules if not module.startswith("stages/")}
+    return found
 
 
 def is_own(name: str) -> bool:

@@ -41,7 +41,7 @@ class Setting:
 
 def read_setting(folder: Path) -> Setting:
     """Return what the Modelfile of the finished ollama-modelfile artifact `folder` says."""
-    read_manifest(folder, "ollama-modelfile")
+    read_manifest(folder, "ollama-modelfile", "*")
     commands = modelfile.read(folder / "Modelfile")
 
     def number(name: str) -> float:

@@ -2,14 +2,20 @@
 
 import gc
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Health
 from stages.lib.train import health
+from stages.lib.train.checkpoints import mark_complete
 
-COMPLETE = "complete"  # in a checkpoint: everything was written; transformers itself writes one file after another
+
+def heeded_signals() -> list[signal.Signals]:
+    """Return the signals that end a run in good order: not one that is ignored, as HUP is under nohup."""
+    ending = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    return [number for number in ending if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tuple[Any, Any, Any]:
@@ -33,22 +39,24 @@ def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tup
             self.tqdm.close()
 
     class StopOnSignal(TrainerCallback):
-        """Save and stop after the round in which TERM or INT came; mark what was saved as complete."""
+        """Save and stop after the round in which TERM, HUP or INT came; mark what was saved as complete."""
 
         signal: int | None = None
 
         def on_train_begin(self, args, state, control, **kwargs):
-            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {number: signal.signal(number, self.note) for number in heeded_signals()}
 
         def note(self, number, frame):
             self.signal = number
+            if number == signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
 
         def on_step_end(self, args, state, control, **kwargs):
             if self.signal is not None and state.global_step % round_steps == 0:
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args, state, control, **kwargs):
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            mark_complete(Path(args.output_dir), state.global_step)
 
         def on_train_end(self, args, state, control, **kwargs):
             for number, handler in self.before.items():
@@ -61,7 +69,8 @@ def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tup
             self.said: set[str] = set()
 
         def on_log(self, args, state, control, **kwargs):
-            for check, advice in health.find(state.log_history, knobs, scaled=args.fp16).items():
+            steps = replace(knobs, log_entries=knobs.log_entries * args.logging_steps)  # the trainer logs each step
+            for check, advice in health.find(state.log_history, steps, scaled=args.fp16).items():
                 if check not in knobs.warn_only:
                     raise UserError(f"stopped at step {state.global_step} by the {check} check: {advice}")
                 if check not in self.said:

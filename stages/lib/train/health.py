@@ -29,7 +29,7 @@ def find(log: Sequence[dict[str, float]], knobs: Health, *, scaled: bool = False
     def all_of(name: str, test) -> bool:
         return len(recent(name)) == knobs.log_entries and all(map(test, recent(name)))
 
-    for_so_long = f"for {knobs.log_entries} log entries"
+    for_so_long = f"for {knobs.log_entries} logged steps"
     if all_of("frac_reward_zero_std", lambda value: value >= 1.0):  # the share of groups; reward_std is of all at once
         found["constant_reward"] = (
             f"within a group every completion was paid the same {for_so_long}: there is nothing to learn from. Run: "

@@ -1,6 +1,7 @@
-"""What SFT and GRPO share: checkpoints to trust, an orderly end on TERM, and what a person sees meanwhile."""
+"""What SFT and GRPO share: an orderly end on TERM, what is logged, and what is saved at the end."""
 
 import glob
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,8 @@ import click
 from stages.lib.artifact.folder import Run
 from stages.lib.artifact.manifest import LOGS
 from stages.lib.recipe.tables import Health
-from stages.lib.train.callbacks import COMPLETE, make_callbacks
+from stages.lib.train.callbacks import make_callbacks
+from stages.lib.train.checkpoints import last_checkpoint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,16 +32,16 @@ def run_trainer(
 ) -> None:
     """Run `trainer`, from its last complete checkpoint if there is one, with `bar` naming the metrics beside the bar.
 
-    On TERM or INT the round of `round_steps` in hand is finished (for a trainer that can only be carried on between
-    two), a checkpoint is saved, and the process exits with 128 + the signal. Raises `UserError` when the log shows
-    what `knobs` say is a wasted run.
+    On TERM, HUP or INT the round of `round_steps` in hand is finished (for a trainer that can only be carried on
+    between two), a checkpoint is saved, and the process exits with 128 + the signal. A second INT ends it at once.
+    Raises `UserError` when the log shows what `knobs` say is a wasted run.
     """
     from transformers import PrinterCallback, ProgressCallback
 
     progress, stop, watch = make_callbacks(bar, round_steps, knobs)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    for callback in (progress, stop, watch, *extra):
+    for callback in (log_every_step(), progress, stop, watch, *extra):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints, trainer.args.max_steps))
     if stop.signal is not None:
@@ -47,6 +49,22 @@ def run_trainer(
             f"stopped by {signal.Signals(stop.signal).name}, saved at step {trainer.state.global_step}", err=True
         )
         raise SystemExit(128 + stop.signal)
+
+
+def log_every_step() -> Any:
+    """Return a callback that lets the trainer log each step, and save as often as its arguments now say.
+
+    So what is recorded depends neither on log_steps nor on the step at which a run was killed: the trainer keeps its
+    sums since the last entry in memory alone. And it goes by the log_steps and save_steps of a checkpoint that it is
+    carried on from.
+    """
+    from transformers import TrainerCallback
+
+    class LogEveryStep(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.logging_steps, state.save_steps = 1, args.save_steps
+
+    return LogEveryStep()
 
 
 def read_rows(path: Path, run: Run) -> "Dataset":
@@ -71,24 +89,6 @@ def configure(kind: "type[TrainingArguments]", fields: dict[str, Any]) -> "Train
     return config
 
 
-def last_checkpoint(folder: Path, steps: int) -> str | None:
-    """Return the newest complete checkpoint under `folder` for a run of `steps`, or None; delete the others of no use.
-
-    Those are what a crash left incomplete, and the checkpoint of the last step: carried on from there, transformers'
-    Trainer would take one step more.
-    """
-    usable = {}
-    for path in folder.glob("checkpoint-*"):
-        if not path.name.removeprefix("checkpoint-").isdecimal():
-            continue  # somebody's own
-        step = int(path.name.split("-")[1])
-        if (path / COMPLETE).is_file() and step < steps:
-            usable[step] = path
-        else:
-            shutil.rmtree(path)
-    return str(usable[max(usable)]) if usable else None
-
-
 def keep_logs(checkpoints: Path) -> None:
     """Let TensorBoard's files lie with the checkpoints, so that a run that is carried on keeps its curves."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(checkpoints / LOGS)
@@ -98,6 +98,11 @@ def save_adapter(trainer: "Trainer", tokenizer: Any, run: Run) -> None:
     """Save the adapter in `adapter/`, the tokenizer with its chat template in `tokenizer/`, the curves in `logs/`."""
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(run.folder / "adapter")
     (run.folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    path = run.folder / "adapter" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    if isinstance(settings["target_modules"], list):  # of a set: in another order in each process
+        settings["target_modules"].sort()
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True))
     tokenizer.save_pretrained(run.folder / "tokenizer")
     shutil.rmtree(run.folder / "cache", ignore_errors=True)
     shutil.copytree(run.checkpoints / LOGS, run.folder / LOGS)  # a copy: killed now, the run still needs its own

@@ -1,0 +1,61 @@
+"""Checkpoints to trust: which are whole, and from which one a run is carried on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+
+from stages.lib.artifact.manifest import describe_files, sync, sync_files, write_json
+
+COMPLETE = "complete"  # in a checkpoint: size and sha256 of all its other files, written when these are on the disk
+
+
+def mark_complete(folder: Path, step: int) -> None:
+    """Write `complete` into the checkpoint of `step` under `folder`: transformers writes one file after another.
+
+    What lies beside it, such as the completions so far, is on the disk before that as well.
+    """
+    checkpoint = folder / f"checkpoint-{step}"
+    sync_files(checkpoint)
+    for path in folder.iterdir():
+        if path.is_file():
+            sync(path)
+    sync(folder)
+    write_json(checkpoint / COMPLETE, describe_files(checkpoint))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Say whether the files of a checkpoint are those that its `complete` states; after a power cut they may not be."""
+    try:
+        stated = json.loads((checkpoint / COMPLETE).read_text())
+    except ValueError:
+        return False
+    found = describe_files(checkpoint)
+    return {name: found[name] for name in found if name != COMPLETE} == stated
+
+
+def last_checkpoint(folder: Path, steps: int) -> str | None:
+    """Return the newest whole checkpoint under `folder` for a run of `steps`, or None.
+
+    Deletes those that are of no use: what a crash left without its `complete`, and the checkpoint of the last step, as
+    transformers' Trainer, carried on from there, would take one step more. One that is complete and yet not whole is
+    renamed to `torn-STEP`, and a line says so.
+    """
+    usable = {}
+    for path in folder.glob("checkpoint-*"):
+        if not path.name.removeprefix("checkpoint-").isdecimal():
+            continue  # somebody's own
+        step = int(path.name.removeprefix("checkpoint-"))
+        if (path / COMPLETE).is_file() and step < steps:
+            usable[step] = path
+        else:
+            shutil.rmtree(path)
+    for step in sorted(usable, reverse=True):
+        if is_whole(usable[step]):
+            return str(usable[step])
+        aside = folder / f"torn-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        usable[step].rename(aside)
+        click.echo(f"{usable[step]}: is not whole, as after a power cut; it is now {aside}, and is not used", err=True)
+    return None

@@ -11,7 +11,7 @@ from stages.lib.artifact.code import code_digest
 ROOT = Path(__file__).parents[2]
 
 EDITS = [
-    ("lib/recipe/tables.py", "OVER_0 = (", "OVER_1 = OVER_0 = (", False),
+    ("lib/recipe/tables.py", "MAX_VLLM_RANK = 512", "MAX_VLLM_RANK = 256", False),
     ("lib/recipe/read.py", "def ", "class Nothing: ...\n\n\ndef ", True),
     ("lib/recipe/rules.py", "def ", "class Nothing: ...\n\n\ndef ", True),
     ("lib/train/callbacks.py", "def ", "class Nothing: ...\n\n\ndef ", True),  # progress

@@ -62,9 +62,7 @@ class Vllm:
 class Health:
     """`[health]`: what ends a training run that would only waste GPU hours (`stages/lib/train/health.py`)."""
 
-    log_entries: Annotated[int, FROM_1] = (
-        20  # of log_steps each, all of which show a sign, before it counts; nan: at once
-    )
+    log_entries: Annotated[int, FROM_1] = 20  # of log_steps each: a sign counts when all of them show it; nan at once
     max_kl: Annotated[float, OVER_0] | None = None  # nats; with beta = 0 none is measured
     min_entropy: Annotated[float, FROM_0] | None = None  # nats a token; not with engine unsloth, which measures none
     max_entropy: Annotated[float, OVER_0] | None = None

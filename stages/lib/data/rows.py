@@ -98,6 +98,14 @@ def has_decimal_comma(text: str, kind: str) -> bool:
     return kind.startswith("number") and "," in text and canonical(kind, text) is None is not canonical(COMMA, text)
 
 
+def separators_in(answer: str, kind: str) -> str:
+    """Return "decimal comma" or "two ways" for an answer that has the one or reads so; "" for another."""
+    text = answer.rpartition("####")[2].strip()
+    if kind.startswith("number") and READS_TWO_WAYS.search(text):
+        return "two ways"
+    return "decimal comma" if has_decimal_comma(text, kind) else ""
+
+
 def completion_of(worked: str, answer: str, style: str, answer_format: Format) -> str:
     """Return the SFT completion. Raises `Unusable` without a solution, or with one that can't be written."""
     if style == "think":
@@ -170,10 +178,8 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
             places.append(place)
         except Unusable as error:
             leave_out(place, error)
-        if isinstance(answer, str) and not source.decimal and ("," in answer or "." in answer):
-            which = "two ways" if READS_TWO_WAYS.search(answer) else "decimal comma"
-            if which not in separators and (which == "two ways" or has_decimal_comma(answer, kind)):
-                separators[which] = f"{batch.where(place)}: {answer.strip()[-40:]!r}"
+        if not source.decimal and isinstance(answer, str) and (found := separators_in(answer, kind)):
+            separators.setdefault(found, f"{batch.where(place)}: {answer.strip()[-40:]!r}")
     if not problems:
         return Checked(batch.origin, len(batch.numbers), 0, {}, {}, [], removed, separators)
     questions = [question for question, _, _ in problems]

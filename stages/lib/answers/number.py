@@ -56,7 +56,7 @@ _QUANTITY = re.compile(
       | (?P<above>{_GROUPED}) \s?/\s? (?P<below>\d+)
       | (?P<base>\d+) {_POWER_OF} (?P<power>-?\d{{1,3}})
       | (?P<number>{_DIGITS}) (?P<repeats> (?<=[.\d])\(\d+\) | \.\.\. )? (?: [eE](?P<exponent>[+-]?\d{{1,3}}) )?
-        (?: \s? [*x] \s? 10 {_POWER_OF} (?P<ten>-?\d{{1,3}}) )? )
+        (?: \s? [*x×] \s? 10 {_POWER_OF} (?P<ten>-?\d{{1,3}}) )? )
     (?P<scales> (?: \s+ (?:{"|".join(SCALES)})\b )+ | (?:{"|".join(SHORT_SCALES)})(?![^\W\d_]) )?
     """,
     re.VERBOSE | re.I,
@@ -64,7 +64,7 @@ _QUANTITY = re.compile(
 _MINUS = re.compile(r"-|minus|negative")
 _WORD = r"[^\W\d_]+(?:['-][^\W\d_]+)*"
 _TOKEN = re.compile(rf"{_WORD}(?:\^?[23](?!\d))?|°\s?[CF]\b|\S")
-_NAMED = re.compile(r"(?<![^\W\d_])(?:[A-Za-z]|[A-Z]{2}|m?\s?∠\s?[A-Z]{0,3}x?)\s*(?==|~|:|is\b|equals\b)")
+_NAMED = re.compile(r"(?<![^\W\d_])(?:[A-Za-z]|[A-Z]{2}|m?\s?∠\s?[A-Z]{0,3}x?)(?=\s*[=~:]|\s+(?:is|equals)\b)")
 _INDEX = re.compile(r"(?<=(?<![A-Za-z])[A-Za-z])(?:_\{?\w{1,3}\}?|\([a-z0-9]{1,3}\))(?=\s*[=:~])")
 _BELOW_ZERO = re.compile(r"(\s*(?:°\s?[CF]?|degrees?(?:\s+(?:celsius|fahrenheit))?)?)\s+below(?:\s+0)?\b", re.I)
 _SMALLER_PART = re.compile(rf"\s*(\w+)\s*(?:,|\band\b)?\s*({_DIGITS})\s*(\w+)")
@@ -122,7 +122,8 @@ def _read_match(text: str, match: re.Match[str]) -> Number | None:
     money = _MINUS.sub("", signs).replace("+", "").strip(" .")
     if value is None or minus + signs.count("+") > 1 or not _leaves_alone(before, signs):
         return None
-    if (money and find_unit(money) is None) or (before.strip() == "(" and not minus):  # "($5)" is a loss
+    is_loss = (before.strip(), after.strip(" ."), minus) == ("(", ")", 0)  # "($5)"
+    if is_loss or (money and find_unit(money) is None):
         return None
     below = _BELOW_ZERO.match(after)
     if below and not signs:
@@ -201,7 +202,7 @@ def _leaves_alone(before: str, signs: str) -> bool:
         thing = word not in UNITS and find_unit(word) is not None
         if not (thing or any(word in known for known in (PLAIN, HEDGES, NAMES, _AROUND, "=~"))):
             return False
-        if word == "!" and tokens[place + 1 : place + 2] == ["="]:
+        if word == "!" and (place + 1 == len(tokens) or tokens[place + 1] == "="):
             return False
     if last == "of":  # "the square of 5"
         return len(tokens) > 1 and tokens[-2] in ("total", "cost", "price", "amount", "answer")

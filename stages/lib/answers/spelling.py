@@ -7,14 +7,18 @@ import unicodedata
 from stages.lib.answers.words import CARDINALS, PARTS, SCALES
 
 _SPELLED = {
-    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), **dict.fromkeys("×✕⨯·⋅∙∗", "*"),
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"), **dict.fromkeys("✕⨯·⋅∙∗", "×"),
     **dict.fromkeys("≈∼≃≅～", "~"), **dict.fromkeys("“”„«»「」", '"'), **dict.fromkeys("‘’′ʼ", "'"),
     **dict.fromkeys("º˚", "°"), **dict.fromkeys("⁄∕", "/"), "∴": " ", "⇒": "=", "→": "=",
-    "。": ".", "、": ",", "٫": ".", "٬": ",", "٪": "%", "℃": "°C", "℉": "°F", "…": "...",
+    "。": ".", "、": ",", "٫": ".", "٬": ",", "٪": "%", "℃": "°C",
+    "￥": "¥", "￡": "£", "\ufeff": "", "℉": "°F", "…": "...",
 }  # fmt: skip
 SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-_STYLE = r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|operatorname|mbox|bf|rm)\s*\{([^{}]*)\}"
+_STYLE = (
+    r"\\(?:text|textbf|textit|textrm|textsf|underline|"
+    r"mathrm|mathbf|mathit|mathsf|operatorname|mbox|bf|rm)\s*\{([^{}]*)\}"
+)
 _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -31,7 +35,7 @@ _LATEX = [
         (r"\^\s*\{\s*(-?\d+)\s*\}", r"^\1"),
         (r"\\(?:boxed|fbox)\s*\{([^{}]*)\}", r" \1 "),
         (r"\\boxed(\d)", r" \1"),
-        (r"\\(?:times|cdot)(?![a-z])", "*"),
+        (r"\\(?:times|cdot)(?![a-z])", "×"),
         (r"\\(?:approx|sim|simeq)(?![a-z])", "~"),
         (r"\\(?:alpha|beta|gamma|delta|theta|phi|lambda|mu|sigma|omega)\b", "x"),
         (r"\\(?:angle|measuredangle|triangle)\b", "∠"),

@@ -48,7 +48,8 @@ _SIZES = {
     "$": "1 $ ＄ us$ usd dollar dollars buck bucks; 1/100 ¢ cent cents penny pennies",
     "€": "1 € eur euro euros", "£": "1 £ gbp; 1/100 pence", "¥": "1 ¥ jpy cny yen yuan rmb 元 円 圆 块 日元 人民币",
     "₹": "1 ₹ rs inr rupee rupees; 1/100 paise", "won": "1 won ₩ krw 원", "peso": "1 peso pesos mxn",
-    "franc": "1 franc francs chf", "kr": "1 kr sek nok dkk krona kronor kroner", "rub": "1 rub ₽ ruble rubles руб",
+    "franc": "1 franc francs chf", "kr": "1 kr sek nok dkk krona kronor kroner",
+    "rub": "1 rub ₽ ruble rubles руб рублей рубля",
     "%": "1 % percent pct prozent", "°": "1 ° deg degs degree degrees", "°C": "1 °C celsius centigrade",
     "°F": "1 °F fahrenheit", "rad": "1 rad radian radians", "W": "1 W watt watts; 1000 kW kilowatt kilowatts",
     "J": "1 J joule joules; 1000 kJ", "N": "1 N newton newtons", "V": "1 V volt volts", "A": "1 A amp amps amperes",
@@ -82,25 +83,23 @@ HEDGES = frozenset("about approximately approx around roughly circa ca maybe per
 # Words that leave a number alone wherever they stand in a sentence that gives an answer.
 PLAIN = frozenset(
     """
-    a an the this that these those it he she they we you i its his her their our your my him them us me
-    is are was were be been being will would should must can could do does did
-    and in of for to at on with as so then thus therefore hence finally now here there which who when where how many
-    much what because since while
-    ans answer answers final result results solution total totals sum value values number numbers amount count quantity
+    a an the this that these those it he she they we you i its his her their our your my him them us me is are was
+    were be been being will would should must can could do does did and in of for to at on with as so then thus
+    therefore hence finally now here there which who when where how many much what because since while ans answer
+    answers final result results solution total totals sum value values number numbers amount count quantity
     altogether overall together all each every whole entire both exactly precisely just only simply correct right
-    equal equals is gives give makes make made get gets got have has had having need needs needed want wants
-    go goes went going come comes came take takes took taken use uses used spend spends spent pay pays paid earn earns
+    equal equals is gives give makes make made get gets got have has had having need needs needed want wants go goes
+    went going come comes came take takes took taken use uses used spend spends spent pay pays paid earn earns
     earned sell sells sold buy buys bought cost costs costing eat eats ate eaten drink drinks drank read reads write
-    writes wrote run runs ran walk walks walked drive drives drove travel travels traveled work works worked see sees
-    saw find finds found receive receives received save saves saved collect collects collected bake bakes baked pick
-    picks picked plant plants planted scored know knows hold holds held contain contains contained
-    remain remains remaining live lives lived
-    price distance length width height area volume perimeter speed rate time age weight mass profit revenue income
-    salary change temperature average mean median mode probability fraction percentage angle radius diameter
-    sq big small large little red blue green yellow white black orange brown pink purple new old fresh long wide tall
-    high deep heavy hot cold full empty different same other extra additional such own good
-    antwort lautet ist die der das insgesamt réponse est la le respuesta es el total ответ 答案 答案是 是 为 答え
-    答えは です 답 정답
+    writes wrote run runs ran walk walks walked drive drives drove travel travels traveled work works worked see
+    sees saw find finds found receive receives received save saves saved collect collects collected bake bakes baked
+    pick picks picked plant plants planted scored know knows hold holds held contain contains contained remain
+    remains remaining live lives lived price distance length width height area volume perimeter speed rate time age
+    weight mass profit revenue income salary change temperature average mean median mode probability fraction
+    percentage angle radius diameter sq big small large little red blue green yellow white black orange brown pink
+    purple new old fresh long wide tall high deep heavy hot cold full empty different same other extra additional
+    such own good antwort lösung ergebnis lautet beträgt ist sind hat es die der das insgesamt jibu ni elle il tiene
+    son réponse est la le respuesta es el total ответ 答案 答案是 是 为 答え 答えは です 답 정답
     """.split()
 )
 # Words that leave a number alone when they follow it: `5 more`, while `more than 5` is another number.
@@ -108,60 +107,62 @@ AFTER = frozenset("more left still away ahead later earlier again today tomorrow
 NAMES = frozenset(
     """
     adam alex alice amy andrew andy anna anne anthony ben betty bill billy bob bobby brian carl carla carlos carol
-    charlie chris cindy claire dan daniel dave david dean diana donna ed ella emily emma eric eva eve frank fred gary
-    george grace greg hannah harry helen henry jack jacob jake james jane janet jason jeff jen jennifer jenny jerry
-    jessica jill jim jimmy joe john johnny jordan jose joseph josh joy juan julia julie karen kate katie kelly ken kevin
-    kim kyle larry laura lee leo linda lisa lily lucy luke maria marie mark martha martin mary matt max megan melissa
-    mia michael mike molly nancy natalia nick nina noah olivia oscar pam pat paul pedro peter phil rachel ralph randy
-    ray rebecca richard rick rob robert roger ron rosa rose roy ruth ryan sally sam samantha sandy sara sarah scott sean
-    seth sharon sophia stacy stephanie steve steven sue susan tanya ted terry tim tina toby tom tommy tony tracy travis
-    tyler uli vanessa victor wendy weng will william zoe betsy
+    charlie chris cindy claire dan daniel dave david dean diana donna ed ella emily emma eric eva eve frank fred
+    gary george grace greg hannah harry helen henry jack jacob jake james jane janet jason jeff jen jennifer jenny
+    jerry jessica jill jim jimmy joe john johnny jordan jose joseph josh joy juan julia julie karen kate katie kelly
+    ken kevin kim kyle larry laura lee leo linda lisa lily lucy luke maria marie mark martha martin mary matt max
+    megan melissa mia michael mike molly nancy natalia nick nina noah olivia oscar pam pat paul pedro peter phil
+    rachel ralph randy ray rebecca richard rick rob robert roger ron rosa rose roy ruth ryan sally sam samantha
+    sandy sara sarah scott sean seth sharon sophia stacy stephanie steve steven sue susan tanya ted terry tim tina
+    toby tom tommy tony tracy travis tyler uli vanessa victor wendy weng will william zoe betsy
     """.split()
 )
 
 # What is counted, in the singular.
 THINGS = frozenset(
     """
-    animal ant apple apricot aquarium arrow article baby backpack bag bagel baker ball balloon banana band bar barrel
-    basket basketball bat bath bead bean bear bed bee beer bicycle bike bill bird birthday biscuit blanket block blouse
-    board boat bonus book booklet bookmark bottle bouquet bowl box boy bracelet branch brand bread brick bridge brother
-    brownie brush bucket bug building bulb bunch bundle bun bus bush butterfly button cabin cabbage cage cake calf call
-    camel camera camper can candle candy cap car card cardboard carpet carrot carton case cat caterpillar cent chair
-    chapter cherry chick chicken child chip chocolate cigarette circle city class classmate classroom client clip clock
-    clove coat cob coconut coin color colour column comic computer cone container contestant cookie corner couch country
-    cousin cow crab cracker crate crayon creature crop cucumber cupcake customer daisy dancer daughter deck deer
-    delivery desk diamond dime dinner dinosaur dish doctor dog doll dolphin donkey donut doughnut door dragon drawer
-    drawing dress drink driver drop duck ear earring edge egg elephant employee engine engineer envelope episode eraser
-    error event exam exercise eye face factory family fan farm farmer feather fence field file film finger firefighter
-    fish flag floor flower fly folder fork fountain fox friend frog fruit game garden ghost gift giraffe girl glass
-    glasses glove goal goat goose grade grape grandchild grain group guest guitar guppy gumball gym hamburger hammer
-    hamster hand handful hat head hen hill hive hole holiday home horse hospital hotel house hurdle ice icecream image
-    insect inhabitant invitation island item jacket jar jelly jellybean job joke journal jug juice key kid kite kitten
-    knight knot lamb lamp lap lawn laptop layer leaf leg lemon lesson letter level library light lime line lion list
-    load lobster loaf lollipop lot lunch machine magazine magnet man map marble marker mask mat match mattress meal
-    medal meeting member message milk mistake mode monkey morning mosquito mountain mouse mouth movie mug mushroom nail
-    napkin necklace neighbor neighbour nest net nickel night nightstand note notebook novel nurse nut object ocean
-    office onion orange orchid order outfit owl ox package packet pad page paint painting pair pan pancake pant panel
-    paper parent park part participant party passenger path patient pattern pea peach peacock peanut pear pearl pebble
-    pen pencil penguin people pepper person pet petal phone photo photograph piano picture pie piece pig pigeon pile
-    pillow pill pilot pineapple pizza place plane planet plant plate play player plum pocket poem point pole pond pony
-    pool post poster pot potato pouch prawn present prize problem product program project pumpkin pupil puppy purse
-    puzzle question quilt rabbit race radio rat recipe record ribbon rice ring river road robot rock roll room rope rose
-    round row rug ruler runner sack salad sandwich sandwiche scarf school scientist scoop screw sea seashell season seat
-    section seed seedling serving sheep sheet shelf shell ship shirt shoe shoelace shop shot side sister site sketch
-    slice slide sloth slot snack snail snake sock soda soldier son song souvenir spider spoon sport spot square squirrel
-    stage stair stall stamp star station stick sticker stone store story strawberry straw street string student
-    suit suitcase sweater swimmer symbol table tank task taxi tea teacher team tent term test theater thing ticket tie
-    tiger tile tire toddler toe tomato tool tooth tour towel tower town toy track tractor train tray treat tree triangle
-    trip trophy truck tub tulip turkey turn turtle unit vacation van vase vegetable vehicle video villager vine visit
-    visitor volunteer vote wall water watermelon way week weekend wheel whale window winner wing wizard wolf woman word
-    worker workout worm yogurt zebra zone t-shirt half-cup ice-cream tennis children men women feet teeth mice geese
-    knives lives loaves leaves wolves calves shelves dice sheep oxen times occasion occurrence step stop
-    guess attempt try cell lego domino chess piece permutation combination arrangement choice option possibility subset
-    solution factor digit vertex vertices face side diagonal point pixel move shift session degree vial dose
-    capsule tablet bracket album app beverage burger brush cherry clip cracker diaper fry hotdog jean kayak litter ounce
-    portion pound quest rack rental sale sample scene sentence shopper skirt sprinkle stack stem stitch subscriber
-    sweet tadpole tourist tourists trailer tricycle user wagon
+    animal ant apple apricot aquarium arrow article baby backpack bag bagel baker ball balloon banana band bar
+    barrel basket basketball bat bath bead bean bear bed bee beer bicycle bike bill bird birthday biscuit blanket
+    block blouse board boat bonus book booklet bookmark bottle bouquet bowl box boy bracelet branch brand bread
+    brick bridge brother brownie brush bucket bug building bulb bunch bundle bun bus bush butterfly button cabin
+    cabbage cage cake calf call camel camera camper can candle candy cap car card cardboard carpet carrot carton
+    case cat caterpillar cent chair chapter cherry chick chicken child chip chocolate cigarette circle city class
+    classmate classroom client clip clock clove coat cob coconut coin color colour column comic computer cone
+    container contestant cookie corner couch country cousin cow crab cracker crate crayon creature crop cucumber
+    cupcake customer daisy dancer daughter deck deer delivery desk diamond dime dinner dinosaur dish doctor dog doll
+    dolphin donkey donut doughnut door dragon drawer drawing dress drink driver drop duck ear earring edge egg
+    elephant employee engine engineer envelope episode eraser error event exam exercise eye face factory family fan
+    farm farmer feather fence field file film finger firefighter fish flag floor flower fly folder fork fountain fox
+    friend frog fruit game garden ghost gift giraffe girl glass glasses glove goal goat goose grade grape grandchild
+    grain group guest guitar guppy gumball gym hamburger hammer hamster hand handful hat head hen hill hive hole
+    holiday home horse hospital hotel house hurdle ice icecream image insect inhabitant invitation island item
+    jacket jar jelly jellybean job joke journal jug juice key kid kite kitten knight knot lamb lamp lap lawn laptop
+    layer leaf leg lemon lesson letter level library light lime line lion list load lobster loaf lollipop lot lunch
+    machine magazine magnet man map marble marker mask mat match mattress meal medal meeting member message milk
+    mistake mode monkey morning mosquito mountain mouse mouth movie mug mushroom nail napkin necklace neighbor
+    neighbour nest net nickel night nightstand note notebook novel nurse nut object ocean office onion orange orchid
+    order outfit owl ox package packet pad page paint painting pair pan pancake pant panel paper parent park part
+    participant party passenger path patient pattern pea peach peacock peanut pear pearl pebble pen pencil penguin
+    people pepper person pet petal phone photo photograph piano picture pie piece pig pigeon pile pillow pill pilot
+    pineapple pizza place plane planet plant plate play player plum pocket poem point pole pond pony pool post
+    poster pot potato pouch prawn present prize problem product program project pumpkin pupil puppy purse puzzle
+    question quilt rabbit race radio rat recipe record ribbon rice ring river road robot rock roll room rope rose
+    round row rug ruler runner sack salad sandwich sandwiche scarf school scientist scoop screw sea seashell season
+    seat section seed seedling serving sheep sheet shelf shell ship shirt shoe shoelace shop shot side sister site
+    sketch slice slide sloth slot snack snail snake sock soda soldier son song souvenir spider spoon sport spot
+    square squirrel stage stair stall stamp star station stick sticker stone store story strawberry straw street
+    string student suit suitcase sweater swimmer symbol table tank task taxi tea teacher team tent term test theater
+    thing ticket tie tiger tile tire toddler toe tomato tool tooth tour towel tower town toy track tractor train
+    tray treat tree triangle trip trophy truck tub tulip turkey turn turtle unit vacation van vase vegetable vehicle
+    video villager vine visit visitor volunteer vote wall water watermelon way week weekend wheel whale window
+    winner wing wizard wolf woman word worker workout worm yogurt zebra zone t-shirt half-cup ice-cream tennis
+    children men women feet teeth mice geese knives lives loaves leaves wolves calves shelves dice sheep oxen times
+    occasion occurrence step stop guess attempt try cell lego domino chess piece permutation combination arrangement
+    choice option possibility subset solution factor digit vertex vertices face side diagonal point pixel move shift
+    session degree vial dose flour sugar butter market pcs pc pommes manzanas äpfel 個です capsule tablet bracket album
+    app beverage burger brush cherry clip cracker diaper fry hotdog jean kayak litter ounce portion pound quest rack
+    rental sale sample scene sentence shopper skirt sprinkle stack stem stitch subscriber sweet tadpole tourist
+    tourists trailer tricycle user wagon
     """.split()
 )
 

@@ -31,7 +31,7 @@ def code_digest(stage: str) -> str:
         name = todo.pop()
         if name in seen or name.startswith(FRAME) or not (ROOT / name).is_file():
             continue
-        source = (ROOT / name).read_text()
+        source = (ROOT / name).read_text(encoding="utf-8")
         seen[name] = without_comments(source)
         todo += imported_modules(source)
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()

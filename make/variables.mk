@@ -62,6 +62,8 @@ UPGRADE ?=
 export PYTHON TORCH_INDEX DOCKER
 # Threads that wait do so asleep: spinning, as is the default, makes a shared CPU up to eight times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Recipes, rows and manifests are UTF-8 in every locale; Python would read and write them in the locale's encoding.
+export PYTHONUTF8 := 1
 
 # $(call quoted,text): as one word for the shell, whatever is in it.
 quoted = '$(subst ','\'',$(1))'

@@ -133,7 +133,7 @@ def name_of(recipe: Recipe) -> str:
     llama.cpp reads Phi-3's control tokens rightly only where general.name says Phi-3 (src/llama-vocab.cpp), so the
     base's name has to be in it.
     """
-    return f"{recipe.model.name.rsplit('/', 1)[-1]} {recipe.path.stem}"
+    return f"{Path(recipe.model.name).name} {recipe.path.stem}"
 
 
 def make_adapter(base: Path, lora: Path, recipe: Recipe, run: Run) -> tuple[Path, Path]:

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -260,3 +261,11 @@ def test_a_file_must_end_as_often_as_the_merged_model(ended, allowed, missed):
 def test_a_divergence_that_is_no_number_is_a_miss():
     file = {"mean_kl": float("nan"), "max_mean_kl": 1.0, "ended": 1}
     assert gguf.misses("f16", {"reference": {"ended": 1, "prompts": 1}, "files": {"f16": file}}, 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["microsoft/Phi-3-mini", "./models/Phi-3-mini", "./models/Phi-3-mini/", "/m/Phi-3-mini/"]
+)
+def test_a_file_calls_itself_by_the_bases_name_also_where_the_recipe_ends_it_with_a_slash(name):
+    recipe = SimpleNamespace(model=SimpleNamespace(name=name), path=Path("recipes/own.toml"))
+    assert gguf.name_of(recipe) == "Phi-3-mini own"

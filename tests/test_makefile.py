@@ -423,6 +423,11 @@ def test_what_python_compiles_beside_the_code_is_no_change(copy):
     assert ran(copy, "all") == []
 
 
+def test_a_stage_reads_and_writes_utf_8_in_every_locale(copy):
+    (copy / "fake-python").write_text("#!/bin/bash\nexec python3 -c 'print(open(0).encoding)'")
+    assert "utf-8" in make(copy, "verify", LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0").stdout.lower()
+
+
 def test_no_stage_imports_another_one():
     files = sorted((ROOT / "stages").rglob("*.py"))
     assert len(files) > 50

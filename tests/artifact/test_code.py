@@ -87,3 +87,30 @@ def test_a_module_counts_however_it_is_imported(tmp_path, monkeypatch, line):
     before = code_digest("example")
     (tmp_path / "stages/lib/answers/stats.py").write_text("a = 2")
     assert code_digest("example") != before
+
+
+@pytest.mark.parametrize("line", ["import own", "from own import part", "import own.part", "from own.part import f"])
+def test_what_python_runs_when_a_package_is_imported_counts(tmp_path, monkeypatch, line):
+    (tmp_path / "own").mkdir()
+    for name in ("__init__", "part"):
+        (tmp_path / "own" / f"{name}.py").touch()
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+    assert "own/__init__.py" in code.imported_modules(line)
+    assert ("own/part.py" in code.imported_modules(line)) == ("part" in line)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ('x = (\n    "a"\n    "b"\n)', 'x = (\n    "a"  # why\n    # so\n\n    "b"\n)', True),
+        ('x = (\n    f"{a}"\n    f"b{c}"\n)', 'x = (\n    f"{a}"  # why\n    # so\n\n    f"b{c}"\n)', True),
+        ('x = """a\n# b\n"""', 'x = """a\n"""', False),
+        ('x = f"""{a}\n# b\n"""', 'x = f"""{a}\n"""', False),
+        ('x = f"""{a}\n\n"""', 'x = f"""{a}\n"""', False),
+        ('x = """a  \n"""', 'x = """a\n"""', False),
+        ("x = '\x0c\u2028'\ny = 1", "x = '\x0c\u2028'\ny = 1  # why\n", True),
+        ("x = '\x0c#a'", "x = '\x0c#b'", False),
+    ],
+)
+def test_a_comment_between_the_pieces_of_a_string_is_one_and_what_is_in_the_string_is_none(before, after, same):
+    assert (code.without_comments(before) == code.without_comments(after)) == same

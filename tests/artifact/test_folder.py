@@ -307,6 +307,7 @@ FOREIGN = {
     "a manifest that is none": ({"out/manifest.json": "{"}, "holds 'manifest.json'"),
     "a manifest without files": ({"out/manifest.json": '{"stage": "example"}', "out/mine": "x"}, "holds 'mine'"),
     "a manifest that is a list": ({"out/manifest.json": "[]"}, "holds 'manifest.json'"),
+    "a manifest that is a folder": ({"out/manifest.json/a": "", "out/mine": ""}, "holds 'manifest.json/a' and 1 more"),
     "--out is a file": ({"out": "mine"}, "out: is a file; expected a folder"),
     "a foreign unfinished folder": ({"out.unfinished/thesis.txt": "mine"}, "unfinished: was not made by example"),
     "an unfinished folder that is a file": ({"out.unfinished": "mine"}, "unfinished: was not made by example"),

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import tokenize
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).parents[3]
 # Modules that decide whether a stage runs, where it carries on and what a person reads, and not what comes out: of the
@@ -15,6 +15,8 @@ FRAME = (
     "stages/lib/recipe/rules.py", "stages/lib/report/figures.py", "stages/lib/report/terminal.py",
     "stages/lib/train/callbacks.py", "stages/lib/train/checkpoints.py", "stages/lib/train/health.py",
 )  # fmt: skip
+# Python 3.12 takes an f-string apart; before, it is one token like any other string.
+FSTRING_START, FSTRING_END = getattr(tokenize, "FSTRING_START", None), getattr(tokenize, "FSTRING_END", None)
 
 
 def code_digest(stage: str) -> str:
@@ -29,7 +31,7 @@ def code_digest(stage: str) -> str:
         name = todo.pop()
         if name in seen or name.startswith(FRAME) or not (ROOT / name).is_file():
             continue
-        source = (ROOT / name).read_text()
+        source = (ROOT / name).read_text(encoding="utf-8")
         seen[name] = without_comments(source)
         todo += imported_modules(source)
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
@@ -43,22 +45,29 @@ def imported_modules(source: str | bytes) -> list[str]:
             found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
-    paths = [f"{name.replace('.', '/')}.py" for name in found]
-    return [path for path in paths if (ROOT / path).is_file()]
+    modules = [PurePosixPath(*name.split(".")) for name in found]
+    paths = [f"{module}.py" for module in modules]
+    paths += [f"{package}/__init__.py" for module in modules for package in (module, *module.parents)]
+    return [path for path in dict.fromkeys(paths) if (ROOT / path).is_file()]
 
 
 def without_comments(source: str) -> str:
     """Return `source` less comments, docstrings, and the blank lines and trailing blanks that are in no string."""
-    lines = source.splitlines()
+    lines = source.split("\n")
+    in_strings: set[int] = set()  # but for a string's last line, which ends outside it
+    opened: list[int] = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        (row, column), (end, _) = token.start, token.end
         if token.type == tokenize.COMMENT:
-            row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    in_strings: set[int] = set()
+        elif token.type == tokenize.STRING:
+            in_strings.update(range(row, end))
+        elif token.type == FSTRING_START:
+            opened.append(row)
+        elif token.type == FSTRING_END:
+            in_strings.update(range(opened.pop(), end))
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
-            in_strings.update(range(node.lineno, node.end_lineno or 0))  # its last line ends outside it
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
             ast.get_docstring(node, clean=False) is not None
         ):

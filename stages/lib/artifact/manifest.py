@@ -74,7 +74,7 @@ def stage_of(path: Path) -> str | None:
     """Return the stage that the manifest or identity file `path` names; None when it is not there or names none."""
     try:
         stated = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         return None
     return stated.get("stage") if isinstance(stated, dict) else None
 

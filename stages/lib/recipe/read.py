@@ -21,7 +21,7 @@ def read_recipe(path: Path, base_model: Path | None = None) -> Recipe:
     its bounds, and for what contradicts itself across tables.
     """
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such recipe. Run: make help") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

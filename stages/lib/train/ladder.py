@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from stages.lib.artifact.manifest import write_json
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe, Vllm
 
@@ -128,9 +129,7 @@ def step_down(recipe: Recipe, stage: str, checkpoints: Path, step: int, error: E
     after = values(below, stage)
     steps.append({"at_step": step, "from": before, "to": after, "reason": reason})
     checkpoints.mkdir(parents=True, exist_ok=True)
-    temporary = checkpoints / f"{FILE}.tmp"
-    temporary.write_text(json.dumps(steps, indent=2))
-    temporary.rename(checkpoints / FILE)
+    write_json(checkpoints / FILE, steps)
     changed = ", ".join(f"{name} {old} -> {after[name]}" for name, old in before.items() if old != after[name])
     click.echo(f"out of GPU memory at step {step}: {changed}, and on from the last checkpoint", err=True)
     sys.stdout.flush()

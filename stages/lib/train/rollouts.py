@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stages.lib.artifact.manifest import write_whole
+
 
 def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
     """Return a callback that appends every sampled completion with its rewards to the JSON lines file `path`.
@@ -14,12 +16,8 @@ def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
 
     class KeepCompletions(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # KILL may have torn the last one
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_bytes(b"".join(line + b"\n" for line in kept))  # a run that is carried on repeats the rest
-            temporary.replace(path)
+            write_whole(path, lines_until(path, state.global_step))  # a run that is carried on repeats the rest
 
         def on_step_end(self, args, state, control, **kwargs):
             # TRL has no public way to a step's completions but a table on every log: these are its own records.
@@ -45,6 +43,19 @@ def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
                 show(rows, state.global_step)
 
     return KeepCompletions()
+
+
+def lines_until(path: Path, step: int) -> bytes:
+    """Return the lines of completions up to `step`. After them KILL or a power cut may have left anything."""
+    kept = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except ValueError:
+            break
+        kept.append(line + b"\n")
+    return b"".join(kept)
 
 
 def show(rows: list[dict[str, Any]], step: int) -> None:

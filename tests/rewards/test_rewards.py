@@ -359,7 +359,7 @@ def test_a_plain_function_of_the_users_own_is_a_reward_under_its_own_name(source
         ("def politeness(completions):\n    pass", "returned NoneType; expected a list of 2 numbers"),
         (
             "def politeness(completions, mood):\n    return [1.0, 1.0]",
-            "asks for mood, which is no column; .*completions, answer",
+            "asks for mood; expected names of columns: .*completions, answer",
         ),
     ],
 )
@@ -481,6 +481,6 @@ def test_an_own_reward_may_not_hide_behind_the_name_of_another(tmp_path):
         check_reward_names(["correctness", "mine.py:correctness"], XML, tmp_path)
 
 
-def test_every_reward_of_the_library_says_what_it_pays():
+def test_every_reward_of_the_library_says_what_it_rewards():
     for reward in [*SUITES["xml"].values(), *SUITES["think"].values(), *FOR_ANY_FORMAT.values()]:
-        assert reward.__doc__.startswith("Pay ")
+        assert reward.__doc__.startswith("Reward ")

@@ -1,8 +1,8 @@
 """Generated arithmetic word problems with checkable answers, for the training and evaluation of the tiny model."""
 
 import random
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Ben", "Eve", "Max", "Zoe", "Leo", "Ida", "Kim", "Jan")
 THINGS = ("apples", "books", "coins", "pens", "eggs", "cards", "cups", "shells", "nuts", "stamps", "plums", "beads")
@@ -11,7 +11,7 @@ SKIPPED = "That is easy."  # the solution's text where the working is skipped
 
 # The question, the steps from left to right, and what is drawn besides two names, a thing and a, b, c from 2 to 25.
 _FACTORS = range(2, 10)
-TEMPLATES: tuple[tuple[str, str, dict[str, str | range]], ...] = (
+TEMPLATES: tuple[tuple[str, str, dict[str, Sequence[Any]]], ...] = (
     ("What is {a} {sign} {b}?", "{a} {sign} {b}", {"sign": "+-"}),
     ("What is {a} {sign} {b} {then} {c}?", "{a} {sign} {b} {then} {c}", {"sign": "+-", "then": "+-"}),
     ("{name} has {a} {thing}. {name} buys {b} more and gives {c} away. How many {thing} does {name} have now?",
@@ -46,7 +46,7 @@ def problem(random_state: random.Random) -> Problem:
     while True:
         question, steps, extra = random_state.choice(TEMPLATES)
         name, other = random_state.sample(NAMES, 2)
-        values = {"name": name, "other": other, "thing": random_state.choice(THINGS)}
+        values: dict[str, Any] = {"name": name, "other": other, "thing": random_state.choice(THINGS)}
         values |= {letter: random_state.randint(2, 25) for letter in "abc"}
         values |= {key: random_state.choice(choices) for key, choices in extra.items()}
         first, *rest = steps.format(**values).split()

@@ -1,4 +1,4 @@
-"""The disk room that is free, held against what the recipe needs."""
+"""Findings on the free disk room, compared with what the recipe needs."""
 
 import json
 import os
@@ -18,12 +18,12 @@ CONTAINER_CACHE = Path("data/cache")
 
 
 def existing(path: Path) -> Path:
-    """Return `path`, or the nearest folder above it that is there."""
+    """Return `path`, or the nearest folder above it that exists."""
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
 def disk_findings(recipe: Recipe, shape: Shape, model: Path | None, cache: Path) -> Iterator[Finding]:
-    """Yield, for each file system that stages write to, whether there is room for those that are not finished."""
+    """Yield, for each file system, whether it has room for the unfinished stages that write to it."""
     out = ARTIFACTS / recipe.path.stem
     systems: dict[int, tuple[set[str], dict[str, Room]]] = {}
     for stage, room in disk_rooms(shape, recipe).items():
@@ -35,18 +35,15 @@ def disk_findings(recipe: Recipe, shape: Shape, model: Path | None, cache: Path)
             wanted[stage] = room
     for places, wanted in systems.values():
         need, free = most_room(wanted), shutil.disk_usage(min(places)).free
-        each = ", ".join(
+        stages = ", ".join(
             f"{stage} {room.kept / 1e9:.1f}{f' + {room.scratch / 1e9:.1f} for a while' if room.scratch > 1e8 else ''}"
             for stage, room in wanted.items()
             if room.kept + room.scratch > 5e7
         )
         found = f"{', '.join(sorted(places))}: {gigabytes(free)} free; needs {gigabytes(need)}"
-        found += f" ({each})" if each else ""
-        if need > free:
-            remedy = "free some, or put artifacts/ and HF_HOME on a larger disk; fewer [gguf] types need less"
-            yield Finding("fail", "disk", found, remedy)
-        else:
-            yield Finding("ok", "disk", found)
+        found += f" ({stages})" if stages else ""
+        remedy = "free some, or put artifacts/ and HF_HOME on a larger disk; fewer [gguf] types need less"
+        yield Finding("fail", "disk", found, remedy) if need > free else Finding("ok", "disk", found)
     if not systems:
         yield Finding("ok", "disk", "every stage is finished")
 
@@ -58,7 +55,6 @@ def image_room(recipe: Recipe, engine: tuple[int | None, str]) -> Iterator[Findi
     folder = Path(json.loads(engine[1]).get("DockerRootDir") or "/var/lib/docker")
     free = shutil.disk_usage(existing(folder)).free
     if free < 2 * IMAGE_BYTES:
-        yield Finding(
-            "warn", "disk", f"Docker's {folder} has {gigabytes(free)} free; building the CUDA image takes up to "
-            f"{gigabytes(2 * IMAGE_BYTES)}", "if it is not built yet: docker system prune, or a larger disk",
-        )  # fmt: skip
+        need = gigabytes(2 * IMAGE_BYTES)
+        found = f"Docker's {folder} has {gigabytes(free)} free; building the CUDA image takes up to {need}"
+        yield Finding("warn", "disk", found, "if it is not built yet: docker system prune, or a larger disk")

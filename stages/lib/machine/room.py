@@ -12,7 +12,7 @@ from stages.lib.recipe.tables import Recipe
 def gguf_bits(kind: str) -> int:
     """Return the most bits a weight takes in a GGUF file of type `kind` ("q4_k_m"), as the gguf stage counts them.
 
-    A type's digit understates its bits: scales, embeddings in a finer type, rows that fall back to one.
+    A type's digit understates its bits: it leaves out scales, and embeddings and rows that are in a finer type.
     """
     digit = int(re.findall(r"\d+", kind)[0])
     return digit if digit > 8 else min(digit + 3, 9)
@@ -20,14 +20,14 @@ def gguf_bits(kind: str) -> int:
 
 @dataclass(frozen=True)
 class Room:
-    """What a stage adds to the disk, in bytes."""
+    """The disk room that a stage takes, in bytes."""
 
     kept: int
-    scratch: int = 0  # besides, while it works
+    scratch: int = 0  # more, while it works
 
 
 def disk_rooms(shape: Shape, recipe: Recipe) -> dict[str, Room]:
-    """Return what each stage adds to the disk, by its name, in the order they run; "base" is the model itself."""
+    """Return the disk room of each stage, by its name, in the order they run; "base" is the model itself."""
     size, save = shape.parameters, recipe.save
     kinds = {name.lower() for name in recipe.gguf.types}
     source = "bf16" if "bf16" in kinds and "f16" not in kinds else "f16"  # all others are made from this one
@@ -51,7 +51,7 @@ def disk_rooms(shape: Shape, recipe: Recipe) -> dict[str, Room]:
 
 
 def most_room(rooms: Mapping[str, Room]) -> int:
-    """Return the most bytes that stages, run in order, take at once: what all before left, and one's own scratch."""
+    """Return the most bytes that stages, run in order, take at once: what all before kept, and one's own scratch."""
     done, most = 0, 0
     for room in rooms.values():
         done += room.kept

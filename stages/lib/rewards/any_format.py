@@ -21,7 +21,7 @@ def math_correct(
     an answer to 17 + 25. An answer that takes more than half a second of processor time is wrong.
     """
     parts = map(format.read, texts_of(completions))
-    return grades((read and read.answer for read in parts), answer, kind or ["math"] * len(answer))
+    return grades((read.answer if read else None for read in parts), answer, kind or ["math"] * len(answer))
 
 
 def length_penalty(

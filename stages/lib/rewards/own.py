@@ -5,6 +5,7 @@ import copy
 import functools
 import importlib.util
 import inspect
+import math
 import numbers
 import re
 import symtable
@@ -152,8 +153,8 @@ def _finite_rewards(name: str, rewards: Any, count: int) -> list[float]:
     if len(rewards) != count:
         raise UserError(f"[rewards] {name!r} returned {len(rewards)} rewards for {count} completions")
     for position, reward in enumerate(rewards):
-        # NaN is not, either; the comparison, unlike float(), takes 10**400 as well
-        if not isinstance(reward, numbers.Real) or not abs(reward) <= MAX_REWARD:
+        size: Any = abs(reward) if isinstance(reward, numbers.Real) else math.inf
+        if not size <= MAX_REWARD:  # NaN is not, either; float() would raise on 10**400
             raise UserError(
                 f"[rewards] {name!r} returned {_shown(reward)} ({type(reward).__name__}) for completion {position}; "
                 f"expected a finite number, {MAX_REWARD:.0e} at most in size"

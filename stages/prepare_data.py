@@ -1,10 +1,10 @@
 """Turn problems with checkable answers into the sft, grpo and eval sets: one answer form, no duplicates, no leaks.
 
-The rows are read once. Each is checked, written to a draft of its sets and fingerprinted; what has to go for the sake
-of other rows (duplicates, closeness to eval problems) is decided on the fingerprints, and the drafts are then copied
-without it. So memory grows by about 100 bytes a row and by the n-grams of the eval problems, not by the length of the
-texts; a JSON list alone is in memory whole. Where several processes share the work, each reads its lines from the file
-and has drafts of its own: the texts don't go from process to process.
+The rows are read once. Each is checked, written to a draft of its sets and fingerprinted. The fingerprints show which
+rows are duplicates or too close to eval problems, and the drafts are copied without those. So memory grows by about 100
+bytes a row and by the n-grams of the eval problems, not by the length of the texts; only a JSON list is in memory
+whole. Where several processes share the work, each reads its lines from the file and has drafts of its own: no texts
+are sent between processes.
 """
 
 import os
@@ -47,9 +47,9 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     run_recipe = read_recipe(recipe, base_model)
     given = run_recipe.data.sources
     if data and not any(is_hub_name(source.name) for source in given):
-        raise UserError(f"--data {data}: {recipe} names nothing on the hub that it could stand in for")
+        raise UserError(f"--data {data}: {recipe} names nothing on the hub; expected a local copy of such a dataset")
     if base_model:
-        read_manifest(base_model, "base-model")  # refuses one that is not finished, before its files are looked for
+        read_manifest(base_model, "base-model")  # refuses an unfinished one before its files are looked for
     located = [files_of_source(source, base_model, data) for source in given]
     raw = {label(source, file): file for source, files in zip(given, located, strict=True) for file in files}
     room = sum((32 if file.suffix == ".parquet" else 8) * file.stat().st_size for file in raw.values()) + (1 << 26)
@@ -85,8 +85,8 @@ def prepare(
 ) -> PrepareDataFigures:
     """Write sft.jsonl, grpo.jsonl, eval.jsonl and removed.jsonl under `folder`; return the metrics.
 
-    `located` are the files of each source, none for one from the hub; `pool` are their `helpers`. Raises `UserError` as
-    the parts do.
+    `located` are the files of each source, none for one from the hub; `pool` are their `helpers`. Raises `UserError`
+    for a row to refuse and for a set with too few rows.
     """
     draft = Draft(folder, ruler, recipe)
     read: list[Any] = [draft.add_source(*each, pool) for each in zip(recipe.data.sources, located, strict=True)]
@@ -96,7 +96,7 @@ def prepare(
 
 
 def refuse_small(recipe: Recipe, sets: dict[str, Any]) -> None:
-    """Raise `UserError` when a set has fewer rows than a later stage would ask for, after training or amid it."""
+    """Raise `UserError` when a set has fewer rows than a later stage takes at once."""
     asked = {
         "[grpo] prompts_per_step": ("grpo", recipe.grpo.prompts_per_step),
         "[merge] prompts": ("eval", recipe.merge.prompts),
@@ -116,7 +116,7 @@ def refuse_small(recipe: Recipe, sets: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    # transformers imports torch where it finds it, which takes longer than most datasets do; tokenizers work without.
-    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way to say: none
+    # Tokenizers need no torch, and its import by transformers takes longer than most datasets do.
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's sign for a module that can't be imported
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     main()

@@ -1,8 +1,8 @@
 """The words that may stand beside a number: units with their sizes, scales, numbers as words, things, plain words.
 
-An answer is read as a number only if every word around it stands here, so that no word unknown to this page can change
-what was meant (`5 lakh` is read, `5 Dutzend` and `loss of 5` are not). A word missing here costs a right answer; a word
-that scales, turns or denies a number, put into `PLAIN` or `THINGS`, would pay a wrong one.
+An answer is read as a number only if every word around it stands here, so no unknown word can change its meaning
+(`5 lakh` is read, `5 Dutzend` and `loss of 5` are not). A word missing here costs a right answer. A word that scales,
+turns or denies a number must not be in `PLAIN` or `THINGS`: a wrong answer would be rewarded.
 """
 # ruff: noqa: RUF001  words and signs of other languages
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """What a number counts: units of one `kind` convert into each other by `size`."""
+    """A unit of a number; those of one `kind` convert into each other by `size`."""
 
     kind: str
     size: Fraction = Fraction(1)
@@ -79,7 +79,7 @@ PARTS |= {"half": 2, "quarter": 4, "sixteenth": 16, "twentieth": 20, "hundredth"
 
 HEDGES = frozenset("about approximately approx around roughly circa ca maybe perhaps probably possibly".split())
 
-# Words that leave a number alone wherever they stand in a sentence that gives an answer.
+# Words that do not change a number, wherever they stand in the sentence.
 PLAIN = frozenset(
     """
     a an the this that these those it he she they we you i its his her their our your my him them us me
@@ -103,7 +103,7 @@ PLAIN = frozenset(
     答えは です 답 정답
     """.split()
 )
-# Words that leave a number alone when they follow it: `5 more`, while `more than 5` is another number.
+# Words that do not change a number before them: `5 more`, while `more than 5` is another number.
 AFTER = frozenset("more left still away ahead later earlier again today tomorrow already also too".split())
 NAMES = frozenset(
     """
@@ -150,24 +150,23 @@ THINGS = frozenset(
     round row rug ruler runner sack salad sandwich sandwiche scarf school scientist scoop screw sea seashell season seat
     section seed seedling serving sheep sheet shelf shell ship shirt shoe shoelace shop shot side sister site sketch
     slice slide sloth slot snack snail snake sock soda soldier son song souvenir spider spoon sport spot square squirrel
-    stage stair stall stamp star station stick sticker stone store story strawberry straw street string student
-    suit suitcase sweater swimmer symbol table tank task taxi tea teacher team tent term test theater thing ticket tie
-    tiger tile tire toddler toe tomato tool tooth tour towel tower town toy track tractor train tray treat tree triangle
-    trip trophy truck tub tulip turkey turn turtle unit vacation van vase vegetable vehicle video villager vine visit
-    visitor volunteer vote wall water watermelon way week weekend wheel whale window winner wing wizard wolf woman word
-    worker workout worm yogurt zebra zone t-shirt half-cup ice-cream tennis children men women feet teeth mice geese
-    knives lives loaves leaves wolves calves shelves dice sheep oxen times occasion occurrence step stop
-    guess attempt try cell lego domino chess piece permutation combination arrangement choice option possibility subset
-    solution factor digit vertex vertices face side diagonal point pixel move shift session degree vial dose
-    capsule tablet bracket album app beverage burger brush cherry clip cracker diaper fry hotdog jean kayak litter ounce
-    portion pound quest rack rental sale sample scene sentence shopper skirt sprinkle stack stem stitch subscriber
-    sweet tadpole tourist tourists trailer tricycle user wagon
+    stage stair stall stamp star station stick sticker stone store story strawberry straw street string student suit
+    suitcase sweater swimmer symbol table tank task taxi tea teacher team tent term test theater thing ticket tie tiger
+    tile tire toddler toe tomato tool tooth tour towel tower town toy track tractor train tray treat tree triangle trip
+    trophy truck tub tulip turkey turn turtle unit vacation van vase vegetable vehicle video villager vine visit visitor
+    volunteer vote wall water watermelon way week weekend wheel whale window winner wing wizard wolf woman word worker
+    workout worm yogurt zebra zone t-shirt half-cup ice-cream tennis children men women feet teeth mice geese knives
+    lives loaves leaves wolves calves shelves dice oxen times occasion occurrence step stop guess attempt try cell lego
+    domino chess permutation combination arrangement choice option possibility subset solution factor digit vertex
+    vertices diagonal pixel move shift session degree vial dose capsule tablet bracket album app beverage burger diaper
+    fry hotdog jean kayak litter ounce portion pound quest rack rental sale sample scene sentence shopper skirt sprinkle
+    stack stem stitch subscriber sweet tadpole tourist tourists trailer tricycle user wagon
     """.split()
 )
 
 
 def find_unit(word: str) -> Unit | None:
-    """Return what a number before `word` counts, or None for a word that is neither unit nor thing.
+    """Return the unit of a number before `word`, or None for a word that is neither unit nor thing.
 
     Symbols are looked up as written, words in lower case; a thing is named by its singular.
     """

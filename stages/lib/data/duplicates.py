@@ -1,4 +1,4 @@
-"""Duplicates within a set and questions too close to the eval set, decided on fingerprints."""
+"""Duplicates within a set and contamination by the eval set, found by fingerprints."""
 
 import os
 from collections.abc import Iterator
@@ -7,16 +7,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-MAX_PAIRS = 1 << 15  # looked at together; this and the next bound the memory
+MAX_PAIRS = 1 << 15  # compared at once; this and the next bound the memory
 MAX_GRAMS = 1 << 21
 
 
 def exact_duplicates(ids: np.ndarray) -> np.ndarray:
-    """Return, for each id, the index of the first that is equal: its own where there is none before it."""
+    """Return, for each id, the index of the first that equals it; its own if it is the first."""
     first = np.arange(len(ids))
     ordered = np.sort(ids)
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    # Seldom many: only these are worth an order that keeps track of the places.
+    # These are few, so a search that keeps their places is cheap.
     several, _ = Known(repeated).find(ids)
     _, start, inverse = np.unique(ids[several], return_index=True, return_inverse=True)
     first[several] = several[start[inverse]]
@@ -24,16 +24,16 @@ def exact_duplicates(ids: np.ndarray) -> np.ndarray:
 
 
 class Known:
-    """Numbers, ascending, each once, among which many others are looked for."""
+    """A sorted set of numbers, in which many others are looked up."""
 
     def __init__(self, numbers: np.ndarray) -> None:
         self.numbers = numbers
         self.mask = numbers.dtype.type((1 << max(16, (len(numbers) * 16).bit_length())) - 1)
-        self.seen = np.zeros(int(self.mask) + 1, bool)  # a small table that rules most out before any search
+        self.seen = np.zeros(int(self.mask) + 1, bool)  # by the lowest bits: rules most out before any search
         self.seen[numbers & self.mask] = True
 
     def find(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return which of `values` are among the numbers, as indexes, and the place there of each."""
+        """Return the indexes of those `values` that are in the set, and each one's place there."""
         index = np.flatnonzero(self.seen[values & self.mask])
         place = np.minimum(np.searchsorted(self.numbers, values[index]), len(self.numbers) - 1)
         kept = self.numbers[place] == values[index]
@@ -43,7 +43,7 @@ class Known:
 class Grams:
     """The n-grams of all rows, kept in files: `counts[row]` numbers (uint32) a row.
 
-    `pieces` says where the rows are, in order: (file, the byte at which a piece begins, its rows, one after the other).
+    `pieces` are, in order, the stretches of rows: (file, the byte where the stretch begins, how many rows it has).
     """
 
     def __init__(self, pieces: list[tuple[BinaryIO, int, int]], counts: np.ndarray) -> None:
@@ -63,7 +63,7 @@ class Grams:
         return np.frombuffer(b"".join([os.pread(file, size, start) for file, size, start in spans]), np.uint32)
 
     def chunks(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yield (first row, row after the last, their n-grams) until every row was there, in order."""
+        """Yield all rows in order, many at a time: (first row, row after the last, their n-grams)."""
         first = stop = 0
         for file, _, rows in self.pieces:
             stop += rows
@@ -81,7 +81,7 @@ def near_duplicates(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (row, an earlier row like it, their Jaccard index) for the `rows` whose index reaches `threshold`.
 
-    `rows` are ascending; `bands` holds the bands of all rows. Each row is named once.
+    `rows` are ascending; `bands` holds the bands of all rows. Each row is returned once.
     """
 
     def met_in(band: int) -> np.ndarray:
@@ -118,7 +118,7 @@ def distinct(grams: Grams, rows: np.ndarray) -> np.ndarray:
 
 
 def sizes_of(keys: np.ndarray, rows: int) -> np.ndarray:
-    """Return how many n-grams each of `rows` rows has among the `keys` that `distinct` gives."""
+    """Return how many of the `keys` that `distinct` gives each of `rows` rows has."""
     return np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=rows)
 
 
@@ -145,7 +145,7 @@ def contaminated(
         kept = is_trained[row]
         met = np.unique(row[kept] << 32 | place[kept])  # an n-gram counts once, however often the question has it
         row, place = met >> 32, met & 0xFFFFFFFF
-        # The same n-gram may be in many eval problems: take so many rows at once that all their matches fit.
+        # An n-gram may be in many eval problems: the rows are cut into parts whose matches fit into memory.
         ends = np.cumsum(owned[place])
         cuts = np.searchsorted(ends, np.arange(MAX_GRAMS, ends[-1] if len(ends) else 0, MAX_GRAMS))
         cuts = np.unique(np.searchsorted(row, row[cuts]))  # never within a row
@@ -161,9 +161,9 @@ def contaminated(
 def closest(
     grams: Grams, row: np.ndarray, owner: np.ndarray, sizes: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (row, owner, overlap) for the rows that reach `threshold` with the owner they overlap most.
+    """Return (row, the owner that it overlaps most, overlap) for the rows whose overlap reaches `threshold`.
 
-    `row` and `owner` name a pair for every n-gram the two share; `sizes` are the owners' numbers of n-grams.
+    `row` and `owner` hold a pair for every n-gram the two share; `sizes` are the owners' numbers of n-grams.
     """
     pairs, common = np.unique(row << 32 | owner, return_counts=True)
     row, owner = pairs >> 32, pairs & 0xFFFFFFFF

@@ -1,16 +1,15 @@
-"""Which questions are the same, nearly the same, or too close to one that is to be examined.
+"""Fingerprints of questions: hashes that find the same question, a near duplicate, or one close to an eval problem.
 
-A question is compared as its words: letters and digits in a row, and every other sign by itself, whatever the case and
-the white space ("What is 3+4?" is what, is, 3, +, 4, ?). Typographic and full-width signs count as the plain ones, and
-in scripts that put no blanks between words (Chinese, Japanese, Thai, ...) every character is a word. Its identity is a
-64-bit hash of all of them; its likeness to another is measured on the sets of their n-grams, runs of n words, each a
-32-bit hash. All of a batch is hashed at once with numpy: the same bytes on every machine, about a tenth of the time of
-a loop.
+A question is compared by its words: runs of letters and digits, and every other sign by itself, without case and white
+space ("What is 3+4?" is what, is, 3, +, 4, ?). Typographic and full-width signs count as the plain ones. In scripts
+without blanks between words (Chinese, Japanese, Thai, ...) every character is a word. A question's identity is a 64-bit
+hash of all its words. Its likeness to another is measured on the sets of their n-grams, runs of n words, each a 32-bit
+hash. A batch is hashed at once with numpy: the same bytes on every machine, in about a tenth of a loop's time.
 
-Near duplicates are looked for with MinHash (Broder 1997) in bands (Leskovec, Rajaraman, Ullman, Mining of Massive
-Datasets, 3.4): two questions meet when all `BAND_ROWS` minima of one of `BANDS` bands agree. A pair with Jaccard index
-s meets with probability 1 - (1 - s^3)^8: 0.997 at 0.8, 0.965 at 0.7, 0.66 at 0.5. Whether it is one is then counted,
-not estimated. Of many that meet in one band each is held against the first, so the work grows with the rows, not with
+MinHash (Broder 1997) in bands (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4) finds candidates for near
+duplicates: two questions whose `BAND_ROWS` minima all agree in one of `BANDS` bands. A pair with Jaccard index s is a
+candidate with probability 1 - (1 - s^3)^8: 0.997 at 0.8, 0.965 at 0.7, 0.66 at 0.5. Its index is then counted, not
+estimated. Of many candidates in one band each is compared with the first, so the work grows with the rows, not with
 their pairs.
 """
 
@@ -35,7 +34,7 @@ _MULTIPLIERS = np.random.Generator(np.random.PCG64(0)).integers(0, 1 << 31, BAND
 
 
 class _Plain(dict):
-    """What `str.translate` makes of each character, by its code, found when it is first met."""
+    """The plain form of each character, by its code, for `str.translate`; computed at its first use."""
 
     SIGNS = (
         dict.fromkeys((0x2018, 0x2019, 0x201A), "'")
@@ -102,7 +101,7 @@ def fingerprint(questions: list[str], ngram_words: int) -> Fingerprints:
     inside = position[:windows] + ngram_words <= np.repeat(counts, counts)[:windows]
     each = np.maximum(counts - ngram_words + 1, 1)
     grams = np.zeros(each.sum(), np.uint32)
-    short = counts < ngram_words  # too short for a run: all of its words are its only n-gram
+    short = counts < ngram_words  # too short for an n-gram: one of all its words
     filled = np.repeat(~short, each)
     grams[filled] = rolled[inside] >> np.uint64(32)
     grams[~filled] = ids[short] >> np.uint64(32)
@@ -110,7 +109,7 @@ def fingerprint(questions: list[str], ngram_words: int) -> Fingerprints:
 
 
 def hashed_words(questions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the hashes of all words, uint64, where each question's begin among them, and how many each has."""
+    """Return the hashes of all words, uint64, the place where each question's words begin, and their number."""
     parts = [
         text.lower()
         if text.isascii()
@@ -144,7 +143,7 @@ def _bands(grams: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """Return `values` with every bit spread over all others (the finalizer of SplitMix64)."""
+    """Return `values` with every bit mixed into all others (the finalizer of SplitMix64)."""
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return values ^ values >> np.uint64(31)

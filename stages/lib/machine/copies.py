@@ -88,7 +88,7 @@ def read_tokenizer(path: str, model: str) -> None:
 
     Runs in a process of its own, without torch: tokenizers need none.
     """
-    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way to say: none
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's sign for a module that can't be imported
     from stages.lib.gguf.tokens import check_conversion
     from stages.lib.model.tokenizer import load_tokenizer
 

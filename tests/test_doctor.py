@@ -22,10 +22,10 @@ from click.testing import CliRunner
 
 from stages import doctor
 from stages.lib.machine.copies import local_model, start_tokenizer_check, tokenizer_finding
+from stages.lib.machine.disk import disk_rooms, most_room
 from stages.lib.machine.findings import Finding
 from stages.lib.machine.hub import endpoint
 from stages.lib.machine.memory import gpu_estimates
-from stages.lib.machine.room import disk_rooms, most_room
 from stages.lib.machine.shape import SHAPES
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Gguf, Grpo, Lora, Merge, Model, Ollama, Sft, Vllm

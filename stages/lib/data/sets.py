@@ -171,7 +171,7 @@ class Draft:
 
         if not self.batches:
             raise UserError("no source has a row that can be used; nothing to train on")
-        data = self.recipe.data
+        data, jaccard = self.recipe.data, self.recipe.data.near_duplicate_jaccard
         table = {name: np.concatenate(self.parts.pop(name)) for name in list(self.parts)}
         drafted = table["sets"].copy()
 
@@ -194,15 +194,11 @@ class Draft:
                 first = duplicates.exact_duplicates(table["ids"][rows])
                 again = np.flatnonzero(first < np.arange(len(rows)))
                 other = table["answers"][rows[again]] != table["answers"][rows[first[again]]]
-                for reason, these in (
-                    ("exact duplicate", again[~other]),
-                    ("exact duplicate, other answer", again[other]),
-                ):
+                reasons = {"exact duplicate": again[~other], "exact duplicate, other answer": again[other]}
+                for reason, these in reasons.items():
                     remove(name, reason, rows[these], rows[first[these]], np.ones(len(these)))
-                if data.near_duplicate_jaccard < 1:
-                    found = duplicates.near_duplicates(
-                        rows_in(name), table["bands"], grams, data.near_duplicate_jaccard
-                    )
+                if jaccard < 1:
+                    found = duplicates.near_duplicates(rows_in(name), table["bands"], grams, jaccard)
                     remove(name, "near duplicate", *found)
             evaluated, trained = rows_in("eval"), rows_in("sft", "grpo")
             if len(evaluated) and len(trained):
@@ -240,9 +236,7 @@ class Draft:
             lengths["example_tokens"] = percentiles(table["example_tokens"][rows])
         return {"rows": len(rows), "dropped": dict(sorted(self.dropped[name].items())), **lengths}
 
-    def list_removed(
-        self, table: dict[str, Any], name: str, reason: str, rows: Any, others: Any, likeness: Any
-    ) -> None:
+    def list_removed(self, table: dict[str, Any], name: str, reason: str, rows: Any, others: Any, like: Any) -> None:
         """Count and list the removed `rows` of a set; `others` are the rows that they are too like, if any."""
 
         def place(row: int) -> str:
@@ -255,11 +249,8 @@ class Draft:
             line: dict[str, Any] = {"id": row_id, "set": name, "reason": reason, "where": place(row)}
             if others is not None:
                 other = int(others[index])
-                line |= {
-                    "like": f"{table['ids'][other]:016x}",
-                    "like_where": place(other),
-                    "likeness": round(float(likeness[index]), 4),
-                }
+                line |= {"like": f"{table['ids'][other]:016x}", "like_where": place(other)}
+                line["likeness"] = round(float(like[index]), 4)
             self.removed.write(encode(line) + "\n")
 
 

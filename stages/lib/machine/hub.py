@@ -78,7 +78,7 @@ def ask(url: str) -> Answer:
         with opener.open(request, timeout=HUB_SECONDS) as reply:
             return Answer(reply.status, "", ahead(reply.headers.get("Date")), reply.headers.get("X-Repo-Commit"))
     except urllib.error.HTTPError as error:
-        commit = error.headers.get("X-Repo-Commit")  # a redirect comes here as well
+        commit = error.headers.get("X-Repo-Commit")  # a redirect's as well
         return Answer(error.code, str(error.reason), ahead(error.headers.get("Date")), commit)
     except (OSError, ValueError) as error:  # URLError, time-outs and TLS are OSErrors; ValueError: no such address
         return Answer(None, str(getattr(error, "reason", error)))

@@ -45,17 +45,17 @@ BASE_MODEL_FILES = ("problems/*", "model/*.json", "model/*.jinja", "model/*.mode
 @options.out
 def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) -> None:
     run_recipe = read_recipe(recipe, base_model)
-    given = run_recipe.data.sources
-    if data and not any(is_hub_name(source.name) for source in given):
+    sources = run_recipe.data.sources
+    if data and not any(is_hub_name(source.name) for source in sources):
         raise UserError(f"--data {data}: {recipe} names nothing on the hub; expected a local copy of such a dataset")
     if base_model:
         read_manifest(base_model, "base-model")  # refuses an unfinished one before its files are looked for
-    located = [files_of_source(source, base_model, data) for source in given]
-    raw = {label(source, file): file for source, files in zip(given, located, strict=True) for file in files}
+    source_files = [files_of_source(source, base_model, data) for source in sources]
+    raw = {label(source, file): file for source, files in zip(sources, source_files, strict=True) for file in files}
     room = sum((32 if file.suffix == ".parquet" else 8) * file.stat().st_size for file in raw.values()) + (1 << 26)
     if base_model:  # its problems are an input
         raw = {name: file for name, file in raw.items() if not file.is_relative_to(base_model)}
-    folders = [path for path in (data, *(Path(source.name) for source in given)) if path and path.is_dir()]
+    folders = [path for path in (data, *(Path(source.name) for source in sources)) if path and path.is_dir()]
     folders += [file.parent for file in raw.values() if any(file.is_relative_to(folder) for folder in folders)]
     raw |= {str(folder): folder for folder in folders} | local_model(run_recipe)
     tables = {
@@ -65,17 +65,17 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     }
     inputs = {"base-model": (base_model, BASE_MODEL_FILES)} if base_model else {}
     with write_artifact(out, "prepare-data", tables, inputs, sources=raw, room_bytes=room) as run:
-        with helpers(located) as pool:  # they start while this process loads the tokenizer
+        with helpers(source_files) as pool:  # they start while this process loads the tokenizer
             refuse_base(run_recipe)
             tokenizer = load_tokenizer(run_recipe)
             with ThreadPoolExecutor(1) as beside:  # llama.cpp's converter takes seconds to start
-                checked = beside.submit(check_tokenizer, run_recipe, tokenizer)
+                tokenizer_check = beside.submit(check_tokenizer, run_recipe, tokenizer)
                 check_chat_template(run_recipe, tokenizer)
                 check_completion(run_recipe, tokenizer)
                 metrics = prepare(
-                    run_recipe, located, Ruler(tokenizer, run_recipe.format.system_prompt), run.folder, pool
+                    run_recipe, source_files, Ruler(tokenizer, run_recipe.format.system_prompt), run.folder, pool
                 )
-                checked.result()
+                tokenizer_check.result()
         run.metrics.update(metrics)
         click.echo(terminal.prepare_data(metrics))
 

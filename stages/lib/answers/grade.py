@@ -47,8 +47,8 @@ class Kind(NamedTuple):
 @functools.lru_cache(256)
 def read_kind(text: str) -> Kind:
     """Return the kind that `text` names. Raises `UserError` for an unknown one, naming the nearest."""
-    name, *stated = text.split() or [""]
-    settings: dict[str, Any] = dict(each.partition("=")[::2] for each in stated)
+    name, *parts = text.split() or [""]
+    settings: dict[str, Any] = dict(each.partition("=")[::2] for each in parts)
     try:
         settings["tolerance"] = Fraction(settings.get("tolerance", FLOAT_TOLERANCE))
         kind = Kind(name, **settings)

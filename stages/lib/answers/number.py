@@ -86,13 +86,13 @@ def read_number(text: str, decimal: str = ".") -> Number | None:
     text = _INDEX.sub("", plain_text(text))
     if decimal == "," and ("," in text or not re.search(r"\.(?:\d{1,2}|\d{4,})(?!\d)", text)):
         text = text.rstrip(",").translate({ord(","): ".", ord("."): ","}).rstrip(",")
-    spelled = digits_for_words(text) if any(map(str.isalpha, text)) else text
-    match = _QUANTITY.search(spelled)
-    number = _read_match(spelled, match) if match else None
-    if number is None or spelled == text:
+    in_digits = digits_for_words(text) if any(map(str.isalpha, text)) else text
+    match = _QUANTITY.search(in_digits)
+    number = _read_match(in_digits, match) if match else None
+    if number is None or in_digits == text:
         return number
-    written_in_words = number.value.denominator == 1 and not any(map(str.isdecimal, text))
-    return None if written_in_words else number._replace(bare=False)
+    is_in_words = number.value.denominator == 1 and not any(map(str.isdecimal, text))
+    return None if is_in_words else number._replace(bare=False)
 
 
 def canonical_number(text: str) -> str | None:
@@ -114,9 +114,9 @@ def _read_match(text: str, match: re.Match[str]) -> Number | None:
     below = _BELOW_ZERO.match(after)
     if below and not signs:
         minus, after = 1, below[1] + after[below.end() :]
-    restated = _RESTATED.match(after)
-    if restated and _decimal_value(restated[1]) == value:
-        after = after[restated.end() :]
+    repetition = _RESTATED.match(after)
+    if repetition and _decimal_value(repetition[1]) == value:
+        after = after[repetition.end() :]
     part = _SMALLER_PART.match(after)
     if part:  # "4 dollars and 50 cents"
         larger, smaller = find_unit(part[1]), find_unit(part[3])
@@ -197,7 +197,7 @@ def _units_after(after: str, unit: Unit | None) -> tuple[Unit | None, Unit | Non
     """Return the unit and its `per` in the text after a number; None if a word of it is unknown."""
     if after.lstrip()[:1] == "!" or (after[:1] == "(" and after[1:2].isdigit()):
         return None
-    touching, per = after[:1].isalpha(), None
+    is_touching, per = after[:1].isalpha(), None
     after = _NAMED_OTHERWISE.sub(lambda match: _ANOTHER_NAME[" ".join(match[0].lower().split())], after)
     after = _RAISED_WORD.sub(lambda match: f"{match[2]}^{2 if match[1] else 3}", after)
     rate = _PER.search(after)
@@ -207,15 +207,15 @@ def _units_after(after: str, unit: Unit | None) -> tuple[Unit | None, Unit | Non
             return None
     tokens = _TOKEN.findall(after)
     for place, token in enumerate(tokens):
-        word, found = token.lower(), _unit_of(token)
+        word, token_unit = token.lower(), _unit_of(token)
         if word in ("a", "an", "i") and not "".join(tokens[place + 1 : place + 2]).isalpha() and token != "A":
             return None  # "5 a.m.", "5 i"
-        if touching and place == 0 and token not in UNITS and word not in UNITS:
+        if is_touching and place == 0 and token not in UNITS and word not in UNITS:
             return None
-        if found and not (word in PLAIN and place):
-            if unit and found.kind == "%":
+        if token_unit and not (word in PLAIN and place):
+            if unit and token_unit.kind == "%":
                 return None
-            unit = unit or found
+            unit = unit or token_unit
         elif word not in PLAIN and not any(
             word in known for known in (words.AFTER, words.HEDGES, words.NAMES, _AROUND)
         ):

@@ -28,19 +28,19 @@ class Batch:
         return self
 
 
-def columns_of(path: Path, unit: str, numbers: list[int], rows: list[Any], wanted: list[str], is_start: bool) -> Batch:
+def columns_of(path: Path, unit: str, numbers: list[int], rows: list[Any], names: list[str], is_start: bool) -> Batch:
     """Return a batch of JSON values. Raises `UserError` for one that is no object or, at the start, lacks a column."""
     for number, row in zip(numbers, rows, strict=True):
         if not isinstance(row, dict):
             raise UserError(f"{path}, {unit} {number}: a JSON {type(row).__name__}; expected an object with columns")
     if is_start:
-        require_columns(str(path), wanted, list(rows[0]))
-    return Batch(str(path), unit, numbers, {name: [row.get(name) for row in rows] for name in wanted})
+        require_columns(str(path), names, list(rows[0]))
+    return Batch(str(path), unit, numbers, {name: [row.get(name) for row in rows] for name in names})
 
 
-def require_columns(origin: str, wanted: list[str], found: list[str]) -> None:
-    """Raise `UserError` for a `wanted` column that is not among those `found`."""
-    for name in wanted:
+def require_columns(origin: str, names: list[str], found: list[str]) -> None:
+    """Raise `UserError` for a column of `names` that is not among those `found`."""
+    for name in names:
         if name not in found:
             raise UserError(
                 f"{origin}: has no column {name!r}{nearest(name, found)}; found: {', '.join(found) or 'none'}. "

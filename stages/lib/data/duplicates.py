@@ -123,39 +123,39 @@ def sizes_of(keys: np.ndarray, rows: int) -> np.ndarray:
 
 
 def contaminated(
-    evaluated: np.ndarray, trained: np.ndarray, grams: Grams, threshold: float
+    eval_rows: np.ndarray, train_rows: np.ndarray, grams: Grams, threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (row, the `evaluated` row closest to it, their overlap) for the `trained` rows that reach `threshold`.
+    """Return (row, the one of `eval_rows` closest to it, their overlap) for the `train_rows` that reach `threshold`.
 
     The overlap is the number of n-grams in both over the number in the one that has fewer, so that an eval problem
-    inside a longer training problem counts in full. The n-grams of the `evaluated` rows are held in memory.
+    inside a longer training problem counts in full. The n-grams of the `eval_rows` are held in memory.
     """
-    keys = distinct(grams, evaluated)
-    sizes = sizes_of(keys, len(evaluated))
+    keys = distinct(grams, eval_rows)
+    sizes = sizes_of(keys, len(eval_rows))
     order = np.argsort(keys.astype(np.uint32), kind="stable")
     owners = (keys >> np.uint64(32)).astype(np.int64)[order]
-    numbers, first, owned = np.unique(keys.astype(np.uint32)[order], return_index=True, return_counts=True)
+    numbers, first, owner_counts = np.unique(keys.astype(np.uint32)[order], return_index=True, return_counts=True)
     known = Known(numbers)
-    is_trained = np.zeros(len(grams.counts), bool)
-    is_trained[trained] = True
-    found = []
+    is_train_row = np.zeros(len(grams.counts), bool)
+    is_train_row[train_rows] = True
+    matches = []
     for start, end, values in grams.chunks():
         index, place = known.find(values)
         row = start + np.searchsorted(np.cumsum(grams.counts[start:end]), index, "right")
-        kept = is_trained[row]
-        met = np.unique(row[kept] << 32 | place[kept])  # an n-gram counts once, however often the question has it
-        row, place = met >> 32, met & 0xFFFFFFFF
+        kept = is_train_row[row]
+        pairs = np.unique(row[kept] << 32 | place[kept])  # an n-gram counts once, however often the question has it
+        row, place = pairs >> 32, pairs & 0xFFFFFFFF
         # An n-gram may be in many eval problems: the rows are cut into parts whose matches fit into memory.
-        ends = np.cumsum(owned[place])
+        ends = np.cumsum(owner_counts[place])
         cuts = np.searchsorted(ends, np.arange(MAX_GRAMS, ends[-1] if len(ends) else 0, MAX_GRAMS))
         cuts = np.unique(np.searchsorted(row, row[cuts]))  # never within a row
         for part in np.split(np.arange(len(row)), cuts):
-            times = owned[place[part]]
+            times = owner_counts[place[part]]
             nth = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
             owner = owners[np.repeat(first[place[part]], times) + nth]
-            found.append(closest(grams, np.repeat(row[part], times), owner, sizes, threshold))
-    row, owner, overlap = (np.concatenate(column) for column in zip(*found, strict=True))
-    return row, evaluated[owner], overlap
+            matches.append(closest(grams, np.repeat(row[part], times), owner, sizes, threshold))
+    row, owner, overlap = (np.concatenate(column) for column in zip(*matches, strict=True))
+    return row, eval_rows[owner], overlap
 
 
 def closest(

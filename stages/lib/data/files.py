@@ -32,7 +32,7 @@ class Lines:
     first: int  # line number of the first
     start: int  # where they begin in the file, in bytes
     size: int  # bytes
-    wanted: list[str]
+    names: list[str]
     is_start: bool  # whether the file's first row is in here
 
     @property
@@ -53,7 +53,7 @@ class Lines:
             rows = []
         if len(rows) != len(kept):
             rows = [parsed_line(self.path, number, text) for number, text in zip(numbers, kept, strict=True)]
-        return columns_of(self.path, "line", numbers, rows, self.wanted, self.is_start)
+        return columns_of(self.path, "line", numbers, rows, self.names, self.is_start)
 
 
 def files_of_source(source: Source, base_model: Path | None, data: Path | None) -> list[Path]:
@@ -95,23 +95,23 @@ def files_in(path: Path, source: Source) -> list[Path]:
     places = [path / source.config] if source.config else []
     for place in (*places, path / "data", path):
         candidates = sorted(file for file in place.glob("*") if file.suffix in DATA_SUFFIXES and file.is_file())
-        found = [file for file in candidates if file.stem == source.split]
+        wholes = [file for file in candidates if file.stem == source.split]
         shards = [file for file in candidates if shard.fullmatch(file.stem)]
-        if len(found) > 1 or (found and shards):
-            names = ", ".join(file.name for file in (found + shards)[:4])
+        if len(wholes) > 1 or (wholes and shards):
+            names = ", ".join(file.name for file in (wholes + shards)[:4])
             raise UserError(f"{place}: the split {source.split!r} is there more than once ({names}); name one file")
         if shards:
             numbers = [shard.fullmatch(file.stem).groups() for file in shards]
-            expected = int(numbers[0][1])
-            if [int(number) for number, _ in numbers] != list(range(expected)):
-                raise UserError(f"{place}: has {len(shards)} of the {expected} files of the split {source.split!r}")
-        if found or shards:
-            return found or shards
-    listing = sorted(file.relative_to(path).as_posix() for file in itertools.islice(path.rglob("*.*"), 1000))
-    shown = ", ".join(listing[:8]) + (", ..." if len(listing) > 8 else "")
+            count = int(numbers[0][1])
+            if [int(number) for number, _ in numbers] != list(range(count)):
+                raise UserError(f"{place}: has {len(shards)} of the {count} files of the split {source.split!r}")
+        if wholes or shards:
+            return wholes or shards
+    all_files = sorted(file.relative_to(path).as_posix() for file in itertools.islice(path.rglob("*.*"), 1000))
+    sample = ", ".join(all_files[:8]) + (", ..." if len(all_files) > 8 else "")
     raise UserError(
         f"{path}: no file of the split {source.split!r}; expected {source.split}.jsonl, .json, .csv or .parquet, or "
-        f"{source.config or 'data'}/{source.split}-00000-of-00001.parquet; found {shown or 'nothing'}"
+        f"{source.config or 'data'}/{source.split}-00000-of-00001.parquet; found {sample or 'nothing'}"
     )
 
 
@@ -121,9 +121,9 @@ def read_batches(source: Source, files: list[Path]) -> Iterator[Batch | Lines]:
     Raises `UserError`, here or in `parsed`, for a file that is not what its name says, for a missing column, and for no
     rows at all.
     """
-    wanted = list(dict.fromkeys(name for name in (source.question, source.answer, source.solution) if name))
-    of_files = itertools.chain.from_iterable(read_file(file, wanted) for file in files)
-    read = of_files if files else read_hub(source, wanted)
+    names = list(dict.fromkeys(name for name in (source.question, source.answer, source.solution) if name))
+    of_files = itertools.chain.from_iterable(read_file(file, names) for file in files)
+    read = of_files if files else read_hub(source, names)
     if not source.max_rows:
         yield from read
         return
@@ -137,17 +137,17 @@ def read_batches(source: Source, files: list[Path]) -> Iterator[Batch | Lines]:
             return
 
 
-def read_file(path: Path, wanted: list[str]) -> Iterator[Batch | Lines]:
+def read_file(path: Path, names: list[str]) -> Iterator[Batch | Lines]:
     """Yield the named columns of one file. Raises `UserError` when it has no rows."""
     read: Iterator[Batch | Lines]
     if path.suffix == ".parquet":
-        read = read_parquet(path, wanted)
+        read = read_parquet(path, names)
     elif path.suffix == ".csv":
-        read = read_csv(path, wanted)
+        read = read_csv(path, names)
     elif path.suffix == ".json" and first_character(path) == b"[":
-        read = read_json_list(path, wanted)
+        read = read_json_list(path, names)
     else:
-        read = read_json_lines(path, wanted)
+        read = read_json_lines(path, names)
     empty = True
     for piece in read:
         empty = False
@@ -178,7 +178,7 @@ def decoded(raw: bytes, path: Path, line: int) -> str:
         ) from error
 
 
-def read_json_lines(path: Path, wanted: list[str]) -> Iterator[Lines]:
+def read_json_lines(path: Path, names: list[str]) -> Iterator[Lines]:
     """Yield the lines of a file with one JSON object a line, about `BATCH_BYTES` at a time."""
     line, start, is_start = 1, 0, True
     with path.open("rb") as file:
@@ -188,7 +188,7 @@ def read_json_lines(path: Path, wanted: list[str]) -> Iterator[Lines]:
                 start = len(BYTE_ORDER_MARK)
                 raw = raw[start:]
             if raw and not raw.isspace():
-                yield Lines(path, line, start, len(raw), wanted, is_start)
+                yield Lines(path, line, start, len(raw), names, is_start)
                 is_start = False
             line += raw.count(b"\n")
             start += len(raw)
@@ -204,7 +204,7 @@ def parsed_line(path: Path, line: int, raw: bytes) -> Any:
         raise UserError(f"{path}, line {line}: {found}") from error
 
 
-def read_json_list(path: Path, wanted: list[str]) -> Iterator[Batch]:
+def read_json_list(path: Path, names: list[str]) -> Iterator[Batch]:
     """Yield the named columns of one JSON list of objects, which is read whole."""
     size = path.stat().st_size
     if size > MAX_LIST_BYTES:
@@ -225,19 +225,19 @@ def read_json_list(path: Path, wanted: list[str]) -> Iterator[Batch]:
         raise UserError(f"{path}: not to be read as JSON ({error}); expected a list of objects") from error
     for start in range(0, len(rows), BATCH_ROWS):
         part = rows[start : start + BATCH_ROWS]
-        yield columns_of(path, "row", list(range(start + 1, start + len(part) + 1)), part, wanted, start == 0)
+        yield columns_of(path, "row", list(range(start + 1, start + len(part) + 1)), part, names, start == 0)
 
 
-def read_csv(path: Path, wanted: list[str]) -> Iterator[Batch]:
+def read_csv(path: Path, names: list[str]) -> Iterator[Batch]:
     """Yield the named columns of a comma-separated file with a header line."""
-    rows = csv_rows(path, wanted)
+    rows = csv_rows(path, names)
     while part := list(itertools.islice(rows, BATCH_ROWS)):
-        columns = {name: [fields[place] for _, fields in part] for place, name in enumerate(wanted)}
+        columns = {name: [fields[place] for _, fields in part] for place, name in enumerate(names)}
         yield Batch(str(path), "line", [line for line, _ in part], columns)
 
 
-def csv_rows(path: Path, wanted: list[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row's first line, counted from 1, and its `wanted` fields."""
+def csv_rows(path: Path, names: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row's first line, counted from 1, and its fields in the columns `names`."""
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with path.open("rb") as file:
         lines = (
@@ -246,11 +246,11 @@ def csv_rows(path: Path, wanted: list[str]) -> Iterator[tuple[int, list[str]]]:
         reader = csv.reader(lines, strict=True)
         try:
             header = next(reader, [])
-            require_columns(str(path), wanted, header)
-            for name in wanted:
+            require_columns(str(path), names, header)
+            for name in names:
                 if header.count(name) > 1:
                     raise UserError(f"{path}, line 1: found the column {name!r} {header.count(name)} times; expected 1")
-            places = [header.index(name) for name in wanted]
+            places = [header.index(name) for name in names]
             start = reader.line_num + 1
             for row in reader:
                 if row and len(row) != len(header):
@@ -265,7 +265,7 @@ def csv_rows(path: Path, wanted: list[str]) -> Iterator[tuple[int, list[str]]]:
             raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
 
-def read_parquet(path: Path, wanted: list[str]) -> Iterator[Batch]:
+def read_parquet(path: Path, names: list[str]) -> Iterator[Batch]:
     """Yield the named columns of a Parquet file."""
     import pyarrow
     from pyarrow import parquet
@@ -276,10 +276,10 @@ def read_parquet(path: Path, wanted: list[str]) -> Iterator[Batch]:
         raise UserError(f"{path}: not a Parquet file ({error})") from error
     row = 0
     with file:
-        require_columns(str(path), wanted, file.schema_arrow.names)
+        require_columns(str(path), names, file.schema_arrow.names)
         try:
-            for part in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
-                columns = {name: values_of(part.column(name)) for name in wanted}
+            for part in file.iter_batches(batch_size=BATCH_ROWS, columns=names):
+                columns = {name: values_of(part.column(name)) for name in names}
                 numbers = list(range(row + 1, row + part.num_rows + 1))
                 row += part.num_rows
                 yield Batch(str(path), "row", numbers, columns)

@@ -97,14 +97,14 @@ def fingerprint(questions: list[str], ngram_words: int) -> Fingerprints:
     # The hash of a run of words is sum(word * ODD^k), the last has k = 0: a difference of one running sum.
     windows = max(len(words) - ngram_words + 1, 0)
     sums = _sums(words * _powers(_ODD_INVERSE, len(words)))
-    rolled = (sums[ngram_words:] - sums[:windows]) * _powers(_ODD, len(words))[ngram_words - 1 :]
+    window_hashes = (sums[ngram_words:] - sums[:windows]) * _powers(_ODD, len(words))[ngram_words - 1 :]
     inside = position[:windows] + ngram_words <= np.repeat(counts, counts)[:windows]
     each = np.maximum(counts - ngram_words + 1, 1)
     grams = np.zeros(each.sum(), np.uint32)
     short = counts < ngram_words  # too short for an n-gram: one of all its words
-    filled = np.repeat(~short, each)
-    grams[filled] = rolled[inside] >> np.uint64(32)
-    grams[~filled] = ids[short] >> np.uint64(32)
+    has_window = np.repeat(~short, each)
+    grams[has_window] = window_hashes[inside] >> np.uint64(32)
+    grams[~has_window] = ids[short] >> np.uint64(32)
     return Fingerprints(ids, each, _bands(grams, each), grams)
 
 
@@ -116,10 +116,10 @@ def hashed_words(questions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarr
         else " ".join(unicodedata.normalize("NFC", text).casefold().translate(_PLAIN).split())
         for text in questions
     ]
-    joined = "\0".join(parts) + "\0"
-    if joined.count("\0") > len(parts):
-        joined = "\0".join(part.replace("\0", " ") for part in parts) + "\0"
-    raw = joined.encode("utf-8")
+    text_of_all = "\0".join(parts) + "\0"
+    if text_of_all.count("\0") > len(parts):
+        text_of_all = "\0".join(part.replace("\0", " ") for part in parts) + "\0"
+    raw = text_of_all.encode("utf-8")
     kind = np.frombuffer(raw.translate(_KIND), np.uint8)
     letters = kind == _LETTER
     begins = letters.copy()

@@ -190,8 +190,8 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
         except Unusable as error:
             leave_out(places[row], error, "sft", ids[row])
             sets[row] -= BIT["sft"]
-    written = [(question, f'"answer": {quote(answer)}, "kind": "{kind}"') for question, answer, _ in problems]
-    lines, table, to_measure = lines_of(written, completions, ids, sets, rules, measure_all)
+    answer_parts = [(question, f'"answer": {quote(answer)}, "kind": "{kind}"') for question, answer, _ in problems]
+    lines, table, to_measure = lines_of(answer_parts, completions, ids, sets, rules, measure_all)
     table |= {"ids": prints.ids, "counts": prints.counts, "bands": prints.bands, "sets": sets}
     table["answers"] = np.array([zlib.crc32(canonical(kind, answer).encode()) for _, answer, _ in problems], np.uint32)
     table["number"] = np.array([batch.numbers[place] for place in places], np.uint32)
@@ -229,16 +229,16 @@ def lines_of(
         length = most_tokens(question)
         if row in completions:
             completion = completions[row]
-            written = f'{line}, "completion": [{{"role": "assistant", "content": {quote(completion)}}}]}}\n'.encode()
-            lines["sft"].append(written)
-            table["sft_bytes"][row] = len(written)
+            line_bytes = f'{line}, "completion": [{{"role": "assistant", "content": {quote(completion)}}}]}}\n'.encode()
+            lines["sft"].append(line_bytes)
+            table["sft_bytes"][row] = len(line_bytes)
             if measure_all or length + most_tokens(completion) > rules.safe_example:
                 to_measure.append(("example_tokens", row, (question, completion)))
-        written = f"{line}}}\n".encode()
-        table["line_bytes"][row] = len(written)
+        line_bytes = f"{line}}}\n".encode()
+        table["line_bytes"][row] = len(line_bytes)
         for name in ("grpo", "eval"):
             if bits & BIT[name]:
-                lines[name].append(written)
+                lines[name].append(line_bytes)
         if bits and (measure_all or length > rules.safe_prompt):
             to_measure.append(("prompt_tokens", row, (question,)))
     return lines, table, to_measure

@@ -73,19 +73,19 @@ def check_all(
     The hash `content` is updated with the rows from the hub; a file has a digest of its own.
     """
     large = is_large(files)
-    waiting: deque[Future[Checked]] = deque()
+    futures: deque[Future[Checked]] = deque()
     for number, batch in enumerate(read_batches(source, files)):
         if not files:
             content.update(repr(batch.columns).encode())
         job = (source, batch, rules, not large or number < MEASURED_BATCHES, folder)
         if pool and large:
-            waiting.append(pool.submit(check_batch, *job))
-            if len(waiting) == MAX_WAITING:
-                yield waiting.popleft().result()
+            futures.append(pool.submit(check_batch, *job))
+            if len(futures) == MAX_WAITING:
+                yield futures.popleft().result()
         else:
             yield check_batch(*job)
-    while waiting:
-        yield waiting.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
 class Draft:
@@ -126,9 +126,9 @@ class Draft:
                 f"{separators['two ways']} reads two ways, since elsewhere the decimals follow a comma "
                 f'({separators["decimal comma"]}). State decimal = "," for {source.name} in the recipe, or "."'
             )
-        read = {"name": source.name, "split": source.split, "use": source.use, "rows": rows, "dropped": dict(dropped)}
-        read |= {"outside_shares": unused} if source.shares else {}
-        return read if files else {**read, "revision": source.revision, "sha256": content.hexdigest()}
+        entry = {"name": source.name, "split": source.split, "use": source.use, "rows": rows, "dropped": dict(dropped)}
+        entry |= {"outside_shares": unused} if source.shares else {}
+        return entry if files else {**entry, "revision": source.revision, "sha256": content.hexdigest()}
 
     def add(self, checked: Checked) -> None:
         """Measure the rows of a batch that have to be, and append the batch to the table."""
@@ -141,8 +141,8 @@ class Draft:
             self.removed.write(encode(line) + "\n")
         if not checked.table:
             return
-        measured = self.ruler.tokens([texts for _, _, texts in checked.to_measure])
-        for (column, row, _), tokens in zip(checked.to_measure, measured, strict=True):
+        token_counts = self.ruler.tokens([texts for _, _, texts in checked.to_measure])
+        for (column, row, _), tokens in zip(checked.to_measure, token_counts, strict=True):
             checked.table[column][row] = tokens
         rows = len(checked.table["ids"])
         origin = np.full(rows, len(self.origins) - 1, np.uint16)
@@ -173,7 +173,7 @@ class Draft:
             raise UserError("no source has a row that can be used; nothing to train on")
         data, jaccard = self.recipe.data, self.recipe.data.near_duplicate_jaccard
         table = {name: np.concatenate(self.parts.pop(name)) for name in list(self.parts)}
-        drafted = table["sets"].copy()
+        draft_sets = table["sets"].copy()
 
         def rows_in(*names: str) -> Any:
             return np.flatnonzero(table["sets"] & sum(BIT[name] for name in names))
@@ -198,20 +198,20 @@ class Draft:
                 for reason, these in reasons.items():
                     remove(name, reason, rows[these], rows[first[these]], np.ones(len(these)))
                 if jaccard < 1:
-                    found = duplicates.near_duplicates(rows_in(name), table["bands"], grams, jaccard)
-                    remove(name, "near duplicate", *found)
-            evaluated, trained = rows_in("eval"), rows_in("sft", "grpo")
-            if len(evaluated) and len(trained):
-                row, like, overlap = duplicates.contaminated(evaluated, trained, grams, data.contamination_overlap)
+                    pairs = duplicates.near_duplicates(rows_in(name), table["bands"], grams, jaccard)
+                    remove(name, "near duplicate", *pairs)
+            eval_rows, train_rows = rows_in("eval"), rows_in("sft", "grpo")
+            if len(eval_rows) and len(train_rows):
+                row, like, overlap = duplicates.contaminated(eval_rows, train_rows, grams, data.contamination_overlap)
                 for name in ("sft", "grpo"):
                     hit = (table["sets"][row] & BIT[name]) > 0
                     remove(name, "too close to eval", row[hit], like[hit], overlap[hit])
-        return {name: self.finish_set(name, table, drafted) for name in SETS}
+        return {name: self.finish_set(name, table, draft_sets) for name in SETS}
 
-    def finish_set(self, name: str, table: dict[str, Any], drafted: Any) -> dict[str, Any]:
+    def finish_set(self, name: str, table: dict[str, Any], draft_sets: Any) -> dict[str, Any]:
         """Copy the rows left in a set out of its drafts; return the set's entry in the manifest.
 
-        `drafted` has the bits of the sets that each row was drafted for; `table["sets"]` of those that it is left in.
+        `draft_sets` has the bits of the sets that have a draft of each row; `table["sets"]`, of those that keep it.
         """
         import numpy as np
 
@@ -223,7 +223,7 @@ class Draft:
         first = 0
         with self.pieces(name) as pieces, (self.folder / f"{name}.jsonl").open("wb") as file:
             for draft, begin, count in pieces:
-                there = first + np.flatnonzero(drafted[first : first + count] & BIT[name])
+                there = first + np.flatnonzero(draft_sets[first : first + count] & BIT[name])
                 stays = (table["sets"][there] & BIT[name]) > 0
                 ends = begin + np.append(0, np.cumsum(size[there], dtype=np.int64))
                 edges = ends[np.flatnonzero(np.diff(np.concatenate([[False], stays, [False]]).astype(np.int8)))]

@@ -36,12 +36,12 @@ def docker_info() -> tuple[int | None, str]:
 def docker_findings(recipe: Recipe, engine: tuple[int | None, str]) -> Iterator[Finding]:
     """Yield whether an engine answers and can give a container a GPU; without one, whether stages can run here."""
     code, text = engine
-    wanted = os.environ.get("RUNTIME", "")
-    if wanted == "local":
+    runtime = os.environ.get("RUNTIME", "")
+    if runtime == "local":
         yield from local_runtime(recipe, "RUNTIME=local")
     elif code != 0:
         complaint = " ".join(text.split())[:200]
-        if wanted == "docker":
+        if runtime == "docker":
             yield Finding("fail", "Docker", f"no engine answers ({complaint})", docker_remedy(complaint))
         else:
             yield from local_runtime(recipe, f"no Docker engine answers ({complaint}), so stages run without")

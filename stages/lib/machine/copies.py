@@ -45,7 +45,7 @@ def local_model(recipe: Recipe, cache: Path) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Say whether `folder` has config.json and every safetensors file that its index names."""
+    """Return whether `folder` has config.json and every safetensors file that its index names."""
     if not (folder / "config.json").is_file():
         return False
     index = folder / "model.safetensors.index.json"

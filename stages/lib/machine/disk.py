@@ -79,17 +79,17 @@ def disk_findings(recipe: Recipe, shape: Shape, model: Path | None, cache: Path)
     out = ARTIFACTS / recipe.path.stem
     systems: dict[int, tuple[set[str], dict[str, Room]]] = {}
     for stage, room in disk_rooms(shape, recipe).items():
-        done = model is not None if stage == "base" else (out / stage / "manifest.json").is_file()
+        is_done = model is not None if stage == "base" else (out / stage / "manifest.json").is_file()
         place = existing(cache if stage == "base" and is_hub_name(recipe.model.name) else out)
-        if not done:
-            places, wanted = systems.setdefault(place.stat().st_dev, (set(), {}))
+        if not is_done:
+            places, rooms = systems.setdefault(place.stat().st_dev, (set(), {}))
             places.add(str(place))
-            wanted[stage] = room
-    for places, wanted in systems.values():
-        need, free = most_room(wanted), shutil.disk_usage(min(places)).free
+            rooms[stage] = room
+    for places, rooms in systems.values():
+        need, free = most_room(rooms), shutil.disk_usage(min(places)).free
         stages = ", ".join(
             f"{stage} {room.kept / 1e9:.1f}{f' + {room.scratch / 1e9:.1f} for a while' if room.scratch > 1e8 else ''}"
-            for stage, room in wanted.items()
+            for stage, room in rooms.items()
             if room.kept + room.scratch > 5e7
         )
         found = f"{', '.join(sorted(places))}: {gigabytes(free)} free; needs {gigabytes(need)}"

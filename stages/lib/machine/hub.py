@@ -178,20 +178,20 @@ def token_finding(recipe: Recipe, model: Path | None, answers: dict[str, Answer]
         f"accept the licence at {endpoint()}/{name}, make a token there that may read, and: export HF_TOKEN=... (with "
         f"RUNTIME=local a login by `hf auth login` does)"
     )
-    refused = {key: answer.status for key, answer in answers.items() if answer.status in (401, 403)}
+    statuses = {key: answer.status for key, answer in answers.items() if answer.status in (401, 403)}
     if value and not is_token(value):
         return Finding("fail", "token", f"{which} has a space or a line break in it", "give it again, the word alone")
-    if refused:
+    if statuses:
         found = f"{which} is set and does not open it" if value else "HF_TOKEN is not set"
-        return Finding("fail", "token", f"{', '.join(refused)}: the hub wants one ({found})", remedy)
+        return Finding("fail", "token", f"{', '.join(statuses)}: the hub wants one ({found})", remedy)
     if model is not None or not is_hub_name(name):
         return Finding("ok", "token", "not needed: the model is not fetched")
     if answers[name].status is None and name.startswith(GATED) and not value:
         return Finding("fail", "token", f"{name} is gated and HF_TOKEN is not set", remedy)
     if value:
         return Finding("ok", "token", f"{which} is set")
-    known = "the hub gives the model without" if answers[name].status else "the model is not known to be gated"
-    return Finding("ok", "token", f"not needed: {known}")
+    reason = "the hub gives the model without" if answers[name].status else "the model is not known to be gated"
+    return Finding("ok", "token", f"not needed: {reason}")
 
 
 def clock_finding(answers: dict[str, Answer]) -> Finding:

@@ -76,38 +76,38 @@ def training_parts(shape: Shape, recipe: Recipe, knobs: Sft | Grpo, tokens: int,
     and its checkpoints are in system memory.
     """
     target_modules, checkpointing = recipe.lora.target_modules, knobs.gradient_checkpointing
-    fused = recipe.model.engine == "unsloth"
+    is_fused = recipe.model.engine == "unsloth"
     element = DTYPE_BYTES[recipe.model.dtype]
     adapter = adapter_parameters(shape, recipe.lora)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # What a layer keeps for its backward pass, in units of an element.
-    if fused:
+    if is_fused:
         # Both norms' inputs and outputs; queries, keys and values, turned queries and keys, attention's output; the
         # MLP's gate and the other factor. The adapter's backward pass computes all else again.
-        kept = 4 * shape.hidden_size + 3 * queries + 3 * keys + 2 * shape.intermediate_size
+        layer_elements = 4 * shape.hidden_size + 3 * queries + 3 * keys + 2 * shape.intermediate_size
     else:
         # Both norms' inputs (in float32, so twice) and outputs; queries, keys, values, attention's output; the MLP's
         # gate, its activation, the other factor and the product; and a copy of its input for each adapted layer.
-        kept = 6 * shape.hidden_size + 2 * queries + 2 * keys + 4 * shape.intermediate_size
-        kept += sum(shape.linear[name][0] for name in adapted(target_modules))
-        kept += 2 * (queries + keys) if shape.qk_norm else 0
+        layer_elements = 6 * shape.hidden_size + 2 * queries + 2 * keys + 4 * shape.intermediate_size
+        layer_elements += sum(shape.linear[name][0] for name in adapted(target_modules))
+        layer_elements += 2 * (queries + keys) if shape.qk_norm else 0
     layers = 1 if checkpointing else shape.layers
     gradients = 3 * shape.intermediate_size + 2 * shape.hidden_size  # of the layer that backward is in
-    saved = (OFFLOADED_LAYERS if fused else shape.layers) if checkpointing else 0
+    input_layers = (OFFLOADED_LAYERS if is_fused else shape.layers) if checkpointing else 0
     parts = {
         "weights": weight_bytes(shape, recipe.model.dtype, recipe.model.load_in_4bit),
         "adapter": adapter * ADAPTER_BYTES,
         "gradients": adapter * ADAPTER_BYTES,
         "optimizer": adapter * (2 if "8bit" in knobs.optimizer else 8),  # Adam's two moments
-        "layer inputs": saved * tokens * shape.hidden_size * element,
-        "activations": tokens * (layers * kept + gradients) * element,
+        "layer inputs": input_layers * tokens * shape.hidden_size * element,
+        "activations": tokens * (layers * layer_elements + gradients) * element,
         "logits": logit_rows * shape.vocabulary_size * LOGIT_BYTES,
         "CUDA": CUDA_BYTES,
     }
     if recipe.model.load_in_4bit:  # one layer at a time, forward and backward
         parts["unpacked layer"] = 2 * max(a * b for a, b in shape.linear.values()) * element
-    comes_and_goes = sum(parts[name] for name in ("layer inputs", "activations", "logits"))
-    return parts | {"fragments": int(FRAGMENTS * comes_and_goes)}
+    step_bytes = sum(parts[name] for name in ("layer inputs", "activations", "logits"))
+    return parts | {"fragments": int(FRAGMENTS * step_bytes)}
 
 
 def sft_estimate(shape: Shape, recipe: Recipe) -> Estimate:
@@ -212,13 +212,13 @@ def vllm_share_finding(recipe: Recipe, shape: Shape, total: int) -> Finding:
     share = recipe.vllm.memory_share
     length = recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens
     one = kv_bytes(shape, length)
-    held = weight_bytes(shape, recipe.model.dtype, recipe.model.load_in_4bit)
-    held += vllm_parts(shape, recipe.vllm.sequences)["vLLM"]
-    room = int(share * total) - held
-    found = f"[vllm] memory_share = {share} is {gigabytes(share * total)}, {gigabytes(held)} of it for weights and vLLM"
+    base = weight_bytes(shape, recipe.model.dtype, recipe.model.load_in_4bit)
+    base += vllm_parts(shape, recipe.vllm.sequences)["vLLM"]
+    room = int(share * total) - base
+    found = f"[vllm] memory_share = {share} is {gigabytes(share * total)}, {gigabytes(base)} of it for weights and vLLM"
     if room < one:
         remedy = (
-            f"raise memory_share to {math.ceil(100 * (held + one) / total) / 100:.2f} or more, twice that for speed"
+            f"raise memory_share to {math.ceil(100 * (base + one) / total) / 100:.2f} or more, twice that for speed"
         )
         return Finding(
             "fail", "vLLM", f"{found}; one completion of {length:,} tokens needs {gigabytes(one)} more", remedy

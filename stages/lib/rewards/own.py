@@ -42,7 +42,7 @@ def own_reward_files(names: Sequence[str], recipe_folder: Path) -> dict[str, Pat
 
 
 def is_own(name: str) -> bool:
-    """Say whether a reward's name in the recipe means a file of the user's."""
+    """Return whether a reward's name in the recipe means a file of the user's."""
     return ":" in name or name.endswith(".py")
 
 
@@ -112,33 +112,33 @@ def _check_calls(name: str, function_name: str, function: Callable[..., Any]) ->
     It gets the arguments it asks for by name, or all of them if it takes `**kwargs`. Lists are copies, since the other
     rewards and the trainer use them as well.
     """
-    taken = inspect.signature(function).parameters
-    kinds = {parameter.kind for parameter in taken.values()}
+    parameters = inspect.signature(function).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
     takes_all = inspect.Parameter.VAR_KEYWORD in kinds
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise UserError(f"[rewards] {name!r}: expected a plain function, found an async or a generator function")
-    if inspect.Parameter.POSITIONAL_ONLY in kinds or not ("completions" in taken or takes_all):
+    if inspect.Parameter.POSITIONAL_ONLY in kinds or not ("completions" in parameters or takes_all):
         raise UserError(
             f"[rewards] {name!r}: expected {function_name}(completions, **kwargs), which is called with names only; "
             f"found {function_name}{inspect.signature(function)}"
         )
     path = Path(function.__code__.co_filename)
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    needed = [key for key, p in taken.items() if p.default is p.empty and p.kind not in variadic]
+    mandatory = [key for key, p in parameters.items() if p.default is p.empty and p.kind not in variadic]
 
     @functools.wraps(function)
     def reward(completions: Sequence[Completion], **columns: Any) -> list[float]:
-        given = {"completions": completions, **columns}
-        missing = [key for key in needed if key not in given]
+        arguments = {"completions": completions, **columns}
+        missing = [key for key in mandatory if key not in arguments]
         if missing:
             raise UserError(
-                f"[rewards] {name!r} asks for {', '.join(missing)}; expected names of columns: {', '.join(given)}"
+                f"[rewards] {name!r} asks for {', '.join(missing)}; expected names of columns: {', '.join(arguments)}"
             )
-        passed = given if takes_all else {key: given[key] for key in taken if key in given}
+        inputs = arguments if takes_all else {key: arguments[key] for key in parameters if key in arguments}
         # Only lists: the trainer's state, which it passes as well, can't be copied.
-        passed = {key: copy.deepcopy(value) if isinstance(value, list) else value for key, value in passed.items()}
+        inputs = {key: copy.deepcopy(value) if isinstance(value, list) else value for key, value in inputs.items()}
         try:
-            rewards = function(**passed)
+            rewards = function(**inputs)
         except (Exception, SystemExit) as error:  # the user needs to know where, whatever it is
             raise UserError(f"[rewards] {name!r}: {_where(error, path)}") from error
         return _finite_rewards(name, rewards, len(completions))

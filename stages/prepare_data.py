@@ -72,9 +72,8 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
                 tokenizer_check = beside.submit(check_tokenizer, run_recipe, tokenizer)
                 check_chat_template(run_recipe, tokenizer)
                 check_completion(run_recipe, tokenizer)
-                metrics = prepare(
-                    run_recipe, source_files, Ruler(tokenizer, run_recipe.format.system_prompt), run.folder, pool
-                )
+                ruler = Ruler(tokenizer, run_recipe.format.system_prompt)
+                metrics = prepare(run_recipe, source_files, ruler, run.folder, pool)
                 tokenizer_check.result()
         run.metrics.update(metrics)
         click.echo(terminal.prepare_data(metrics))

@@ -57,10 +57,8 @@ class Grams:
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Return the n-grams of `rows`, one row after the other."""
-        spans = zip(
-            self.files[rows].tolist(), (self.counts[rows] * 4).tolist(), self.starts[rows].tolist(), strict=True
-        )
-        return np.frombuffer(b"".join([os.pread(file, size, start) for file, size, start in spans]), np.uint32)
+        spans = (self.files[rows].tolist(), (self.counts[rows] * 4).tolist(), self.starts[rows].tolist())
+        return np.frombuffer(b"".join(map(os.pread, *spans)), np.uint32)
 
     def chunks(self) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield all rows in order, many at a time: (first row, row after the last, their n-grams)."""
@@ -94,9 +92,8 @@ def near_duplicates(
     later, earlier = rows[(pairs >> np.uint64(32)).astype(np.int64)], rows[pairs.astype(np.uint32)]
     alike = np.zeros(len(later))
     for start in range(0, len(later), MAX_PAIRS):
-        alike[start : start + MAX_PAIRS] = jaccard(
-            grams, later[start : start + MAX_PAIRS], earlier[start : start + MAX_PAIRS]
-        )
+        part = slice(start, start + MAX_PAIRS)
+        alike[part] = jaccard(grams, later[part], earlier[part])
     near = np.flatnonzero(alike >= threshold)
     near = near[np.unique(later[near], return_index=True)[1]]
     return later[near], earlier[near], alike[near]

@@ -240,10 +240,9 @@ def csv_rows(path: Path, names: list[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield each row's first line, counted from 1, and its fields in the columns `names`."""
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with path.open("rb") as file:
-        lines = (
-            decoded(raw.removeprefix(BYTE_ORDER_MARK) if n == 1 else raw, path, n) for n, raw in enumerate(file, 1)
-        )
-        reader = csv.reader(lines, strict=True)
+        if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
+            file.seek(0)
+        reader = csv.reader((decoded(raw, path, line) for line, raw in enumerate(file, 1)), strict=True)
         try:
             header = next(reader, [])
             require_columns(str(path), names, header)

@@ -87,9 +87,8 @@ def fingerprint(questions: list[str], ngram_words: int) -> Fingerprints:
     if pieces > 1 < len(questions):
         size = -(-len(questions) // pieces)
         parts = [fingerprint(questions[i : i + size], ngram_words) for i in range(0, len(questions), size)]
-        return Fingerprints(
-            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Fingerprints))
-        )
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(Fingerprints))
+        return Fingerprints(*map(np.concatenate, columns))
     words, first, counts = hashed_words(questions)
     position = np.arange(len(words)) - np.repeat(first, counts)
     ids = mixed(np.add.reduceat(words * _powers(_WORD, counts.max())[position], first) ^ counts.astype(np.uint64))

@@ -40,9 +40,8 @@ class Ruler:
         for spoken in conversations:
             turns = zip(("system", "user", "assistant"), (self.system_prompt, *spoken), strict=False)
             messages = [{"role": role, "content": content} for role, content in turns]
-            texts.append(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=len(spoken) == 1)
-            )
+            asks = len(spoken) == 1
+            texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [len(ids) for ids in encoded["input_ids"]]
 
@@ -57,9 +56,8 @@ def helpers(located: list[list[Path]]) -> AbstractContextManager[ProcessPoolExec
     processes = min(os.cpu_count() or 1, MAX_PROCESSES)
     if processes == 1 or not any(is_large(files) for files in located):
         return nullcontext()
-    pool = ProcessPoolExecutor(
-        processes, get_context("spawn"), importlib.import_module, ("stages.lib.data.fingerprint",)
-    )
+    module = ("stages.lib.data.fingerprint",)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), importlib.import_module, module)
     for _ in range(processes):
         pool.submit(os.getpid)  # each starts when there is work for it
     return pool

@@ -174,10 +174,8 @@ def token_finding(recipe: Recipe, model: Path | None, answers: dict[str, Answer]
     """Return whether a token is needed, and whether the one here opens what is gated. It is never shown."""
     name, value = recipe.model.name, hub_token()
     which = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the token of `hf auth login`"
-    remedy = (
-        f"accept the licence at {endpoint()}/{name}, make a token there that may read, and: export HF_TOKEN=... (with "
-        f"RUNTIME=local a login by `hf auth login` does)"
-    )
+    remedy = f"accept the licence at {endpoint()}/{name}, make a token there that may read, and: export HF_TOKEN=... "
+    remedy += "(with RUNTIME=local a login by `hf auth login` does)"
     statuses = {key: answer.status for key, answer in answers.items() if answer.status in (401, 403)}
     if value and not is_token(value):
         return Finding("fail", "token", f"{which} has a space or a line break in it", "give it again, the word alone")

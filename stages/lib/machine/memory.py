@@ -217,11 +217,8 @@ def vllm_share_finding(recipe: Recipe, shape: Shape, total: int) -> Finding:
     room = int(share * total) - base
     found = f"[vllm] memory_share = {share} is {gigabytes(share * total)}, {gigabytes(base)} of it for weights and vLLM"
     if room < one:
-        remedy = (
-            f"raise memory_share to {math.ceil(100 * (base + one) / total) / 100:.2f} or more, twice that for speed"
-        )
-        return Finding(
-            "fail", "vLLM", f"{found}; one completion of {length:,} tokens needs {gigabytes(one)} more", remedy
-        )
+        found += f"; one completion of {length:,} tokens needs {gigabytes(one)} more"
+        least = math.ceil(100 * (base + one) / total) / 100
+        return Finding("fail", "vLLM", found, f"raise memory_share to {least:.2f} or more, twice that for speed")
     side_by_side = min(room // one, recipe.vllm.sequences)
     return Finding("ok", "vLLM", f"{found}; {side_by_side} full-length completions side by side")

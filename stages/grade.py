@@ -1,4 +1,4 @@
-"""Grade answers: JSON lines of kind, answer and given from standard input, each written back with its score."""
+"""Grade answers: read JSON lines of kind, answer and given from standard input, write each with its score."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def read_row(number: int, line: bytes) -> dict:
-    """Return the object of one line. Raises `UserError`, naming the line, for what is no object with the three keys."""
+    """Return the object of one line. Raises `UserError`, naming the line, for one that lacks a key or holds no text."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -38,11 +38,9 @@ def read_row(number: int, line: bytes) -> dict:
             f"standard input, line {number}: no {', '.join(missing)}; expected an object such as "
             f'{{"kind": "number", "answer": "42", "given": "42 apples"}}'
         )
-    if row["kind"] in ("text", "choice") and isinstance(row["answer"], list) and row["answer"]:
-        wrong = [("answer", each) for each in row["answer"] if not isinstance(each, str)]
-    else:
-        wrong = [("answer", row["answer"])] if not isinstance(row["answer"], str) else []
-    for key, value in (("kind", row["kind"]), ("given", row["given"]), *wrong):
+    several = row["kind"] in ("text", "choice") and isinstance(row["answer"], list) and row["answer"]
+    answers = row["answer"] if several else [row["answer"]]
+    for key, value in (("kind", row["kind"]), ("given", row["given"]), *(("answer", each) for each in answers)):
         if not isinstance(value, str):
             raise UserError(f"standard input, line {number}: {key} is {value!r}; expected text")
     return row

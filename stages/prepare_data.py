@@ -1,10 +1,10 @@
 """Turn problems with checkable answers into the sft, grpo and eval sets: one answer form, no duplicates, no leaks.
 
-The rows are read once. Each is checked, written to a draft of its sets and fingerprinted; what has to go for the sake
-of other rows (duplicates, closeness to eval problems) is decided on the fingerprints, and the drafts are then copied
-without it. So memory grows by about 100 bytes a row and by the n-grams of the eval problems, not by the length of the
-texts; a JSON list alone is in memory whole. Where several processes share the work, each reads its lines from the file
-and has drafts of its own: the texts don't go from process to process.
+The rows are read once. Each is checked, written to a draft of its sets and fingerprinted. The fingerprints show which
+rows are duplicates or too close to eval problems, and the drafts are copied without those. So memory grows by about 100
+bytes a row and by the n-grams of the eval problems, not by the length of the texts; only a JSON list is in memory
+whole. Where several processes share the work, each reads its lines from the file and has drafts of its own: no texts
+are sent between processes.
 """
 
 import os
@@ -45,17 +45,17 @@ BASE_MODEL_FILES = ("problems/*", "model/*.json", "model/*.jinja", "model/*.mode
 @options.out
 def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) -> None:
     run_recipe = read_recipe(recipe, base_model)
-    given = run_recipe.data.sources
-    if data and not any(is_hub_name(source.name) for source in given):
-        raise UserError(f"--data {data}: {recipe} names nothing on the hub that it could stand in for")
+    sources = run_recipe.data.sources
+    if data and not any(is_hub_name(source.name) for source in sources):
+        raise UserError(f"--data {data}: {recipe} names nothing on the hub; expected a local copy of such a dataset")
     if base_model:
-        read_manifest(base_model, "base-model")  # refuses one that is not finished, before its files are looked for
-    located = [files_of_source(source, base_model, data) for source in given]
-    raw = {label(source, file): file for source, files in zip(given, located, strict=True) for file in files}
+        read_manifest(base_model, "base-model")  # refuses an unfinished one before its files are looked for
+    source_files = [files_of_source(source, base_model, data) for source in sources]
+    raw = {label(source, file): file for source, files in zip(sources, source_files, strict=True) for file in files}
     room = sum((32 if file.suffix == ".parquet" else 8) * file.stat().st_size for file in raw.values()) + (1 << 26)
     if base_model:  # its problems are an input
         raw = {name: file for name, file in raw.items() if not file.is_relative_to(base_model)}
-    folders = [path for path in (data, *(Path(source.name) for source in given)) if path and path.is_dir()]
+    folders = [path for path in (data, *(Path(source.name) for source in sources)) if path and path.is_dir()]
     folders += [file.parent for file in raw.values() if any(file.is_relative_to(folder) for folder in folders)]
     raw |= {str(folder): folder for folder in folders} | local_model(run_recipe)
     tables = {
@@ -65,17 +65,16 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     }
     inputs = {"base-model": (base_model, BASE_MODEL_FILES)} if base_model else {}
     with write_artifact(out, "prepare-data", tables, inputs, sources=raw, room_bytes=room) as run:
-        with helpers(located) as pool:  # they start while this process loads the tokenizer
+        with helpers(source_files) as pool:  # they start while this process loads the tokenizer
             refuse_base(run_recipe)
             tokenizer = load_tokenizer(run_recipe)
             with ThreadPoolExecutor(1) as beside:  # llama.cpp's converter takes seconds to start
-                checked = beside.submit(check_tokenizer, run_recipe, tokenizer)
+                tokenizer_check = beside.submit(check_tokenizer, run_recipe, tokenizer)
                 check_chat_template(run_recipe, tokenizer)
                 check_completion(run_recipe, tokenizer)
-                metrics = prepare(
-                    run_recipe, located, Ruler(tokenizer, run_recipe.format.system_prompt), run.folder, pool
-                )
-                checked.result()
+                ruler = Ruler(tokenizer, run_recipe.format.system_prompt)
+                metrics = prepare(run_recipe, source_files, ruler, run.folder, pool)
+                tokenizer_check.result()
         run.metrics.update(metrics)
         click.echo(terminal.prepare_data(metrics))
 
@@ -85,8 +84,8 @@ def prepare(
 ) -> PrepareDataFigures:
     """Write sft.jsonl, grpo.jsonl, eval.jsonl and removed.jsonl under `folder`; return the metrics.
 
-    `located` are the files of each source, none for one from the hub; `pool` are their `helpers`. Raises `UserError` as
-    the parts do.
+    `located` are the files of each source, none for one from the hub; `pool` are their `helpers`. Raises `UserError`
+    for a row to refuse and for a set with too few rows.
     """
     draft = Draft(folder, ruler, recipe)
     read: list[Any] = [draft.add_source(*each, pool) for each in zip(recipe.data.sources, located, strict=True)]
@@ -96,7 +95,7 @@ def prepare(
 
 
 def refuse_small(recipe: Recipe, sets: dict[str, Any]) -> None:
-    """Raise `UserError` when a set has fewer rows than a later stage would ask for, after training or amid it."""
+    """Raise `UserError` when a set has fewer rows than a later stage takes at once."""
     asked = {
         "[grpo] prompts_per_step": ("grpo", recipe.grpo.prompts_per_step),
         "[merge] prompts": ("eval", recipe.merge.prompts),
@@ -116,7 +115,7 @@ def refuse_small(recipe: Recipe, sets: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    # transformers imports torch where it finds it, which takes longer than most datasets do; tokenizers work without.
-    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way to say: none
+    # Tokenizers need no torch, and its import by transformers takes longer than most datasets do.
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's sign for a module that can't be imported
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     main()

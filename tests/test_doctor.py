@@ -22,10 +22,10 @@ from click.testing import CliRunner
 
 from stages import doctor
 from stages.lib.machine.copies import local_model, start_tokenizer_check, tokenizer_finding
+from stages.lib.machine.disk import disk_rooms, most_room
 from stages.lib.machine.findings import Finding
 from stages.lib.machine.hub import endpoint
 from stages.lib.machine.memory import gpu_estimates
-from stages.lib.machine.room import disk_rooms, most_room
 from stages.lib.machine.shape import SHAPES
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Gguf, Grpo, Lora, Merge, Model, Ollama, Sft, Vllm
@@ -79,7 +79,7 @@ class Machine:
         monkeypatch.setattr("stages.lib.machine.containers.CGROUP_LIMIT", folder / "memory.max")
         monkeypatch.setattr("stages.lib.machine.containers.CDI_FOLDERS", (folder / "cdi",))
         monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, self.free_at(Path(path))))
-        monkeypatch.setattr("stages.doctor.start_tokenizer_check", lambda recipe, model, cache: None)
+        monkeypatch.setattr("stages.lib.machine.copies.start_tokenizer_check", lambda recipe, model, cache: None)
         self.memory(128_000_000, 120_000_000)
         self.program("nvidia-smi", H200)
         self.program("docker", json.dumps(DOCKER))
@@ -368,14 +368,14 @@ def runtime_local(machine):
         (hub_refuses, "model", "the hub refuses it (403)", "see token"),
         (hub_refuses, "token", "HF_TOKEN is set and does not open it", "accept the licence at http://127.0.0.1"),
         (hub_wants_token, "token", "HF_TOKEN is not set", "export HF_TOKEN="),
-        (hub_has_no_revision, "model", "not at this revision", "mend name and revision"),
+        (hub_has_no_revision, "model", "not at this revision", "fix name and revision"),
         (hub_is_away, "model", "does not answer", "HF_ENDPOINT"),
         (hub_is_away, "token", "is gated and HF_TOKEN is not set", "accept the licence"),
         (hub_is_forbidden, "model", "HF_HUB_OFFLINE is set", "give a copy"),
-        (data_not_there, "data", "data/mine.jsonl: there is no such file", "mend [[data.sources]]"),
+        (data_not_there, "data", "data/mine.jsonl: there is no such file", "fix [[data.sources]]"),
         (data_away, "data", "openai/gsm8k: no copy here", "DATA=FOLDER"),
         (model_folder_away, "model", "./models/mine: no folder with config.json", "copy the whole model there"),
-        (half_a_copy_and_no_network, "model", "no copy here", "mend the network"),
+        (half_a_copy_and_no_network, "model", "no copy here", "fix the network"),
         (token_with_line_break, "token", "a space or a line break", "give it again"),
         (late_clock, "clock", "s behind the hub's", "sudo timedatectl set-ntp true"),
         (early_clock_without_network, "clock", "in its future", "sudo timedatectl set-ntp true"),

@@ -341,8 +341,8 @@ def test_a_row_without_a_solution_still_goes_to_grpo(tmp_path: Path) -> None:
     assert (len(rows_of(tmp_path, "sft")), len(rows_of(tmp_path, "grpo"))) == (2, 3)
 
 
-def test_a_thought_that_was_cut_off_is_not_learnt(tmp_path: Path) -> None:
-    with pytest.raises(Unusable, match="cut off"):
+def test_a_truncated_thought_is_not_learnt(tmp_path: Path) -> None:
+    with pytest.raises(Unusable, match="truncated"):
         completion_of("<think>\nlet me see", "1", "think", formats.get("think"))
 
 
@@ -401,7 +401,7 @@ def test_one_sort_of_separators_is_read_without_a_word(tmp_path: Path, answers: 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ("3,5", r"line 1: unreadable answer: '3,5' has a decimal comma: state decimal = \",\"\. Mend the row, or set"),
+        ("3,5", r"line 1: unreadable answer: '3,5' has a decimal comma: state decimal = \",\"\. Fix the row, or set"),
         (
             "red",
             r"unreadable answer: can't be read as one number: 'red' \(no numbers\? State answers = \"math\", \"text\"",

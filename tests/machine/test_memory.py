@@ -9,6 +9,7 @@ import pytest
 
 from stages.lib.errors import UserError
 from stages.lib.gguf.types import GGUF_TYPES
+from stages.lib.machine.disk import Room, disk_rooms, gguf_bits, most_room
 from stages.lib.machine.memory import (
     CUDA_BYTES,
     Estimate,
@@ -19,7 +20,6 @@ from stages.lib.machine.memory import (
     sft_estimate,
     weight_bytes,
 )
-from stages.lib.machine.room import Room, disk_rooms, gguf_bits, most_room
 from stages.lib.machine.shape import LINEAR_LAYERS, SHAPES, Shape, shape_of_config
 from stages.lib.recipe.tables import Lora, Recipe
 from tests.support.arguments import RECIPES

@@ -1,4 +1,4 @@
-"""What each reward pays for completions that try to be paid for something else than a worked, right answer.
+"""The rewards of completions that try to be rewarded without a worked, right answer.
 
 The true answer is 42 (or stated). `python -m tests.rewards.test_adversarial` writes the tables below into
 docs/rewards.md; a test asserts that they stand there.
@@ -14,7 +14,7 @@ from tests.support.rewards import load_rewards
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "rewards.md"
 
-# What an honest completion with a wrong integer answer is paid in all. A cheat has to be paid less.
+# What an honest completion with a wrong integer answer gets in all. A cheat has to get less.
 HONEST_BUT_WRONG = {"xml": 2.0, "think": 0.5}
 
 HONEST = "honest"
@@ -160,7 +160,7 @@ THINK_CASES = [
 SUITE_CASES = [("xml", *case) for case in XML_CASES] + [("think", *case) for case in THINK_CASES]
 
 
-def paid(suite: str, completion: str, answer: str) -> tuple[float, ...]:
+def rewards_of(suite: str, completion: str, answer: str) -> tuple[float, ...]:
     conversation = [{"role": "assistant", "content": completion}]
     return tuple(reward([conversation], answer=[answer])[0] for reward in SUITES[suite].values())
 
@@ -169,25 +169,25 @@ def paid(suite: str, completion: str, answer: str) -> tuple[float, ...]:
     ("suite", "completion", "answer", "expected"),
     [pytest.param(s, c, a, e, id=f"{s}: {what}") for s, what, _, c, a, e in SUITE_CASES],
 )
-def test_each_reward_pays_what_the_table_says(suite, completion, answer, expected):
-    assert paid(suite, completion, answer) == pytest.approx(expected, abs=1e-12)
+def test_each_reward_is_what_the_table_says(suite, completion, answer, expected):
+    assert rewards_of(suite, completion, answer) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("suite", "completion", "answer"),
     [pytest.param(s, c, a, id=f"{s}: {what}") for s, what, kind, c, a, _ in SUITE_CASES if kind == CHEAT],
 )
-def test_no_cheat_is_paid_as_much_as_an_honest_wrong_answer(suite, completion, answer):
-    assert sum(paid(suite, completion, answer)) < HONEST_BUT_WRONG[suite]
+def test_no_cheat_is_rewarded_as_much_as_an_honest_wrong_answer(suite, completion, answer):
+    assert sum(rewards_of(suite, completion, answer)) < HONEST_BUT_WRONG[suite]
 
 
 @pytest.mark.slow
-def test_math_correct_pays_in_those_rows_where_the_suite_finds_the_answer_right(tmp_path):
+def test_math_correct_rewards_those_rows_where_the_suite_finds_the_answer_right(tmp_path):
     for suite, format, position, right in (("xml", XML, 4, 2.0), ("think", THINK, 3, 3.5)):
         [math_correct] = load_rewards(["math_correct"], format, tmp_path)
         cases = [case[1:] for case in SUITE_CASES if case[0] == suite]
-        paid = {what: math_correct([completion], answer=[true])[0] for what, _, completion, true, _ in cases}
-        assert paid == {what: float(expected[position] == right) for what, _, _, _, expected in cases}
+        given = {what: math_correct([completion], answer=[true])[0] for what, _, completion, true, _ in cases}
+        assert given == {what: float(expected[position] == right) for what, _, _, _, expected in cases}
 
 
 def test_the_published_tables_hold_at_least_sixty_cheats_and_no_case_twice():

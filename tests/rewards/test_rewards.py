@@ -31,7 +31,7 @@ PIECES = {
         "\u0664",
     ],
 }  # fmt: skip
-# What a well-formed completion with a wrong integer, not near the right one, is paid.
+# What a well-formed completion with a wrong integer, not near the right one, is rewarded with.
 HONEST_BUT_WRONG = {"xml": 2.0, "think": 0.5}
 
 
@@ -47,7 +47,7 @@ def test_a_suite_loads_in_the_order_of_the_recipe_under_the_names_that_logs_show
 
 
 @pytest.mark.parametrize("name", SUITE_NAMES)
-def test_conversations_and_strings_are_paid_alike_and_one_number_a_completion(name, tmp_path):
+def test_conversations_and_strings_are_rewarded_alike_and_one_number_a_completion(name, tmp_path):
     texts = [FORMATS[name].write(Answer("6 x 7", "42")), "42", ""]
     conversations = [[{"role": "assistant", "content": text}] for text in texts]
     for reward in suite_of(name, tmp_path):
@@ -80,7 +80,7 @@ def nearly_well_formed(draw, name):
 @pytest.mark.parametrize("name", SUITE_NAMES)
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
-def test_only_a_well_formed_completion_is_paid_like_an_honest_wrong_one_and_only_a_right_one_more(name, data):
+def test_only_a_well_formed_completion_is_rewarded_like_an_honest_wrong_one_and_only_a_right_one_more(name, data):
     completion = data.draw(nearly_well_formed(name))
     total = sum(reward([completion], answer=["7"])[0] for reward in SUITES[name].values())
     if FORMATS[name].read(completion) is None:
@@ -109,7 +109,7 @@ def test_the_time_of_a_suite_grows_with_the_length_and_no_faster(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", SUITE_NAMES)
-def test_three_thousand_fuzzed_completions_raise_nothing_and_are_paid_finite_numbers(name, tmp_path):
+def test_three_thousand_fuzzed_completions_raise_nothing_and_get_finite_rewards(name, tmp_path):
     suite = suite_of(name, tmp_path)
     generator = random.Random(1)
     for _ in range(3000):
@@ -263,7 +263,7 @@ def math_correct(tmp_path_factory):
         ("__import__('os')", "42", 0.0),
     ],
 )  # fmt: skip
-def test_math_correct_pays_for_mathematical_equality(answer, true, expected, math_correct):
+def test_math_correct_rewards_mathematical_equality(answer, true, expected, math_correct):
     assert math_correct([XML.write(Answer("a", answer))], answer=[true]) == [expected]
 
 
@@ -289,25 +289,25 @@ def test_math_correct_gives_up_and_goes_on(answer, math_correct):
 def test_math_correct_does_not_take_the_time_that_it_was_kept_waiting_for_its_own(math_correct):
     assert math_correct([XML.write(Answer("a", r"\sqrt{16} x"))], answer=["4x"]) == [1.0]
     [worker] = [child for child in multiprocessing.active_children() if child.name == "math"]
-    paid = []
+    given = []
     completion = XML.write(Answer("a", r"\sqrt{25} x"))
     os.kill(worker.pid, signal.SIGSTOP)
-    thread = threading.Thread(target=lambda: paid.extend(math_correct([completion], answer=["5x"])))
+    thread = threading.Thread(target=lambda: given.extend(math_correct([completion], answer=["5x"])))
     thread.start()
     thread.join(2 * MATH_TIMEOUT_SECONDS)
-    assert paid == []
+    assert given == []
     os.kill(worker.pid, signal.SIGCONT)
     thread.join()
-    assert paid == [1.0]
+    assert given == [1.0]
 
 
 def test_math_correct_works_off_the_main_thread(math_correct):
-    paid = []
+    given = []
     completion = XML.write(Answer("a", r"\sqrt{9} x"))
-    thread = threading.Thread(target=lambda: paid.extend(math_correct([completion], answer=["3x"])))
+    thread = threading.Thread(target=lambda: given.extend(math_correct([completion], answer=["3x"])))
     thread.start()
     thread.join()
-    assert paid == [1.0]
+    assert given == [1.0]
 
 
 # --- the user's own -------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_a_plain_function_of_the_users_own_is_a_reward_under_its_own_name(source
         ("def politeness(completions):\n    pass", "returned NoneType; expected a list of 2 numbers"),
         (
             "def politeness(completions, mood):\n    return [1.0, 1.0]",
-            "asks for mood, which is no column; .*completions, answer",
+            "asks for mood; expected names of columns: .*completions, answer",
         ),
     ],
 )
@@ -481,6 +481,6 @@ def test_an_own_reward_may_not_hide_behind_the_name_of_another(tmp_path):
         check_reward_names(["correctness", "mine.py:correctness"], XML, tmp_path)
 
 
-def test_every_reward_of_the_library_says_what_it_pays():
+def test_every_reward_of_the_library_says_what_it_rewards():
     for reward in [*SUITES["xml"].values(), *SUITES["think"].values(), *FOR_ANY_FORMAT.values()]:
-        assert reward.__doc__.startswith("Pay ")
+        assert reward.__doc__.startswith("Reward ")

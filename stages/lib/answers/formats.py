@@ -1,7 +1,7 @@
-"""The answer formats: how a completion holds its reasoning and its answer. The one place that knows the tags.
+"""The answer formats: where a completion has its reasoning and its answer. Only this file knows the tags.
 
-The SFT completion (`write`), the rewards and `infer` (`read`, `split`), the system prompt, the chat template of a
-base model and the stop strings all come from here.
+It has the SFT completion (`write`), what rewards and `infer` read (`read`, `split`), the system prompt, a base model's
+chat template and the stop strings.
 
     xml      <reasoning>        think    <think>            (pre-filled by the generation prompt)
              ...                         ...</think><SOLUTION>...</SOLUTION>
@@ -10,13 +10,12 @@ base model and the stop strings all come from here.
              ...
              </answer>
 
-A completion is well formed when every tag it has to hold occurs in it exactly once, in order, with text inside both
-blocks and nothing but white space outside them. So a second answer, an answer inside the reasoning, a nested or
-repeated tag, an empty block and text before, between or after the blocks are all not well formed. White space
-(`str.isspace`) around a tag is never a reason. Tags are matched to the letter: `<Answer>` is plain text.
+A completion is well formed when each of its tags occurs in it exactly once, in order, with text inside both blocks and
+only white space (`str.isspace`) outside them. So a second answer, an answer inside the reasoning, a nested or repeated
+tag, an empty block and text outside the blocks are not well formed. Tags are matched to the letter: `<Answer>` is text.
 
-`think`: the generation prompt ends with `<think>`, so a completion does not hold it. One that writes `<think>` again
-stands for `<think> <think>` and is not well formed, wherever the second one is.
+In `think` the generation prompt ends with `<think>`. A completion that writes `<think>` again, wherever, has it twice
+and is not well formed.
 """
 
 from collections.abc import Mapping
@@ -35,7 +34,7 @@ class Answer:
 
 
 class Parts(NamedTuple):
-    """All text of a well-formed completion but its tags: the two blocks and the white space around them, as written."""
+    """The text of a well-formed completion without its tags: the two blocks and the white space around them."""
 
     before: str
     reasoning: str
@@ -46,7 +45,7 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """One answer format. `generation_prefix` is text the generation prompt ends with and the completion leaves out."""
+    """An answer format. `generation_prefix` ends the generation prompt, so the completion does not repeat it."""
 
     name: str
     system_prompt: str
@@ -54,26 +53,26 @@ class Format:
     reasoning_close: str
     answer_open: str
     answer_close: str
-    separator: str  # what `write` puts between a tag and what is next to it
+    separator: str  # between a tag and its neighbours, as `write` puts it
     generation_prefix: str = ""
     chat_template: str | None = None  # Jinja; None: the model's own
     stops: tuple[str, ...] = ()  # generation may end here; the stop string itself belongs to the completion
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """The tags a completion has to hold, in order."""
+        """The tags of a completion, in order."""
         tags = (self.reasoning_open, self.reasoning_close, self.answer_open, self.answer_close)
         return tags[1:] if self.generation_prefix else tags
 
     def write(self, answer: Answer) -> str:
-        """Give the completion that `read` turns back into `answer`, white space at the ends of its parts apart.
+        """Return the completion that `read` turns back into `answer`, its parts stripped.
 
-        Raises ValueError for a part that is empty or holds one of the format's tags: no completion could say it.
+        Raises ValueError for a part that is empty or holds one of the format's tags: no completion can hold it.
         """
         reasoning, final = answer.reasoning.strip(), answer.answer.strip()
         for part, text in (("reasoning", reasoning), ("answer", final)):
             if not text:
-                raise ValueError(f"the {part} is empty, and format {self.name} has no way to write that")
+                raise ValueError(f"the {part} is empty; format {self.name} needs text there")
             for tag in (self.reasoning_open, self.reasoning_close, self.answer_open, self.answer_close):
                 if tag in text:
                     raise ValueError(f"the {part} holds {tag}, a tag of format {self.name} itself")
@@ -81,12 +80,12 @@ class Format:
         return self.separator.join(parts[1:] if self.generation_prefix else parts)
 
     def read(self, completion: str) -> Answer | None:
-        """Give the parts of `completion` (decoded, without the end-of-turn token), or None if it is not well formed."""
+        """Return the parts of `completion`, decoded and without end-of-turn token, or None if it is not well formed."""
         parts = self.split(completion)
         return None if parts is None else Answer(parts.reasoning.strip(), parts.answer.strip())
 
     def split(self, completion: str) -> Parts | None:
-        """Give what stands between the tags of `completion` with its white space, or None if it is not well formed."""
+        """Return the text between the tags of `completion`, unstripped, or None if it is not well formed."""
         for tag in (self.reasoning_close, self.answer_open, self.answer_close):
             if completion.count(tag) != 1:
                 return None
@@ -105,15 +104,10 @@ class Format:
         return Parts(before, reasoning, between, answer, after)
 
     def is_exact(self, parts: Parts) -> bool:
-        """Say whether the tags stand as `write` puts them (xml: on lines of their own); one line break may follow."""
-        separator = self.separator
+        """Return whether the tags stand as `write` puts them (xml: on lines of their own); a line break may follow."""
         blocks = (parts.reasoning, parts.answer)
-        return (
-            parts.before == ""
-            and parts.between == separator
-            and parts.after in ("", "\n")
-            and all(block.startswith(separator) and block.endswith(separator) for block in blocks)
-        )
+        outside = parts.before == "" and parts.between == self.separator and parts.after in ("", "\n")
+        return outside and all(block.startswith(self.separator) and block.endswith(self.separator) for block in blocks)
 
 
 XML = Format(
@@ -135,10 +129,6 @@ XML = Format(
     stops=("</answer>",),
 )
 
-# The line break after <think> keeps the last token of the prompt apart from the first of the completion: without it
-# most BPE tokenizers join ">" to the word that follows, and the prompt's tokens would not be the start of the whole's.
-_THINK_PREFIX = "<think>\n"
-
 THINK = Format(
     name="think",
     system_prompt=(
@@ -151,7 +141,9 @@ THINK = Format(
     answer_open="<SOLUTION>",
     answer_close="</SOLUTION>",
     separator="",
-    generation_prefix=_THINK_PREFIX,
+    # Without the line break most BPE tokenizers join ">" to the completion's first word, and then the prompt's tokens
+    # are not the first tokens of prompt and completion together.
+    generation_prefix="<think>\n",
     # Expressions rather than bare text, so that the result is the same with and without Jinja's trim_blocks.
     chat_template=(
         "{% for message in messages %}"
@@ -172,7 +164,7 @@ FORMATS: Mapping[str, Format] = {"xml": XML, "think": THINK}
 
 
 def get(name: str) -> Format:
-    """Give the format called `name`. Raises UserError for an unknown one, naming the nearest."""
+    """Return the format called `name`. Raises UserError for an unknown one, naming the nearest."""
     if name in FORMATS:
         return FORMATS[name]
     raise UserError(f"unknown answer format {name!r}{nearest(name, FORMATS)}; known: {', '.join(sorted(FORMATS))}")

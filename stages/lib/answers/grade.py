@@ -1,13 +1,13 @@
-"""Whether an answer is right: the one judgement of rewards, infer, score-base, gguf, compare and `stages.grade`.
+"""The grade of an answer, the same in rewards, infer, score-base, gguf, compare and `stages.grade`.
 
-A row's `answer` is as its dataset writes it, to be taught and shown; what is compared is read from it here. A row's
-`kind` names the rule, with the source's settings for it where it states any (`number decimal=, tolerance=0.01`):
+A row's `answer` is as its dataset writes it, to be taught and shown; here it is read and compared. A row's `kind` names
+the rule, with the settings that the source states for it (`number decimal=, tolerance=0.01`):
 
     number   the same number: `number.py`
     math     mathematically equal: `math.py`
     text     the same words, or one of several if the answer is a JSON list of them: `text.py`
     choice   the same option, by letter, words or both: `text.py`
-    scored   what the scorer that the kind names gives, 0 to 1 (`scored scorer=NAME`): `SCORERS`
+    scored   from 0 to 1, by the scorer that the kind names (`scored scorer=NAME`): `SCORERS`
 """
 
 import functools
@@ -30,7 +30,7 @@ SCORERS: dict[str, Callable[[str, str], float]] = {}
 
 
 class Kind(NamedTuple):
-    """How an answer is judged, as a row's `kind` says it."""
+    """A row's `kind`: how its answer is graded."""
 
     name: str
     decimal: str = "."  # number: the sign before the decimals
@@ -46,9 +46,9 @@ class Kind(NamedTuple):
 
 @functools.lru_cache(256)
 def read_kind(text: str) -> Kind:
-    """Return the kind that `text` names. Raises `UserError` for one that is not known, naming the nearest."""
-    name, *stated = text.split() or [""]
-    settings: dict[str, Any] = dict(each.partition("=")[::2] for each in stated)
+    """Return the kind that `text` names. Raises `UserError` for an unknown one, naming the nearest."""
+    name, *parts = text.split() or [""]
+    settings: dict[str, Any] = dict(each.partition("=")[::2] for each in parts)
     try:
         settings["tolerance"] = Fraction(settings.get("tolerance", FLOAT_TOLERANCE))
         kind = Kind(name, **settings)
@@ -72,24 +72,20 @@ def accepted_answers(answer: str) -> list[str]:
     try:
         several = json.loads(answer) if answer.startswith("[") else None
     except ValueError:
-        several = None
-    return (
-        several
-        if isinstance(several, list) and several and all(isinstance(each, str) for each in several)
-        else [answer]
-    )
+        return [answer]
+    return several if several and all(isinstance(each, str) for each in several) else [answer]
 
 
 def shown_answer(kind: str, answer: str) -> str:
-    """Return the answer to teach and to show: of several that are accepted the first, else the answer as written."""
+    """Return the answer to teach and to show: the first of several accepted ones, else the answer as written."""
     return accepted_answers(answer)[0] if read_kind(kind).name in ("text", "choice") else answer
 
 
 @functools.lru_cache(1 << 12)
 def grade(kind: str, answer: str, given: str) -> float:
-    """Return from 0.0, wrong, to 1.0, right, what `given` is worth where `answer` is right.
+    """Return the grade of `given`, from 0.0, wrong, to 1.0, right, where `answer` is the right one.
 
-    Raises `UserError` for a kind that is not known.
+    Raises `UserError` for an unknown kind.
     """
     rule = read_kind(kind)
     if rule.name == "scored":
@@ -107,7 +103,7 @@ def grade(kind: str, answer: str, given: str) -> float:
 
 
 def number_of(kind: str, text: str) -> Number | None:
-    """Return the number in an answer of kind `number`, right or given; None if there is none, and for other kinds."""
+    """Return the number in an answer, right or given; None if it has none, and for kinds other than `number`."""
     rule = read_kind(kind)
     return read_number(text, rule.decimal) if rule.name == "number" else None
 
@@ -124,8 +120,9 @@ def canonical(kind: str, answer: str) -> str | None:
 
 
 def mark(answer_format: Format, completion: str, answer: str, kind: str = "number") -> dict[str, Any]:
-    """Return what a completion is worth: `well_formed`, `given` (None if it can't be read) and `right`."""
-    read = answer_format.read(completion)
-    given = canonical(kind, read.answer) if read else None
-    right = read is not None and grade(kind, answer, read.answer) == 1.0
-    return {"well_formed": read is not None, "given": given, "right": right}
+    """Return the marks of a completion: `well_formed`, `given` (None if it can't be read) and `right`."""
+    parts = answer_format.read(completion)
+    if parts is None:
+        return {"well_formed": False, "given": None, "right": False}
+    right = grade(kind, answer, parts.answer) == 1.0
+    return {"well_formed": True, "given": canonical(kind, parts.answer), "right": right}

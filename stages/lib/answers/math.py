@@ -1,8 +1,8 @@
-r"""Whether two mathematical answers are equal: lists, sets, tuples and intervals by their parts, these by math-verify.
+r"""Equality of mathematical answers: lists, sets, tuples and intervals part by part, the parts by math-verify.
 
 Where the right answer is a number, `number.py` decides: `6 * 7` and `84 \div 2` are no answers to 42. Elsewhere an
 operation that the right answer does not have (`\int`, `\sin`, `6 \cdot 7`) is work left to do, and no answer either.
-What has no parts math-verify compares, in a process of its own (`worker.py`).
+math-verify runs in a process of its own (`worker.py`).
 """
 
 # ruff: noqa: RUF001  signs that people write
@@ -64,12 +64,12 @@ _DIVISION = re.compile(r"\\frac\s*\{(\d+)\}\s*\{(\d+)\}|(?<!\w)(\d+)\s*/\s*(\d+)
 
 
 def is_readable_math(text: str) -> bool:
-    """Say whether `text` can be an answer: not too long, and what it opens it closes."""
+    """Return whether `text` can be an answer: not too long, and with all its braces closed."""
     return 0 < len(text.strip()) <= _MAX_CHARACTERS and text.count("{") == text.count("}")
 
 
 def same_math(true: str, given: str) -> bool:
-    """Say whether `given` is the right answer `true`."""
+    """Return whether `given` is the right answer `true`."""
     true, given = true.strip(), given.strip()
     if len(given) > _MAX_CHARACTERS:
         return canonical_number(true) is not None and canonical_number(true) == canonical_number(given)
@@ -90,18 +90,17 @@ def same_math(true: str, given: str) -> bool:
 
 
 def _tidy(text: str) -> tuple[str, str]:
-    """Return `text` in LaTeX without what wraps it and without a unit at its end; and that unit."""
+    """Return `text` in LaTeX without its wrappers and without the unit at its end; and that unit."""
     text = SUPERSCRIPT.sub(lambda match: "^{" + match[0].translate(SUPERSCRIPTS) + "}", text).strip()
     while True:
-        inside = text.removesuffix(".").strip()
-        lead = _LEAD_IN.match(inside)
-        wrappers = [w for w in _WRAPPERS if inside.startswith(w[0]) and inside.endswith(w[1]) and _is_one(inside, *w)]
+        text = text.removesuffix(".").strip()
+        lead = _LEAD_IN.match(text)
+        wrappers = [w for w in _WRAPPERS if text.startswith(w[0]) and text.endswith(w[1]) and _is_one(text, *w)]
         if lead:
-            text = inside[lead.end() :]
+            text = text[lead.end() :]
         elif wrappers:
-            text = inside[len(wrappers[0][0]) : -len(wrappers[0][1])].strip()
+            text = text[len(wrappers[0][0]) : -len(wrappers[0][1])].strip()
         else:
-            text = inside
             break
     for pattern, replacement in _TIDY:
         text = pattern.sub(replacement, text)
@@ -117,7 +116,7 @@ def _tidy(text: str) -> tuple[str, str]:
 
 
 def _is_one(text: str, start: str, end: str) -> bool:
-    """Say whether the mark at the start of `text` is closed by the one at its end, with something between."""
+    """Return whether the mark at the end of `text` closes the one at its start, with something between."""
     inside = text[len(start) : len(text) - len(end)]
     if start == "\\boxed{":
         depths = [inside[: place + 1].count("{") - inside[: place + 1].count("}") for place in range(len(inside))]
@@ -126,7 +125,7 @@ def _is_one(text: str, start: str, end: str) -> bool:
 
 
 def _is_same(true: str, given: str) -> bool:
-    """Compare two tidy answers part by part, and what has no parts by math-verify."""
+    """Return whether two tidy answers are equal: part by part, and by math-verify where there are no parts."""
     names = _names(true), _names(given)
     if names[1] and ((names[0] and names[0] != names[1]) or (len(set(names[1])) > 1 and not names[0])):
         return False  # "x = 3, y = 4" is a point
@@ -135,9 +134,7 @@ def _is_same(true: str, given: str) -> bool:
         if len(first) > 1 or len(second) > 1:
             return _are_paired(first, second)
     if names[0] or names[1]:
-        return _is_same(
-            _NAME.sub("", true, count=1) if names[0] else true, _NAME.sub("", given, count=1) if names[1] else given
-        )
+        return _is_same(*[_NAME.sub("", text, count=1) if _names(text) else text for text in (true, given)])
     outer, other = _brackets(true), _brackets(given)
     if outer or other:
         if outer is None or other is None or outer[0] != other[0]:
@@ -150,13 +147,12 @@ def _is_same(true: str, given: str) -> bool:
     if number is not None:
         read = read_number(given)
         return read is not None and same_number(number, read)
-    return true.replace(" ", "") == given.replace(" ", "") or (
-        not _has_more_to_do(true, given) and WORKER.ask(true, given)
-    )
+    alike = true.replace(" ", "") == given.replace(" ", "")
+    return alike or (not _has_more_to_do(true, given) and WORKER.ask(true, given))
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Return the parts of `text` between the separators that stand in no bracket; `\\pm` makes two of a part."""
+    """Return the parts of `text` between the separators outside brackets; a part with `\\pm` is two parts."""
     if separator == ",":
         text = _AND_OR.sub(",", text)
     parts, depth, start, place = [], 0, 0, 0
@@ -174,12 +170,12 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _names(text: str) -> list[str]:
-    """Return the names that are given values in the parts of `text`, in their order: of `x = 3, y = 4` x and y."""
+    """Return the names that the parts of `text` give values to, sorted: of `x = 3, y = 4` x and y."""
     return sorted(match[1] for part in _split(text, ",") if (match := _NAME.match(part)))
 
 
 def _brackets(text: str) -> tuple[str, str] | None:
-    """Return the brackets of a set, tuple or interval, and what is in them; None for another text."""
+    """Return the brackets of a set, tuple or interval, and their content; None for another text."""
     for start in ("\\{", "(", "["):
         for end in ("\\}",) if start == "\\{" else (")", "]"):
             inside = text[len(start) : -len(end)]
@@ -195,7 +191,7 @@ def _brackets(text: str) -> tuple[str, str] | None:
 
 
 def _are_paired(true: list[str], given: list[str]) -> bool:
-    """Say whether each part of one list equals another part of the other, in whatever order."""
+    """Return whether the parts of two lists are equal in pairs, in any order."""
     if len(true) != len(given) or len(true) > _MAX_PARTS:
         return False
     left = list(given)
@@ -208,7 +204,7 @@ def _are_paired(true: list[str], given: list[str]) -> bool:
 
 
 def _has_more_to_do(true: str, given: str) -> bool:
-    """Say whether `given` has an operation that `true` has not, or an equation of which a part would be compared."""
+    """Return whether `given` has an operation or an equation that `true` has not."""
     if given.count("=") != true.count("=") or _BASE.findall(given) != _BASE.findall(true):
         return True
     undone = {match[0] for match in _DIVISION.finditer(given) if int(match[2] or match[4]) == 0 or

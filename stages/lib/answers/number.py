@@ -1,12 +1,12 @@
-r"""The number that an answer is, read by one grammar from a dataset and from a completion, with exact arithmetic.
+r"""Numbers of answers, read by one grammar from a dataset and from a completion, with exact arithmetic.
 
     read_number(text)         the number and its unit, or None   "1,200"  "$18"  "1 1/2 cups"  "The answer is 18."
     canonical_number(text)    its value as a string, or None     "1200"   "18"   "3/2"         "18"
     same_number(true, given)  whether two are the same, units included
 
-A number is digits, or a fraction in English words, with what people put around it: a sign, a currency, thousands in
-groups (by comma, blank, apostrophe, `_`; Indian groups too), a power, `x 10^6`, a scale (`2 dozen`, `1.2k`), a unit, a
-lead-in (`x =`, `The answer is`), a hedge (`about`). Decisions:
+A number is digits, or a fraction in English words. Around it may be a sign, a currency, thousands in groups (by comma,
+blank, apostrophe, `_`; Indian groups too), a power, `x 10^6`, a scale (`2 dozen`, `1.2k`), a unit, a lead-in (`x =`,
+`The answer is`), a hedge (`about`). Decisions:
 
 - **What the grammar does not know is not read.** Every word must stand in `words.py`, and every sign here. `not 42`,
   `less than 42`, `5 Dutzend`, `loss of 5`, `3 PM`, `May 5`, `($5)`, `18th`, `5!` and `NaN` are no answers.
@@ -16,7 +16,7 @@ lead-in (`x =`, `The answer is`), a hedge (`about`). Decisions:
 - Two numbers are no answer (`41 or 42`, `10:30`, `2 + 2 = 4`), but for `4 dollars and 50 cents` and `42 (forty-two)`.
 - Nothing is rounded. `0.333...` and `0.\overline{3}` are 1/3. `50%` has the unit `%`; `same_number` compares it.
 - `decimal` is the sign before the decimals, "." or ",". With ".", `3,5` is not read; with ",", `1.234` is 1234.
-- A value has at most 100 digits above and below the bar; a text over 1,000 characters is not looked at.
+- A value has at most 100 digits above and below the bar; a text over 1,000 characters is not read.
 """
 
 import functools
@@ -24,22 +24,9 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from stages.lib.answers import words
 from stages.lib.answers.spelling import digits_for_words, plain_text
-from stages.lib.answers.words import (
-    AFTER,
-    CURRENCIES,
-    HEDGES,
-    LENGTHS,
-    MONEY,
-    NAMES,
-    PLAIN,
-    SCALES,
-    SHORT_SCALES,
-    THINGS,
-    UNITS,
-    Unit,
-    find_unit,
-)
+from stages.lib.answers.words import CURRENCIES, PLAIN, SCALES, SHORT_SCALES, THINGS, UNITS, Unit, find_unit
 
 MAX_TEXT_CHARACTERS = 1000
 FLOAT_TOLERANCE = Fraction(5, 1000)  # of a float that does not end, unless the source states another
@@ -69,7 +56,7 @@ _INDEX = re.compile(r"(?<=(?<![A-Za-z])[A-Za-z])(?:_\{?\w{1,3}\}?|\([a-z0-9]{1,3
 _BELOW_ZERO = re.compile(r"(\s*(?:°\s?[CF]?|degrees?(?:\s+(?:celsius|fahrenheit))?)?)\s+below(?:\s+0)?\b", re.I)
 _SMALLER_PART = re.compile(rf"\s*(\w+)\s*(?:,|\band\b)?\s*({_DIGITS})\s*(\w+)")
 _RESTATED = re.compile(rf"\s*\(\s*({_DIGITS})\s*\)")
-_RAISED_WORD = re.compile(rf"\b(?:(sq)(?:uare|\.|\b)|cu(?:bic|\.|\b))\s*({'|'.join(LENGTHS)})\b", re.I)
+_RAISED_WORD = re.compile(rf"\b(?:(sq)(?:uare|\.|\b)|cu(?:bic|\.|\b))\s*({'|'.join(words.LENGTHS)})\b", re.I)
 _PER = re.compile(
     rf"(?:/|\bper\b|\b(?:an?|each|every)\b(?=\s+(?:second|minute|hour|day|week|month|year)\b))\s*({_WORD}(?:\^?[23])?)"
 )
@@ -91,7 +78,7 @@ class Number(NamedTuple):
 
 @functools.lru_cache(1 << 16)
 def read_number(text: str, decimal: str = ".") -> Number | None:
-    """Return the number that `text` gives as its answer, or None. `decimal` is the sign before decimals, "." or ","."""
+    """Return the number that `text` gives, or None. `decimal` is the sign before decimals, "." or ","."""
     if _INTEGER.fullmatch(text):
         return Number(Fraction(int(text)), digits=0, bare=True)
     if len(text) > MAX_TEXT_CHARACTERS:
@@ -99,13 +86,13 @@ def read_number(text: str, decimal: str = ".") -> Number | None:
     text = _INDEX.sub("", plain_text(text))
     if decimal == "," and ("," in text or not re.search(r"\.(?:\d{1,2}|\d{4,})(?!\d)", text)):
         text = text.rstrip(",").translate({ord(","): ".", ord("."): ","}).rstrip(",")
-    spelled = digits_for_words(text) if any(map(str.isalpha, text)) else text
-    match = _QUANTITY.search(spelled)
-    number = _read_match(spelled, match) if match else None
-    if number is None or spelled == text:
+    in_digits = digits_for_words(text) if any(map(str.isalpha, text)) else text
+    match = _QUANTITY.search(in_digits)
+    number = _read_match(in_digits, match) if match else None
+    if number is None or in_digits == text:
         return number
-    written_in_words = number.value.denominator == 1 and not any(map(str.isdecimal, text))
-    return None if written_in_words else number._replace(bare=False)
+    is_in_words = number.value.denominator == 1 and not any(map(str.isdecimal, text))
+    return None if is_in_words else number._replace(bare=False)
 
 
 def canonical_number(text: str) -> str | None:
@@ -115,7 +102,7 @@ def canonical_number(text: str) -> str | None:
 
 
 def _read_match(text: str, match: re.Match[str]) -> Number | None:
-    """Return the number of a match, given that all of the text around it leaves it alone."""
+    """Return the number of a match; None if the text around it changes it."""
     value, before, after = _value(match), text[: match.start()], text[match.end() :]
     signs = match["signs"].lower()
     minus = len(_MINUS.findall(signs))
@@ -128,9 +115,9 @@ def _read_match(text: str, match: re.Match[str]) -> Number | None:
     below = _BELOW_ZERO.match(after)
     if below and not signs:
         minus, after = 1, below[1] + after[below.end() :]
-    restated = _RESTATED.match(after)
-    if restated and _decimal_value(restated[1]) == value:
-        after = after[restated.end() :]
+    repetition = _RESTATED.match(after)
+    if repetition and _decimal_value(repetition[1]) == value:
+        after = after[repetition.end() :]
     part = _SMALLER_PART.match(after)
     if part:  # "4 dollars and 50 cents"
         larger, smaller = find_unit(part[1]), find_unit(part[3])
@@ -161,10 +148,8 @@ def _value(match: re.Match[str]) -> Fraction | None:
         if base > 1 and abs(power) > 1 and abs(power) * len(match["base"]) < 400:
             value = Fraction(base) ** power
     else:
-        value, power = (
-            _decimal_value(match["number"], match["repeats"]),
-            int(match["exponent"] or 0) + int(match["ten"] or 0),
-        )
+        value = _decimal_value(match["number"], match["repeats"])
+        power = int(match["exponent"] or 0) + int(match["ten"] or 0)
         value = None if value is None or abs(power) > 100 else value * Fraction(10) ** power
     for scale in (match["scales"] or "").lower().split():
         has_money = _MINUS.sub("", match["signs"].lower()).strip(" +")
@@ -175,7 +160,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _decimal_value(number: str, repeats: str | None = None) -> Fraction | None:
-    """Return the value of digits; `repeats` is "(3)", the digits that go on, or "...", which says that the last do."""
+    """Return the value of digits; `repeats` is "(3)", the digits that repeat, or "...": the last ones repeat."""
     head, _, decimals = re.sub(r"[, '_]", "", number).partition(".")
     if not repeats:
         return Fraction(int(head + decimals), 10 ** len(decimals)) if head + decimals else None
@@ -188,7 +173,7 @@ def _decimal_value(number: str, repeats: str | None = None) -> Fraction | None:
 
 
 def _leaves_alone(before: str, signs: str) -> bool:
-    """Say whether what stands before a number and its signs is a lead-in that changes nothing."""
+    """Return whether the text before a number and its signs is a lead-in that changes nothing."""
     if before and ((before[-1].isalpha() and before[-1].isascii()) or before[-1] in "_-—.,"):
         return False
     tokens = [token.lower() for token in _TOKEN.findall(_NAMED.sub("", before))]
@@ -200,20 +185,20 @@ def _leaves_alone(before: str, signs: str) -> bool:
         return False  # "x - 5"; but "She pays -3"
     for place, word in enumerate(tokens):
         thing = word not in UNITS and find_unit(word) is not None
-        if not (thing or any(word in known for known in (PLAIN, HEDGES, NAMES, _AROUND, "=~"))):
+        if not (thing or any(word in known for known in (PLAIN, words.HEDGES, words.NAMES, _AROUND, "=~"))):
             return False
         if word == "!" and (place + 1 == len(tokens) or tokens[place + 1] == "="):
             return False
     if last == "of":  # "the square of 5"
         return len(tokens) > 1 and tokens[-2] in ("total", "cost", "price", "amount", "answer")
-    return last in PLAIN or not (thing or last in NAMES)  # "page 5"
+    return last in PLAIN or not (thing or last in words.NAMES)  # "page 5"
 
 
 def _units_after(after: str, unit: Unit | None) -> tuple[Unit | None, Unit | None] | None:
-    """Return the unit and its `per` in what stands after a number; None if there is a word that is not known."""
+    """Return the unit and its `per` in the text after a number; None if a word of it is unknown."""
     if after.lstrip()[:1] == "!" or (after[:1] == "(" and after[1:2].isdigit()):
         return None
-    touching, per = after[:1].isalpha(), None
+    is_touching, per = after[:1].isalpha(), None
     after = _NAMED_OTHERWISE.sub(lambda match: _ANOTHER_NAME[" ".join(match[0].lower().split())], after)
     after = _RAISED_WORD.sub(lambda match: f"{match[2]}^{2 if match[1] else 3}", after)
     rate = _PER.search(after)
@@ -223,16 +208,18 @@ def _units_after(after: str, unit: Unit | None) -> tuple[Unit | None, Unit | Non
             return None
     tokens = _TOKEN.findall(after)
     for place, token in enumerate(tokens):
-        word, found = token.lower(), _unit_of(token)
+        word, token_unit = token.lower(), _unit_of(token)
         if word in ("a", "an", "i") and not "".join(tokens[place + 1 : place + 2]).isalpha() and token != "A":
             return None  # "5 a.m.", "5 i"
-        if touching and place == 0 and token not in UNITS and word not in UNITS:
+        if is_touching and place == 0 and token not in UNITS and word not in UNITS:
             return None
-        if found and not (word in PLAIN and place):
-            if unit and found.kind == "%":
+        if token_unit and not (word in PLAIN and place):
+            if unit and token_unit.kind == "%":
                 return None
-            unit = unit or found
-        elif word not in PLAIN and not any(word in known for known in (AFTER, HEDGES, NAMES, _AROUND)):
+            unit = unit or token_unit
+        elif word not in PLAIN and not any(
+            word in known for known in (words.AFTER, words.HEDGES, words.NAMES, _AROUND)
+        ):
             return None
     return unit, per
 
@@ -247,16 +234,13 @@ def _unit_of(token: str) -> Unit | None:
     return Unit(f"{unit.kind}^{power}", unit.size**power) if unit and unit.kind in ("m", "s") else None
 
 
-# --- the same number --------------------------------------------------------------------------------------------------
-
-
 def same_number(true: Number, given: Number, tolerance: Fraction = FLOAT_TOLERANCE) -> bool:
-    """Say whether `given` is the right answer `true`.
+    """Return whether `given` is the right answer `true`.
 
     A unit that only one of the two has changes nothing; two units must be of one kind and are converted (`450 cents` is
-    `$4.50`). `25%` is also 25 and 1/4, whichever of the two has the sign, but for a percentage under 1. Where `true`
-    has 15 significant digits or more it is a float that does not end: a decimal rounded to its last digit is right if
-    it is within `tolerance` (a share of the value).
+    `$4.50`). `25%` is also 25 and 1/4, whichever of the two has the sign; a percentage under 1 is not also the plain
+    number. A `true` of 15 significant digits or more is a float that does not end: a decimal rounded to its last digit
+    is right within `tolerance`, a share of the value.
     """
     if true.unit is given.unit is true.per is given.per is None:
         return _is_close(true, given, tolerance)
@@ -268,13 +252,13 @@ def same_number(true: Number, given: Number, tolerance: Fraction = FLOAT_TOLERAN
     size, per = _size_in(true.unit, given.unit), _size_in(true.per, given.per)
     if size is None or per is None:
         return False
-    if (true.per is None) != (given.per is None) and true.unit and given.unit and true.unit.kind not in MONEY:
+    if (true.per is None) != (given.per is None) and true.unit and given.unit and true.unit.kind not in words.MONEY:
         return False  # "60 km" for "60 km/h"
     return _is_close(true, given._replace(value=given.value * size / per), tolerance)
 
 
 def _size_in(first: Unit | None, second: Unit | None) -> Fraction | None:
-    """Return how large the second unit is in the first; 1 where one is not stated, None where they are of two kinds."""
+    """Return the size of the second unit in the first; 1 where one is not stated, None for units of two kinds."""
     if first is None or second is None:
         return Fraction(1)
     kinds = {first.kind, second.kind}
@@ -283,7 +267,7 @@ def _size_in(first: Unit | None, second: Unit | None) -> Fraction | None:
 
 
 def _is_close(true: Number, given: Number, share: Fraction) -> bool:
-    """Say whether two values are equal as far as a float, or a long decimal of an endless fraction, can tell."""
+    """Return whether two values are equal up to the rounding of a float or of a long decimal of an endless fraction."""
     miss, digits = abs(true.value - given.value), given.digits or 0
     if not (miss and (true.digits or digits)):
         return miss == 0
@@ -296,5 +280,5 @@ def _is_close(true: Number, given: Number, share: Fraction) -> bool:
 
 
 def _is_float(number: Number) -> bool:
-    """Say whether a number has decimals, and in all the 15 digits or more of a float that does not end."""
+    """Return whether a number has decimals and 15 digits or more, as a float that does not end."""
     return bool(number.digits) and abs(number.value) * 10 ** (number.digits or 0) >= 10**14

@@ -43,25 +43,16 @@ _LATEX = [
 ]
 _MATH = [
     re.compile(pattern, re.DOTALL)
-    for pattern in (
-        r"\$\$(.+?)\$\$",
-        r"\\\((.+?)\\\)",
-        r"\\\[(.+?)\\\]",
-        r"(?<![\w$])\$(?=\S)([^$]*\S)\$(?!\w)",
-    )
+    for pattern in (r"\$\$(.+?)\$\$", r"\\\((.+?)\\\)", r"\\\[(.+?)\\\]", r"(?<![\w$])\$(?=\S)([^$]*\S)\$(?!\w)")
 ]
 # Not the `**` of a power, nor the `_` of an index.
 _MARKUP = re.compile(
     r"(?<![\w)*])\*{1,3}(?=[^\s*])|(?<=[^\s*])\*{1,3}(?![\w(*]|\s*\d)|(?<=[^\s*\d])\*{1,3}(?=\s)"
     r"|(?<!\w)_{1,2}(?=\w)|(?<=\w)_{1,2}(?![\w{])|`|^#+\s+"
 )
-_CARDINAL = "|".join(
-    sorted([*CARDINALS, "hundred", "thousand", "million", "billion", "trillion"], key=len, reverse=True)
-)
-_SPELLED_OUT = re.compile(
-    rf"\b(?:{'|'.join(sorted(CARDINALS, key=len, reverse=True))})\b(?:(?:\s*-\s*|\s+and\s+|\s+)(?:{_CARDINAL})\b)*",
-    re.I,
-)
+_CARDINAL = "|".join(sorted(CARDINALS, key=len, reverse=True))
+_NEXT = f"{_CARDINAL}|hundred|thousand|million|billion|trillion"
+_SPELLED_OUT = re.compile(rf"\b(?:{_CARDINAL})\b(?:(?:\s*-\s*|\s+and\s+|\s+)(?:{_NEXT})\b)*", re.I)
 _PART_NAMES = {name + plural: size for name, size in PARTS.items() for plural in ("", "s")} | {"halves": 2}
 _PART = "|".join(sorted(_PART_NAMES, key=len, reverse=True))
 _PARTS_OF = re.compile(rf"(?:(?<![\d.,/])(\d+)(?:\s+|\s?-\s?)|\ban?\s+|\b(?=half\b))({_PART})\b(?!-)", re.I)
@@ -102,7 +93,7 @@ def digits_for_words(text: str) -> str:
 
 
 def _value_of_words(words: str) -> str:
-    """Return number words as digits, each alone where they are not one number ("five six")."""
+    """Return number words as digits; words that are not one number each by itself ("five six")."""
     each_alone = re.sub("[a-z]+", lambda match: str(CARDINALS.get(match[0], match[0])), words.lower())
     total, current = 0, None
     for word in re.findall(r"[a-z]+", words.lower()):

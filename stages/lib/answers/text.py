@@ -34,7 +34,7 @@ _OTHER_OPTION = re.compile(
 
 
 def canonical_text(text: str) -> str:
-    """Return the words of an answer in one spelling: no case, markup, lead-in, quotes or signs at the ends."""
+    """Return the words of an answer in one spelling, without case, markup, lead-in, and quotes or signs at the ends."""
     text = unicodedata.normalize("NFKC", plain_text(text)).casefold()
     text = " ".join(text.split()).strip(_QUOTES + " .,;:!?=")
     shorter = _alone(text)
@@ -42,13 +42,13 @@ def canonical_text(text: str) -> str:
 
 
 def _alone(text: str) -> str:
-    """Return an answer without the words that only say that it is one."""
+    """Return an answer without the words around it that only present it."""
     lead_in = _LEAD_IN.match(text)
     return _IS_THE_ANSWER.sub("", text[lead_in.end() :] if lead_in else text)
 
 
 def same_text(true: str, given: str) -> bool:
-    """Say whether two answers are the same words; for a yes or a no, also `True` and `yes, it is`."""
+    """Return whether two answers are the same words; for a yes or a no, also `True` and `yes, it is`."""
     true, given = canonical_text(true), canonical_text(given)
     if true in _SURE:
         match = _YES_OR_NO.fullmatch(given)
@@ -59,7 +59,7 @@ def same_text(true: str, given: str) -> bool:
 def read_choice(text: str) -> tuple[str, str] | None:
     """Return the letter, upper case, of an option such as `(B) 18`, and the words beside it ("" if there are none).
 
-    None for another text, for two options, and for what says that an option is not the answer.
+    None for another text, for two options, and for a text that denies an option.
     """
     text = " ".join(plain_text(text).split()).strip(_QUOTES + " ")
     text = _alone(text).strip(_QUOTES + " =:").rstrip("!?")
@@ -77,7 +77,7 @@ def read_choice(text: str) -> tuple[str, str] | None:
 
 
 def same_choice(true: str, given: str) -> bool:
-    """Say whether two answers name the same option, by its letter, its words or both."""
+    """Return whether two answers name the same option, by its letter, its words or both."""
     right, named = read_choice(true), read_choice(given)
     if right is None:
         return same_text(true, given)

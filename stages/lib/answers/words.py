@@ -1,8 +1,8 @@
 """The words that may stand beside a number: units with their sizes, scales, numbers as words, things, plain words.
 
-An answer is read as a number only if every word around it stands here, so that no word unknown to this page can change
-what was meant (`5 lakh` is read, `5 Dutzend` and `loss of 5` are not). A word missing here costs a right answer; a word
-that scales, turns or denies a number, put into `PLAIN` or `THINGS`, would pay a wrong one.
+An answer is read as a number only if every word around it stands here, so no unknown word can change its meaning
+(`5 lakh` is read, `5 Dutzend` and `loss of 5` are not). A word missing here costs a right answer. A word that scales,
+turns or denies a number must not be in `PLAIN` or `THINGS`: a wrong answer would be rewarded.
 """
 # ruff: noqa: RUF001  words and signs of other languages
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """What a number counts: units of one `kind` convert into each other by `size`."""
+    """A unit of a number; those of one `kind` convert into each other by `size`."""
 
     kind: str
     size: Fraction = Fraction(1)
@@ -80,7 +80,7 @@ PARTS |= {"half": 2, "quarter": 4, "sixteenth": 16, "twentieth": 20, "hundredth"
 
 HEDGES = frozenset("about approximately approx around roughly circa ca maybe perhaps probably possibly".split())
 
-# Words that leave a number alone wherever they stand in a sentence that gives an answer.
+# Words that do not change a number, wherever they stand in the sentence.
 PLAIN = frozenset(
     """
     a an the this that these those it he she they we you i its his her their our your my him them us me is are was
@@ -102,7 +102,7 @@ PLAIN = frozenset(
     son réponse est la le respuesta es el total ответ 答案 答案是 是 为 答え 答えは です 답 정답
     """.split()
 )
-# Words that leave a number alone when they follow it: `5 more`, while `more than 5` is another number.
+# Words that do not change a number before them: `5 more`, while `more than 5` is another number.
 AFTER = frozenset("more left still away ahead later earlier again today tomorrow already also too".split())
 NAMES = frozenset(
     """
@@ -168,7 +168,7 @@ THINGS = frozenset(
 
 
 def find_unit(word: str) -> Unit | None:
-    """Return what a number before `word` counts, or None for a word that is neither unit nor thing.
+    """Return the unit of a number before `word`, or None for a word that is neither unit nor thing.
 
     Symbols are looked up as written, words in lower case; a thing is named by its singular.
     """

@@ -11,13 +11,13 @@ from typing import Any
 
 from stages.lib.errors import UserError
 
-MATH_TIMEOUT_SECONDS = 0.5  # of processor time, so that what else the machine does decides nothing
+MATH_TIMEOUT_SECONDS = 0.5  # of processor time, so that other work of the machine does not count
 _WALL_SECONDS = 60.0  # for a process that waits instead of working
 _MAX_MEMORY_BYTES = 4 << 30  # of address space, of which SymPy alone takes a good part
 
 
 class MathWorker:
-    """One process that compares, forked anew from a server that has math-verify loaded whenever it was killed.
+    """The process that compares; after it was killed, a new one is forked from a server with math-verify loaded.
 
     math-verify's own time limit works in the main thread only and not inside one long step of SymPy or of integer
     arithmetic (10 to the power of 10 to the power of 10), so the limit is the worker's death by SIGPROF or SIGALRM.
@@ -44,10 +44,10 @@ class MathWorker:
                 raise UserError("math-verify's process could not start; its error is above") from error
 
     def ask(self, true: str, given: str) -> bool:
-        """Say whether `given` equals `true`."""
+        """Return whether `given` equals `true`."""
         with self._lock:
             self.start()
-            # The pipe is kept only if the answer came: a late one must not be taken for that of the next question.
+            # The pipe is kept only if the answer came: a late one must not answer the next question.
             pipe, self._pipe = self._pipe, None
             try:
                 pipe.send((true, given))
@@ -64,7 +64,7 @@ WORKER = MathWorker()
 
 @contextlib.contextmanager
 def _no_main_module() -> Iterator[None]:
-    """Tell the worker nothing of the main module: it needs nothing of that, and would run a script's lines again."""
+    """Keep the main module from the worker, which does not need it and would run a script's lines again."""
     told = spawn.get_preparation_data
     spawn.get_preparation_data = lambda name: {k: v for k, v in told(name).items() if not k.startswith("init_main")}
     try:
@@ -74,7 +74,7 @@ def _no_main_module() -> Iterator[None]:
 
 
 def _serve_math(pipe: Any) -> None:
-    """Compare what comes through the pipe until it closes; the worker's main function."""
+    """Answer the questions from the pipe until it closes; the worker's main function."""
     import logging
     import resource
 
@@ -86,8 +86,8 @@ def _serve_math(pipe: Any) -> None:
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end closes the pipe
-    # LaTeX only: plain expressions math-verify gives to SymPy's parse_expr, which evaluates them as Python.
-    # Units are not dropped by it: "2m" is twice m.
+    # LaTeX only: math-verify gives plain expressions to SymPy's parse_expr, which evaluates them as Python.
+    # Units stay: "2m" is twice m.
     spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
     read: Callable[..., list[Any]] = functools.partial(
         parse,

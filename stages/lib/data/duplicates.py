@@ -1,4 +1,4 @@
-"""Duplicates within a set and questions too close to the eval set, decided on fingerprints."""
+"""Duplicates within a set and contamination by the eval set, found by fingerprints."""
 
 import os
 from collections.abc import Iterator
@@ -7,16 +7,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-MAX_PAIRS = 1 << 15  # looked at together; this and the next bound the memory
+MAX_PAIRS = 1 << 15  # compared at once; this and the next bound the memory
 MAX_GRAMS = 1 << 21
 
 
 def exact_duplicates(ids: np.ndarray) -> np.ndarray:
-    """Return, for each id, the index of the first that is equal: its own where there is none before it."""
+    """Return, for each id, the index of the first that equals it; its own if it is the first."""
     first = np.arange(len(ids))
     ordered = np.sort(ids)
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    # Seldom many: only these are worth an order that keeps track of the places.
+    # These are few, so a search that keeps their places is cheap.
     several, _ = Known(repeated).find(ids)
     _, start, inverse = np.unique(ids[several], return_index=True, return_inverse=True)
     first[several] = several[start[inverse]]
@@ -24,16 +24,16 @@ def exact_duplicates(ids: np.ndarray) -> np.ndarray:
 
 
 class Known:
-    """Numbers, ascending, each once, among which many others are looked for."""
+    """A sorted set of numbers, in which many others are looked up."""
 
     def __init__(self, numbers: np.ndarray) -> None:
         self.numbers = numbers
         self.mask = numbers.dtype.type((1 << max(16, (len(numbers) * 16).bit_length())) - 1)
-        self.seen = np.zeros(int(self.mask) + 1, bool)  # a small table that rules most out before any search
+        self.seen = np.zeros(int(self.mask) + 1, bool)  # by the lowest bits: rules most out before any search
         self.seen[numbers & self.mask] = True
 
     def find(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return which of `values` are among the numbers, as indexes, and the place there of each."""
+        """Return the indexes of those `values` that are in the set, and each one's place there."""
         index = np.flatnonzero(self.seen[values & self.mask])
         place = np.minimum(np.searchsorted(self.numbers, values[index]), len(self.numbers) - 1)
         kept = self.numbers[place] == values[index]
@@ -43,7 +43,7 @@ class Known:
 class Grams:
     """The n-grams of all rows, kept in files: `counts[row]` numbers (uint32) a row.
 
-    `pieces` says where the rows are, in order: (file, the byte at which a piece begins, its rows, one after the other).
+    `pieces` are, in order, the stretches of rows: (file, the byte where the stretch begins, how many rows it has).
     """
 
     def __init__(self, pieces: list[tuple[BinaryIO, int, int]], counts: np.ndarray) -> None:
@@ -57,13 +57,11 @@ class Grams:
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Return the n-grams of `rows`, one row after the other."""
-        spans = zip(
-            self.files[rows].tolist(), (self.counts[rows] * 4).tolist(), self.starts[rows].tolist(), strict=True
-        )
-        return np.frombuffer(b"".join([os.pread(file, size, start) for file, size, start in spans]), np.uint32)
+        spans = (self.files[rows].tolist(), (self.counts[rows] * 4).tolist(), self.starts[rows].tolist())
+        return np.frombuffer(b"".join(map(os.pread, *spans)), np.uint32)
 
     def chunks(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yield (first row, row after the last, their n-grams) until every row was there, in order."""
+        """Yield all rows in order, many at a time: (first row, row after the last, their n-grams)."""
         first = stop = 0
         for file, _, rows in self.pieces:
             stop += rows
@@ -81,7 +79,7 @@ def near_duplicates(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (row, an earlier row like it, their Jaccard index) for the `rows` whose index reaches `threshold`.
 
-    `rows` are ascending; `bands` holds the bands of all rows. Each row is named once.
+    `rows` are ascending; `bands` holds the bands of all rows. Each row is returned once.
     """
 
     def met_in(band: int) -> np.ndarray:
@@ -94,9 +92,8 @@ def near_duplicates(
     later, earlier = rows[(pairs >> np.uint64(32)).astype(np.int64)], rows[pairs.astype(np.uint32)]
     alike = np.zeros(len(later))
     for start in range(0, len(later), MAX_PAIRS):
-        alike[start : start + MAX_PAIRS] = jaccard(
-            grams, later[start : start + MAX_PAIRS], earlier[start : start + MAX_PAIRS]
-        )
+        part = slice(start, start + MAX_PAIRS)
+        alike[part] = jaccard(grams, later[part], earlier[part])
     near = np.flatnonzero(alike >= threshold)
     near = near[np.unique(later[near], return_index=True)[1]]
     return later[near], earlier[near], alike[near]
@@ -118,52 +115,52 @@ def distinct(grams: Grams, rows: np.ndarray) -> np.ndarray:
 
 
 def sizes_of(keys: np.ndarray, rows: int) -> np.ndarray:
-    """Return how many n-grams each of `rows` rows has among the `keys` that `distinct` gives."""
+    """Return how many of the `keys` that `distinct` gives each of `rows` rows has."""
     return np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=rows)
 
 
 def contaminated(
-    evaluated: np.ndarray, trained: np.ndarray, grams: Grams, threshold: float
+    eval_rows: np.ndarray, train_rows: np.ndarray, grams: Grams, threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (row, the `evaluated` row closest to it, their overlap) for the `trained` rows that reach `threshold`.
+    """Return (row, the one of `eval_rows` closest to it, their overlap) for the `train_rows` that reach `threshold`.
 
     The overlap is the number of n-grams in both over the number in the one that has fewer, so that an eval problem
-    inside a longer training problem counts in full. The n-grams of the `evaluated` rows are held in memory.
+    inside a longer training problem counts in full. The n-grams of the `eval_rows` are held in memory.
     """
-    keys = distinct(grams, evaluated)
-    sizes = sizes_of(keys, len(evaluated))
+    keys = distinct(grams, eval_rows)
+    sizes = sizes_of(keys, len(eval_rows))
     order = np.argsort(keys.astype(np.uint32), kind="stable")
     owners = (keys >> np.uint64(32)).astype(np.int64)[order]
-    numbers, first, owned = np.unique(keys.astype(np.uint32)[order], return_index=True, return_counts=True)
+    numbers, first, owner_counts = np.unique(keys.astype(np.uint32)[order], return_index=True, return_counts=True)
     known = Known(numbers)
-    is_trained = np.zeros(len(grams.counts), bool)
-    is_trained[trained] = True
-    found = []
+    is_train_row = np.zeros(len(grams.counts), bool)
+    is_train_row[train_rows] = True
+    matches = []
     for start, end, values in grams.chunks():
         index, place = known.find(values)
         row = start + np.searchsorted(np.cumsum(grams.counts[start:end]), index, "right")
-        kept = is_trained[row]
-        met = np.unique(row[kept] << 32 | place[kept])  # an n-gram counts once, however often the question has it
-        row, place = met >> 32, met & 0xFFFFFFFF
-        # The same n-gram may be in many eval problems: take so many rows at once that all their matches fit.
-        ends = np.cumsum(owned[place])
+        kept = is_train_row[row]
+        pairs = np.unique(row[kept] << 32 | place[kept])  # an n-gram counts once, however often the question has it
+        row, place = pairs >> 32, pairs & 0xFFFFFFFF
+        # An n-gram may be in many eval problems: the rows are cut into parts whose matches fit into memory.
+        ends = np.cumsum(owner_counts[place])
         cuts = np.searchsorted(ends, np.arange(MAX_GRAMS, ends[-1] if len(ends) else 0, MAX_GRAMS))
         cuts = np.unique(np.searchsorted(row, row[cuts]))  # never within a row
         for part in np.split(np.arange(len(row)), cuts):
-            times = owned[place[part]]
+            times = owner_counts[place[part]]
             nth = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
             owner = owners[np.repeat(first[place[part]], times) + nth]
-            found.append(closest(grams, np.repeat(row[part], times), owner, sizes, threshold))
-    row, owner, overlap = (np.concatenate(column) for column in zip(*found, strict=True))
-    return row, evaluated[owner], overlap
+            matches.append(closest(grams, np.repeat(row[part], times), owner, sizes, threshold))
+    row, owner, overlap = (np.concatenate(column) for column in zip(*matches, strict=True))
+    return row, eval_rows[owner], overlap
 
 
 def closest(
     grams: Grams, row: np.ndarray, owner: np.ndarray, sizes: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (row, owner, overlap) for the rows that reach `threshold` with the owner they overlap most.
+    """Return (row, the owner that it overlaps most, overlap) for the rows whose overlap reaches `threshold`.
 
-    `row` and `owner` name a pair for every n-gram the two share; `sizes` are the owners' numbers of n-grams.
+    `row` and `owner` hold a pair for every n-gram the two share; `sizes` are the owners' numbers of n-grams.
     """
     pairs, common = np.unique(row << 32 | owner, return_counts=True)
     row, owner = pairs >> 32, pairs & 0xFFFFFFFF

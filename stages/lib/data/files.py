@@ -1,7 +1,7 @@
-"""Where the rows of a recipe come from: the hub, or JSONL, JSON, CSV and Parquet files, read a batch at a time.
+"""Rows of a recipe's sources, read a batch at a time: from the hub, or from JSONL, JSON, CSV and Parquet files.
 
-A JSON list alone is read whole. A bad file is the user's to mend, so every message names the file, the line or row,
-what was found and what was expected. Nothing is guessed: no encoding, no separator, no column.
+Only a JSON list is read whole. Every message on a bad file names the file, the line or row, what was found and what was
+expected. Nothing is guessed: no encoding, no separator, no column.
 """
 
 import csv
@@ -26,13 +26,13 @@ MAX_LIST_BYTES = 1_000_000_000  # of a JSON list
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of a JSONL file, to be read again and parsed by `parsed`, which may be in another process."""
+    """Lines of a JSONL file, which `parsed` reads again and parses, maybe in another process."""
 
     path: Path
     first: int  # line number of the first
     start: int  # where they begin in the file, in bytes
     size: int  # bytes
-    wanted: list[str]
+    names: list[str]
     is_start: bool  # whether the file's first row is in here
 
     @property
@@ -47,21 +47,21 @@ class Lines:
             lines = file.read(self.size).split(b"\n")
         numbers = [number for number, text in enumerate(lines, self.first) if text and not text.isspace()]
         kept = lines if len(numbers) == len(lines) else [lines[number - self.first] for number in numbers]
-        try:  # one call for all of them is half the work
+        try:  # one call for all lines takes half the time
             rows = json.loads(f"[{b','.join(kept).decode('utf-8')}]")
         except (ValueError, RecursionError):
             rows = []
         if len(rows) != len(kept):
             rows = [parsed_line(self.path, number, text) for number, text in zip(numbers, kept, strict=True)]
-        return columns_of(self.path, "line", numbers, rows, self.wanted, self.is_start)
+        return columns_of(self.path, "line", numbers, rows, self.names, self.is_start)
 
 
 def files_of_source(source: Source, base_model: Path | None, data: Path | None) -> list[Path]:
-    """Return the files of a source in the order they are read; none for a dataset that the hub is to be asked for.
+    """Return the files of a source in the order they are read; none for a dataset to fetch from the hub.
 
-    `base_model` is the artifact that a source "base-model" is read from. `data` is a local copy, a file or a folder,
-    that stands in for what the recipe names on the hub. Raises `UserError` when there is no such file, and for a
-    dataset to be fetched at no stated revision.
+    `base_model` is the artifact for a source named "base-model". `data` is a file or folder, the local copy of the
+    datasets that the recipe names on the hub. Raises `UserError` for a file that does not exist, and for a dataset to
+    fetch without a revision.
     """
     if source.name == "base-model":
         if base_model is None:
@@ -72,8 +72,8 @@ def files_of_source(source: Source, base_model: Path | None, data: Path | None) 
             if not source.revision:
                 raise UserError(
                     f"[[data.sources]] name = {source.name!r} is fetched from the hub, and the recipe states no "
-                    f"revision: expected a commit (40 hex digits). Run: make doctor RECIPE=..., which asks the hub for "
-                    f"the newest. Or name a local copy: make ... DATA=FOLDER"
+                    f"revision; expected a commit (40 hex digits). make doctor RECIPE=... shows the newest. Or give a "
+                    f"local copy: make ... DATA=FOLDER"
                 )
             return []
         owner, name = source.name.split("/")
@@ -86,48 +86,44 @@ def files_in(path: Path, source: Source) -> list[Path]:
     """Return the files that hold the source's split in `path`: a file itself, or a folder laid out as on the hub."""
     if path.is_file():
         if path.suffix not in DATA_SUFFIXES:
-            raise UserError(
-                f"{path}: can't be read as a dataset; expected a name that ends in {', '.join(DATA_SUFFIXES)}"
-            )
+            known = ", ".join(DATA_SUFFIXES)
+            raise UserError(f"{path}: can't be read as a dataset; expected a name that ends in {known}")
         return [path]
     if not path.is_dir():
-        raise UserError(
-            f"{path}: there is no such file or folder; the recipe (or --data) takes {source.name!r} from it"
-        )
+        raise UserError(f"{path}: there is no such file or folder; expected {source.name!r} there")
     shard = re.compile(re.escape(source.split) + r"-(\d{5})-of-(\d{5})")
     places = [path / source.config] if source.config else []
     for place in (*places, path / "data", path):
         candidates = sorted(file for file in place.glob("*") if file.suffix in DATA_SUFFIXES and file.is_file())
-        found = [file for file in candidates if file.stem == source.split]
+        wholes = [file for file in candidates if file.stem == source.split]
         shards = [file for file in candidates if shard.fullmatch(file.stem)]
-        if len(found) > 1 or (found and shards):
-            names = ", ".join(file.name for file in (found + shards)[:4])
+        if len(wholes) > 1 or (wholes and shards):
+            names = ", ".join(file.name for file in (wholes + shards)[:4])
             raise UserError(f"{place}: the split {source.split!r} is there more than once ({names}); name one file")
         if shards:
             numbers = [shard.fullmatch(file.stem).groups() for file in shards]
-            expected = int(numbers[0][1])
-            if [int(number) for number, _ in numbers] != list(range(expected)):
-                raise UserError(f"{place}: has {len(shards)} of the {expected} files of the split {source.split!r}")
-        if found or shards:
-            return found or shards
-    listing = sorted(file.relative_to(path).as_posix() for file in itertools.islice(path.rglob("*.*"), 1000))
-    shown = ", ".join(listing[:8]) + (", ..." if len(listing) > 8 else "")
+            count = int(numbers[0][1])
+            if [int(number) for number, _ in numbers] != list(range(count)):
+                raise UserError(f"{place}: has {len(shards)} of the {count} files of the split {source.split!r}")
+        if wholes or shards:
+            return wholes or shards
+    all_files = sorted(file.relative_to(path).as_posix() for file in itertools.islice(path.rglob("*.*"), 1000))
+    sample = ", ".join(all_files[:8]) + (", ..." if len(all_files) > 8 else "")
     raise UserError(
         f"{path}: no file of the split {source.split!r}; expected {source.split}.jsonl, .json, .csv or .parquet, or "
-        f"{source.config or 'data'}/{source.split}-00000-of-00001.parquet; found {shown or 'nothing'}"
+        f"{source.config or 'data'}/{source.split}-00000-of-00001.parquet; found {sample or 'nothing'}"
     )
 
 
 def read_batches(source: Source, files: list[Path]) -> Iterator[Batch | Lines]:
-    """Yield the source's rows, only the columns it names, at most `max_rows` of them.
+    """Yield the columns that the source names, of at most `max_rows` rows.
 
-    Raises `UserError`, here or in `parsed`, for a file that is not what its name says, a column that is not there, and
-    no rows at all.
+    Raises `UserError`, here or in `parsed`, for a file that is not what its name says, for a missing column, and for no
+    rows at all.
     """
-    wanted = list(dict.fromkeys(name for name in (source.question, source.answer, source.solution) if name))
-    read = (
-        itertools.chain.from_iterable(read_file(file, wanted) for file in files) if files else read_hub(source, wanted)
-    )
+    names = list(dict.fromkeys(name for name in (source.question, source.answer, source.solution) if name))
+    of_files = itertools.chain.from_iterable(read_file(file, names) for file in files)
+    read = of_files if files else read_hub(source, names)
     if not source.max_rows:
         yield from read
         return
@@ -141,17 +137,17 @@ def read_batches(source: Source, files: list[Path]) -> Iterator[Batch | Lines]:
             return
 
 
-def read_file(path: Path, wanted: list[str]) -> Iterator[Batch | Lines]:
+def read_file(path: Path, names: list[str]) -> Iterator[Batch | Lines]:
     """Yield the named columns of one file. Raises `UserError` when it has no rows."""
     read: Iterator[Batch | Lines]
     if path.suffix == ".parquet":
-        read = read_parquet(path, wanted)
+        read = read_parquet(path, names)
     elif path.suffix == ".csv":
-        read = read_csv(path, wanted)
+        read = read_csv(path, names)
     elif path.suffix == ".json" and first_character(path) == b"[":
-        read = read_json_list(path, wanted)
+        read = read_json_list(path, names)
     else:
-        read = read_json_lines(path, wanted)
+        read = read_json_lines(path, names)
     empty = True
     for piece in read:
         empty = False
@@ -170,19 +166,19 @@ def first_character(path: Path) -> bytes:
 
 
 def decoded(raw: bytes, path: Path, line: int) -> str:
-    """Return lines, the first of which is `line`, as text, or raise `UserError` naming the byte that is not UTF-8."""
+    """Return `raw`, which begins at `line`, as text. Raises `UserError` that names the byte that is not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
         column = error.start - raw.rfind(b"\n", 0, error.start)
         raise UserError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x} at column {column}). If it is "
-            f"another encoding, convert it first: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8{path.suffix}"
+            f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x} at column {column}). Convert a file of "
+            f"another encoding: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8{path.suffix}"
         ) from error
 
 
-def read_json_lines(path: Path, wanted: list[str]) -> Iterator[Lines]:
+def read_json_lines(path: Path, names: list[str]) -> Iterator[Lines]:
     """Yield the lines of a file with one JSON object a line, about `BATCH_BYTES` at a time."""
     line, start, is_start = 1, 0, True
     with path.open("rb") as file:
@@ -192,31 +188,29 @@ def read_json_lines(path: Path, wanted: list[str]) -> Iterator[Lines]:
                 start = len(BYTE_ORDER_MARK)
                 raw = raw[start:]
             if raw and not raw.isspace():
-                yield Lines(path, line, start, len(raw), wanted, is_start)
+                yield Lines(path, line, start, len(raw), names, is_start)
                 is_start = False
             line += raw.count(b"\n")
             start += len(raw)
 
 
 def parsed_line(path: Path, line: int, raw: bytes) -> Any:
-    """Return the JSON value of one line, or raise `UserError`."""
+    """Return the JSON value of one line. Raises `UserError` for a line that is none."""
     text = decoded(raw, path, line)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        shown = text.strip()[:60]
-        raise UserError(
-            f"{path}, line {line}: not JSON ({error}); expected one object a line, found {shown!r}"
-        ) from error
+        found = f"not JSON ({error}); expected one object a line, found {text.strip()[:60]!r}"
+        raise UserError(f"{path}, line {line}: {found}") from error
 
 
-def read_json_list(path: Path, wanted: list[str]) -> Iterator[Batch]:
-    """Yield the named columns of a file that is one JSON list of objects. It is read whole."""
+def read_json_list(path: Path, names: list[str]) -> Iterator[Batch]:
+    """Yield the named columns of one JSON list of objects, which is read whole."""
     size = path.stat().st_size
     if size > MAX_LIST_BYTES:
         raise UserError(
-            f"{path}: a JSON list of {size:,} bytes; one of more than {MAX_LIST_BYTES:,} is not read, since all of it "
-            f"would be in memory at once. Expected JSON Lines, one object a line. Run: "
+            f"{path}: a JSON list of {size:,} bytes, all of which would be in memory at once; expected at most "
+            f"{MAX_LIST_BYTES:,}, or JSON Lines, one object a line. Run: "
             f"jq -c '.[]' {shlex.quote(str(path))} > {shlex.quote(str(path.with_suffix('.jsonl')))}"
         )
     try:
@@ -231,26 +225,31 @@ def read_json_list(path: Path, wanted: list[str]) -> Iterator[Batch]:
         raise UserError(f"{path}: not to be read as JSON ({error}); expected a list of objects") from error
     for start in range(0, len(rows), BATCH_ROWS):
         part = rows[start : start + BATCH_ROWS]
-        yield columns_of(path, "row", list(range(start + 1, start + len(part) + 1)), part, wanted, start == 0)
+        yield columns_of(path, "row", list(range(start + 1, start + len(part) + 1)), part, names, start == 0)
 
 
-def read_csv(path: Path, wanted: list[str]) -> Iterator[Batch]:
+def read_csv(path: Path, names: list[str]) -> Iterator[Batch]:
     """Yield the named columns of a comma-separated file with a header line."""
+    rows = csv_rows(path, names)
+    while part := list(itertools.islice(rows, BATCH_ROWS)):
+        columns = {name: [fields[place] for _, fields in part] for place, name in enumerate(names)}
+        yield Batch(str(path), "line", [line for line, _ in part], columns)
+
+
+def csv_rows(path: Path, names: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row's first line, counted from 1, and its fields in the columns `names`."""
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with path.open("rb") as file:
-        lines = (
-            decoded(raw.removeprefix(BYTE_ORDER_MARK) if n == 1 else raw, path, n) for n, raw in enumerate(file, 1)
-        )
-        reader = csv.reader(lines, strict=True)
+        if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
+            file.seek(0)
+        reader = csv.reader((decoded(raw, path, line) for line, raw in enumerate(file, 1)), strict=True)
         try:
             header = next(reader, [])
-            require_columns(str(path), wanted, header)
-            for name in wanted:
+            require_columns(str(path), names, header)
+            for name in names:
                 if header.count(name) > 1:
-                    raise UserError(f"{path}, line 1: the column {name!r} is there {header.count(name)} times")
-            positions = {name: header.index(name) for name in wanted}
-            numbers: list[int] = []
-            rows: list[list[str]] = []
+                    raise UserError(f"{path}, line 1: found the column {name!r} {header.count(name)} times; expected 1")
+            places = [header.index(name) for name in names]
             start = reader.line_num + 1
             for row in reader:
                 if row and len(row) != len(header):
@@ -259,19 +258,13 @@ def read_csv(path: Path, wanted: list[str]) -> Iterator[Batch]:
                         f'A field with a comma or a line break in it belongs in double quotes ("...")'
                     )
                 if row:
-                    numbers.append(start)
-                    rows.append(row)
+                    yield start, [row[place] for place in places]
                 start = reader.line_num + 1
-                if len(rows) == BATCH_ROWS:
-                    yield Batch(str(path), "line", numbers, {k: [row[i] for row in rows] for k, i in positions.items()})
-                    numbers, rows = [], []
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-        if rows:
-            yield Batch(str(path), "line", numbers, {k: [row[i] for row in rows] for k, i in positions.items()})
 
 
-def read_parquet(path: Path, wanted: list[str]) -> Iterator[Batch]:
+def read_parquet(path: Path, names: list[str]) -> Iterator[Batch]:
     """Yield the named columns of a Parquet file."""
     import pyarrow
     from pyarrow import parquet
@@ -282,12 +275,14 @@ def read_parquet(path: Path, wanted: list[str]) -> Iterator[Batch]:
         raise UserError(f"{path}: not a Parquet file ({error})") from error
     row = 0
     with file:
-        require_columns(str(path), wanted, file.schema_arrow.names)
+        require_columns(str(path), names, file.schema_arrow.names)
         try:
-            for part in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
-                columns = {name: values_of(part.column(name)) for name in wanted}
+            for part in file.iter_batches(batch_size=BATCH_ROWS, columns=names):
+                columns = {name: values_of(part.column(name)) for name in names}
                 numbers = list(range(row + 1, row + part.num_rows + 1))
                 row += part.num_rows
                 yield Batch(str(path), "row", numbers, columns)
         except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-            raise UserError(f"{path}, after row {row}: can't be read on ({error}). Fetch or make it again") from error
+            raise UserError(
+                f"{path}, after row {row}: the next rows can't be read ({error}). Fetch or make it again"
+            ) from error

@@ -1,16 +1,15 @@
-"""Which questions are the same, nearly the same, or too close to one that is to be examined.
+"""Fingerprints of questions: hashes that find the same question, a near duplicate, or one close to an eval problem.
 
-A question is compared as its words: letters and digits in a row, and every other sign by itself, whatever the case and
-the white space ("What is 3+4?" is what, is, 3, +, 4, ?). Typographic and full-width signs count as the plain ones, and
-in scripts that put no blanks between words (Chinese, Japanese, Thai, ...) every character is a word. Its identity is a
-64-bit hash of all of them; its likeness to another is measured on the sets of their n-grams, runs of n words, each a
-32-bit hash. All of a batch is hashed at once with numpy: the same bytes on every machine, about a tenth of the time of
-a loop.
+A question is compared by its words: runs of letters and digits, and every other sign by itself, without case and white
+space ("What is 3+4?" is what, is, 3, +, 4, ?). Typographic and full-width signs count as the plain ones. In scripts
+without blanks between words (Chinese, Japanese, Thai, ...) every character is a word. A question's identity is a 64-bit
+hash of all its words. Its likeness to another is measured on the sets of their n-grams, runs of n words, each a 32-bit
+hash. A batch is hashed at once with numpy: the same bytes on every machine, in about a tenth of a loop's time.
 
-Near duplicates are looked for with MinHash (Broder 1997) in bands (Leskovec, Rajaraman, Ullman, Mining of Massive
-Datasets, 3.4): two questions meet when all `BAND_ROWS` minima of one of `BANDS` bands agree. A pair with Jaccard index
-s meets with probability 1 - (1 - s^3)^8: 0.997 at 0.8, 0.965 at 0.7, 0.66 at 0.5. Whether it is one is then counted,
-not estimated. Of many that meet in one band each is held against the first, so the work grows with the rows, not with
+MinHash (Broder 1997) in bands (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4) finds candidates for near
+duplicates: two questions whose `BAND_ROWS` minima all agree in one of `BANDS` bands. A pair with Jaccard index s is a
+candidate with probability 1 - (1 - s^3)^8: 0.997 at 0.8, 0.965 at 0.7, 0.66 at 0.5. Its index is then counted, not
+estimated. Of many candidates in one band each is compared with the first, so the work grows with the rows, not with
 their pairs.
 """
 
@@ -35,7 +34,7 @@ _MULTIPLIERS = np.random.Generator(np.random.PCG64(0)).integers(0, 1 << 31, BAND
 
 
 class _Plain(dict):
-    """What `str.translate` makes of each character, by its code, found when it is first met."""
+    """The plain form of each character, by its code, for `str.translate`; computed at its first use."""
 
     SIGNS = (
         dict.fromkeys((0x2018, 0x2019, 0x201A), "'")
@@ -88,9 +87,8 @@ def fingerprint(questions: list[str], ngram_words: int) -> Fingerprints:
     if pieces > 1 < len(questions):
         size = -(-len(questions) // pieces)
         parts = [fingerprint(questions[i : i + size], ngram_words) for i in range(0, len(questions), size)]
-        return Fingerprints(
-            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Fingerprints))
-        )
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(Fingerprints))
+        return Fingerprints(*map(np.concatenate, columns))
     words, first, counts = hashed_words(questions)
     position = np.arange(len(words)) - np.repeat(first, counts)
     ids = mixed(np.add.reduceat(words * _powers(_WORD, counts.max())[position], first) ^ counts.astype(np.uint64))
@@ -98,29 +96,29 @@ def fingerprint(questions: list[str], ngram_words: int) -> Fingerprints:
     # The hash of a run of words is sum(word * ODD^k), the last has k = 0: a difference of one running sum.
     windows = max(len(words) - ngram_words + 1, 0)
     sums = _sums(words * _powers(_ODD_INVERSE, len(words)))
-    rolled = (sums[ngram_words:] - sums[:windows]) * _powers(_ODD, len(words))[ngram_words - 1 :]
+    window_hashes = (sums[ngram_words:] - sums[:windows]) * _powers(_ODD, len(words))[ngram_words - 1 :]
     inside = position[:windows] + ngram_words <= np.repeat(counts, counts)[:windows]
     each = np.maximum(counts - ngram_words + 1, 1)
     grams = np.zeros(each.sum(), np.uint32)
-    short = counts < ngram_words  # too short for a run: all of its words are its only n-gram
-    filled = np.repeat(~short, each)
-    grams[filled] = rolled[inside] >> np.uint64(32)
-    grams[~filled] = ids[short] >> np.uint64(32)
+    short = counts < ngram_words  # too short for an n-gram: one of all its words
+    has_window = np.repeat(~short, each)
+    grams[has_window] = window_hashes[inside] >> np.uint64(32)
+    grams[~has_window] = ids[short] >> np.uint64(32)
     return Fingerprints(ids, each, _bands(grams, each), grams)
 
 
 def hashed_words(questions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the hashes of all words, uint64, where each question's begin among them, and how many each has."""
+    """Return the hashes of all words, uint64, the place where each question's words begin, and their number."""
     parts = [
         text.lower()
         if text.isascii()
         else " ".join(unicodedata.normalize("NFC", text).casefold().translate(_PLAIN).split())
         for text in questions
     ]
-    joined = "\0".join(parts) + "\0"
-    if joined.count("\0") > len(parts):
-        joined = "\0".join(part.replace("\0", " ") for part in parts) + "\0"
-    raw = joined.encode("utf-8")
+    text_of_all = "\0".join(parts) + "\0"
+    if text_of_all.count("\0") > len(parts):
+        text_of_all = "\0".join(part.replace("\0", " ") for part in parts) + "\0"
+    raw = text_of_all.encode("utf-8")
     kind = np.frombuffer(raw.translate(_KIND), np.uint8)
     letters = kind == _LETTER
     begins = letters.copy()
@@ -144,7 +142,7 @@ def _bands(grams: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """Return `values` with every bit spread over all others (the finalizer of SplitMix64)."""
+    """Return `values` with every bit mixed into all others (the finalizer of SplitMix64)."""
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return values ^ values >> np.uint64(31)

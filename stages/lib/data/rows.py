@@ -1,4 +1,4 @@
-"""A row of a source: its question, answer and solution read, or the reason it is left out."""
+"""Rows of a source, checked: question, answer and solution, or the reason a row is left out."""
 
 import itertools
 import json
@@ -25,13 +25,13 @@ BIT = {name: 1 << place for place, name in enumerate(SETS)}
 SURROGATE = re.compile("[\ud800-\udfff]")
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 encode = json.JSONEncoder(ensure_ascii=False).encode
-quote = json.encoder.encode_basestring  # what `encode` does with a string, without what it does before
+quote = json.encoder.encode_basestring  # as `encode` does for a string, but faster
 COMMA = str(Kind("number", decimal=","))
 READS_TWO_WAYS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}[.,]\d{3}(?![\d.,])")
 
 
 class Unusable(ValueError):
-    """A row that can't go into a set, and the reason it is counted under."""
+    """A row that can't be in a set, with the reason that it is counted under."""
 
     def __init__(self, reason: str, found: str) -> None:
         super().__init__(found)
@@ -39,26 +39,26 @@ class Unusable(ValueError):
 
 
 def label(source: Source, file: Path) -> str:
-    """Return what a source's file is called in the artifact: by what it is, not by where it lies."""
+    """Return the name of a source's file in the artifact, which does not depend on where the file lies."""
     name = f"{source.name} {source.config}" if source.config else source.name
     return f"{name} ({source.split}) {file.name}"
 
 
 def most_tokens(text: str) -> int:
-    """Return more tokens than `text` can have: each is at least one byte of it, however the tokenizer normalizes it."""
+    """Return the most tokens that `text` can have: each is at least one byte of it in some normal form."""
     if text.isascii():
         return len(text)
     return max(len(text.encode()), len(unicodedata.normalize("NFKD", text).encode()))
 
 
 def problem_of(question: Any, answer: Any, solution: Any, style: str, kind: str = "number") -> tuple[str, str, str]:
-    """Return question, answer as written and worked solution ("" if there is none; its marks still in it) of a row.
+    """Return a row's question, its answer as written and its worked solution with its marks ("" if it has none).
 
-    Raises `Unusable` when there is no question, or no answer that can be read.
+    Raises `Unusable` for a row without a question or without a readable answer.
     """
     question = question.strip() if isinstance(question, str) else ""
     if not question:
-        raise Unusable("no question", "no text in the column of the question")
+        raise Unusable("no question", "the question's column holds no text")
     worked = solution if isinstance(solution, str) else ""
     text = answer.strip() if isinstance(answer, str) else as_text(answer, kind)
     if not text:
@@ -70,12 +70,12 @@ def problem_of(question: Any, answer: Any, solution: Any, style: str, kind: str 
     if canonical(kind, text) is None:
         raise Unusable("unreadable answer", unread(text, kind))
     if not (question.isascii() and worked.isascii() and text.isascii()) and SURROGATE.search(question + worked + text):
-        raise Unusable("not Unicode", "half of a surrogate pair, which no file can hold as UTF-8")
+        raise Unusable("not Unicode", "half of a surrogate pair, which UTF-8 can't hold")
     return question, text, worked.strip()
 
 
 def as_text(value: Any, kind: str) -> str:
-    """Return an answer that is no text in JSON or Parquet as text: a number, or several texts; "" for another."""
+    """Return the text of an answer that JSON or Parquet holds as a number or as several texts; "" for another."""
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         return value[0].strip() if len(value) == 1 else json.dumps(value, ensure_ascii=False)
     if isinstance(value, bool):
@@ -84,7 +84,7 @@ def as_text(value: Any, kind: str) -> str:
 
 
 def unread(text: str, kind: str) -> str:
-    """Return why an answer can't be read, and what to state in the recipe if it is one of another kind."""
+    """Return why an answer can't be read, and what to state in the recipe for one of another kind."""
     if has_decimal_comma(text, kind):
         return f'{text[:80]!r} has a decimal comma: state decimal = ","'
     if kind.startswith("number"):
@@ -94,7 +94,7 @@ def unread(text: str, kind: str) -> str:
 
 
 def has_decimal_comma(text: str, kind: str) -> bool:
-    """Say whether an answer is a number only where the decimals follow a comma."""
+    """Return whether an answer is a number only if its decimals follow a comma."""
     return kind.startswith("number") and "," in text and canonical(kind, text) is None is not canonical(COMMA, text)
 
 
@@ -110,7 +110,7 @@ def completion_of(worked: str, answer: str, style: str, answer_format: Format) -
     """Return the SFT completion. Raises `Unusable` without a solution, or with one that can't be written."""
     if style == "think":
         if worked and "</think>" not in worked:
-            raise Unusable("unusable solution", "the thought has no end (</think>): it was cut off")
+            raise Unusable("unusable solution", "the thought has no end (</think>): it was truncated")
         worked = worked.replace("<think>", "").replace("</think>", "").strip()
     elif style == "gsm8k":
         worked = CALCULATOR_MARK.sub("", worked).strip()
@@ -124,18 +124,18 @@ def completion_of(worked: str, answer: str, style: str, answer_format: Format) -
 
 @dataclass(frozen=True)
 class Rules:
-    """What `check` needs to know of the recipe and the tokenizer."""
+    """What `check_batch` needs of the recipe and the tokenizer."""
 
     format_name: str
     system_prompt: str
     ngram_words: int
-    safe_prompt: int  # a question of at most so many bytes makes a prompt that is short enough
+    safe_prompt: int  # a question of at most so many bytes gives a prompt that is short enough
     safe_example: int  # the same for question and completion together
 
 
 @dataclass
 class Checked:
-    """The good rows of a batch, column by column, where their lines for each set are, and what was left out."""
+    """The good rows of a batch, column by column, the place of their lines for each set, and the rows left out."""
 
     origin: str
     rows: int  # read, good or not
@@ -148,9 +148,9 @@ class Checked:
 
 
 def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all: bool, folder: Path) -> Checked:
-    """Read the rows of a batch and add those that are good to this process's drafts in `folder`.
+    """Read the rows of a batch and add the good ones to this process's drafts in `folder`.
 
-    Raises `UserError`, naming file and row, for a row that is not good, unless the source has them dropped.
+    Raises `UserError`, naming file and row, for another row, unless the source drops those.
     """
     import numpy as np
 
@@ -164,7 +164,7 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
     def leave_out(place: int, error: Unusable, name: str | None = None, row_id: str | None = None) -> None:
         if source.unreadable == "refuse":
             raise UserError(
-                f'{batch.where(place)}: {error.reason}: {error}. Mend the row, or set unreadable = "drop" for '
+                f'{batch.where(place)}: {error.reason}: {error}. Fix the row, or set unreadable = "drop" for '
                 f"{source.name} in the recipe"
             ) from error
         removed.append((name, row_id, error.reason, batch.numbers[place]))
@@ -196,8 +196,8 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
         except Unusable as error:
             leave_out(places[row], error, "sft", ids[row])
             sets[row] -= BIT["sft"]
-    written = [(question, f'"answer": {quote(answer)}, "kind": "{kind}"') for question, answer, _ in problems]
-    lines, table, to_measure = lines_of(written, completions, ids, sets, rules, measure_all)
+    answer_parts = [(question, f'"answer": {quote(answer)}, "kind": "{kind}"') for question, answer, _ in problems]
+    lines, table, to_measure = lines_of(answer_parts, completions, ids, sets, rules, measure_all)
     table |= {"ids": prints.ids, "counts": prints.counts, "bands": prints.bands, "sets": sets}
     table["answers"] = np.array([zlib.crc32(canonical(kind, answer).encode()) for _, answer, _ in problems], np.uint32)
     table["number"] = np.array([batch.numbers[place] for place in places], np.uint32)
@@ -221,8 +221,7 @@ def lines_of(
 ) -> tuple[dict[str, list[bytes]], dict[str, Any], list[tuple[str, int, tuple[str, ...]]]]:  # fmt: skip
     """Return the lines of each set, and of a `Checked` the MEASURES, with the bytes filled in, and `to_measure`.
 
-    `problems` are questions, each with its answer and kind as they stand in a line of JSON; `completions` are those of
-    the sft set, by row.
+    `problems` are questions, each with its answer and kind as JSON; `completions` are those of the sft set, by row.
     """
     import numpy as np
 
@@ -236,23 +235,23 @@ def lines_of(
         length = most_tokens(question)
         if row in completions:
             completion = completions[row]
-            written = f'{line}, "completion": [{{"role": "assistant", "content": {quote(completion)}}}]}}\n'.encode()
-            lines["sft"].append(written)
-            table["sft_bytes"][row] = len(written)
+            line_bytes = f'{line}, "completion": [{{"role": "assistant", "content": {quote(completion)}}}]}}\n'.encode()
+            lines["sft"].append(line_bytes)
+            table["sft_bytes"][row] = len(line_bytes)
             if measure_all or length + most_tokens(completion) > rules.safe_example:
                 to_measure.append(("example_tokens", row, (question, completion)))
-        written = f"{line}}}\n".encode()
-        table["line_bytes"][row] = len(written)
+        line_bytes = f"{line}}}\n".encode()
+        table["line_bytes"][row] = len(line_bytes)
         for name in ("grpo", "eval"):
             if bits & BIT[name]:
-                lines[name].append(written)
+                lines[name].append(line_bytes)
         if bits and (measure_all or length > rules.safe_prompt):
             to_measure.append(("prompt_tokens", row, (question,)))
     return lines, table, to_measure
 
 
 def sets_of(source: Source, ids: Any) -> Any:
-    """Return, for each question's 64-bit hash, the sets it goes to as bits: all in `use`, or one by its share."""
+    """Return, for each question's 64-bit hash, the bits of its sets: all in `use`, or one by its share."""
     import numpy as np
 
     bits = np.array([BIT[name] for name in source.use] + [0], np.uint8)

@@ -1,4 +1,4 @@
-"""The sft, grpo and eval sets: drafted row by row, finished without duplicates, leaks and long rows."""
+"""The sft, grpo and eval sets: drafts of all rows, then the sets without duplicates, leaks and long rows."""
 
 import hashlib
 import importlib
@@ -16,56 +16,48 @@ from stages.lib.data.rows import BIT, SETS, Checked, Rules, check_batch, encode,
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe, Source
 
-SLACK_TOKENS = 16  # where it meets the markup, a question may be cut into other tokens than the one that was measured
-# A source whose files have so many bytes is large: several processes share the work, and not all prompts are tokenized.
+SLACK_TOKENS = 16  # the markup around a question may have some more tokens than around the one that was measured
+# A source with so many bytes is large: several processes share the work, and not all prompts are tokenized.
 LARGE_BYTES = 1 << 25
-MAX_PROCESSES = 4  # each takes memory, and the end of the work is one's alone
-MAX_WAITING = 2 * MAX_PROCESSES  # batches on their way to and from them: bounds the memory
+MAX_PROCESSES = 4  # each takes memory, and the last part of the work is done by one
+MAX_WAITING = 2 * MAX_PROCESSES  # batches sent to them and not yet returned: bounds the memory
 # Of a large source, the first batches (of 1 MB, or 2,000 rows) are tokenized for the length percentiles, and of the
-# rest what may be too long: a token is at least one byte, so what has few bytes has few tokens.
+# others only rows that may be too long: a token is at least one byte, so a row of few bytes has few tokens.
 MEASURED_BATCHES = 2
 
 
 class Ruler:
-    """Measures conversations in tokens of the model, as its chat template renders them."""
+    """The lengths of conversations in tokens of the model, as its chat template renders them."""
 
     def __init__(self, tokenizer: Any, system_prompt: str) -> None:
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
 
     def tokens(self, conversations: list[tuple[str, ...]]) -> list[int]:
         """Return the tokens of each (question,), with the generation prompt, and of each (question, completion)."""
-        texts = [
-            self.tokenizer.apply_chat_template(
-                [
-                    {"role": role, "content": content}
-                    for role, content in zip(
-                        ("system", "user", "assistant"), (self.system_prompt, *texts), strict=False
-                    )
-                ],
-                tokenize=False,
-                add_generation_prompt=len(texts) == 1,
-            )
-            for texts in conversations
-        ]
-        if not texts:
+        if not conversations:
             return []
+        texts = []
+        for spoken in conversations:
+            turns = zip(("system", "user", "assistant"), (self.system_prompt, *spoken), strict=False)
+            messages = [{"role": role, "content": content} for role, content in turns]
+            asks = len(spoken) == 1
+            texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [len(ids) for ids in encoded["input_ids"]]
 
 
 def is_large(files: list[Path]) -> bool:
-    """Say whether a source's files, none for one from the hub, are worth several processes."""
+    """Return whether a source's files, none for one from the hub, are worth several processes."""
     return sum(file.stat().st_size for file in files) >= LARGE_BYTES
 
 
 def helpers(located: list[list[Path]]) -> AbstractContextManager[ProcessPoolExecutor | None]:
-    """Return the processes that share the work on large sources; None if there is none, or one processor alone."""
+    """Return the processes that share the work on large sources; None without such a source or a second processor."""
     processes = min(os.cpu_count() or 1, MAX_PROCESSES)
     if processes == 1 or not any(is_large(files) for files in located):
         return nullcontext()
-    pool = ProcessPoolExecutor(
-        processes, get_context("spawn"), importlib.import_module, ("stages.lib.data.fingerprint",)
-    )
+    module = ("stages.lib.data.fingerprint",)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), importlib.import_module, module)
     for _ in range(processes):
         pool.submit(os.getpid)  # each starts when there is work for it
     return pool
@@ -74,33 +66,33 @@ def helpers(located: list[list[Path]]) -> AbstractContextManager[ProcessPoolExec
 def check_all(
     source: Source, files: list[Path], rules: Rules, content: Any, folder: Path, pool: ProcessPoolExecutor | None
 ) -> Iterator[Checked]:
-    """Yield every batch of a source, checked, in order; where it is large, `pool` shares the work.
+    """Yield every batch of a source, checked, in order; `pool` shares the work on a large one.
 
-    `content` is a hash that is fed what comes from the hub; a file has a digest of its own.
+    The hash `content` is updated with the rows from the hub; a file has a digest of its own.
     """
     large = is_large(files)
-    waiting: deque[Future[Checked]] = deque()
+    futures: deque[Future[Checked]] = deque()
     for number, batch in enumerate(read_batches(source, files)):
         if not files:
             content.update(repr(batch.columns).encode())
         job = (source, batch, rules, not large or number < MEASURED_BATCHES, folder)
         if pool and large:
-            waiting.append(pool.submit(check_batch, *job))
-            if len(waiting) == MAX_WAITING:
-                yield waiting.popleft().result()
+            futures.append(pool.submit(check_batch, *job))
+            if len(futures) == MAX_WAITING:
+                yield futures.popleft().result()
         else:
             yield check_batch(*job)
-    while waiting:
-        yield waiting.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
 class Draft:
-    """The sets before anything goes for the sake of other rows: files of their lines, and a table of all rows."""
+    """The sets before the rows are compared with each other: files of their lines, and a table of all rows."""
 
     def __init__(self, folder: Path, ruler: Ruler, recipe: Recipe) -> None:
         self.folder, self.ruler, self.recipe = folder, ruler, recipe
         self.removed = (folder / "removed.jsonl").open("w", encoding="utf-8")
-        self.origins: list[str] = []  # the files, as they are called in the artifact
+        self.origins: list[str] = []  # the files' names in the artifact
         self.parts: dict[str, list[Any]] = {}  # the table's columns, an array a batch
         self.batches: list[tuple[int, dict[str, tuple[Path, int]]]] = []  # rows in the table, and where the drafts are
         self.dropped = {name: Counter[str]() for name in SETS}
@@ -114,7 +106,7 @@ class Draft:
         )
 
     def add_source(self, source: Source, files: list[Path], pool: ProcessPoolExecutor | None) -> dict[str, Any]:
-        """Read a source to its end. Return what the manifest says about it. Raises `UserError` for a row to refuse."""
+        """Read a source to its end; return its entry in the manifest. Raises `UserError` for a row to refuse."""
         dropped, content, origin = Counter[str](), hashlib.sha256(), ""
         separators: dict[str, str] = {}
         rows = unused = 0
@@ -132,12 +124,12 @@ class Draft:
                 f"{separators['two ways']} reads two ways, since elsewhere the decimals follow a comma "
                 f'({separators["decimal comma"]}). State decimal = "," for {source.name} in the recipe, or "."'
             )
-        read = {"name": source.name, "split": source.split, "use": source.use, "rows": rows, "dropped": dict(dropped)}
-        read |= {"outside_shares": unused} if source.shares else {}
-        return read if files else {**read, "revision": source.revision, "sha256": content.hexdigest()}
+        entry = {"name": source.name, "split": source.split, "use": source.use, "rows": rows, "dropped": dict(dropped)}
+        entry |= {"outside_shares": unused} if source.shares else {}
+        return entry if files else {**entry, "revision": source.revision, "sha256": content.hexdigest()}
 
     def add(self, checked: Checked) -> None:
-        """Measure what has to be in a batch, and append it to the table."""
+        """Measure the rows of a batch that have to be, and append the batch to the table."""
         import numpy as np
 
         for name, row_id, reason, number in checked.removed:
@@ -147,8 +139,8 @@ class Draft:
             self.removed.write(encode(line) + "\n")
         if not checked.table:
             return
-        measured = self.ruler.tokens([texts for _, _, texts in checked.to_measure])
-        for (column, row, _), tokens in zip(checked.to_measure, measured, strict=True):
+        token_counts = self.ruler.tokens([texts for _, _, texts in checked.to_measure])
+        for (column, row, _), tokens in zip(checked.to_measure, token_counts, strict=True):
             checked.table[column][row] = tokens
         rows = len(checked.table["ids"])
         origin = np.full(rows, len(self.origins) - 1, np.uint16)
@@ -158,7 +150,7 @@ class Draft:
 
     @contextmanager
     def pieces(self, name: str) -> Iterator[list[tuple[BinaryIO, int, int]]]:
-        """Give, for each batch in order, (draft `name`, where the batch begins, its rows). Delete the drafts then."""
+        """Give (the draft `name`, where the batch begins, its rows) for each batch in order; then delete the drafts."""
         paths = {drafts[name][0] for _, drafts in self.batches}
         with ExitStack() as stack:
             files = {path: stack.enter_context(path.open("rb")) for path in paths}
@@ -167,9 +159,9 @@ class Draft:
             path.unlink()
 
     def finish(self) -> dict[str, Any]:
-        """Write the sets without what has to go, list that, return the manifest's part on the sets.
+        """Write the sets without the rows to remove, list those, and return the manifest's part on the sets.
 
-        Raises `UserError` when a set has no rows left.
+        Raises `UserError` for a set without rows.
         """
         import numpy as np
 
@@ -177,9 +169,9 @@ class Draft:
 
         if not self.batches:
             raise UserError("no source has a row that can be used; nothing to train on")
-        data = self.recipe.data
+        data, jaccard = self.recipe.data, self.recipe.data.near_duplicate_jaccard
         table = {name: np.concatenate(self.parts.pop(name)) for name in list(self.parts)}
-        drafted = table["sets"].copy()
+        draft_sets = table["sets"].copy()
 
         def rows_in(*names: str) -> Any:
             return np.flatnonzero(table["sets"] & sum(BIT[name] for name in names))
@@ -200,28 +192,24 @@ class Draft:
                 first = duplicates.exact_duplicates(table["ids"][rows])
                 again = np.flatnonzero(first < np.arange(len(rows)))
                 other = table["answers"][rows[again]] != table["answers"][rows[first[again]]]
-                for reason, these in (
-                    ("exact duplicate", again[~other]),
-                    ("exact duplicate, other answer", again[other]),
-                ):
+                reasons = {"exact duplicate": again[~other], "exact duplicate, other answer": again[other]}
+                for reason, these in reasons.items():
                     remove(name, reason, rows[these], rows[first[these]], np.ones(len(these)))
-                if data.near_duplicate_jaccard < 1:
-                    found = duplicates.near_duplicates(
-                        rows_in(name), table["bands"], grams, data.near_duplicate_jaccard
-                    )
-                    remove(name, "near duplicate", *found)
-            evaluated, trained = rows_in("eval"), rows_in("sft", "grpo")
-            if len(evaluated) and len(trained):
-                row, like, overlap = duplicates.contaminated(evaluated, trained, grams, data.contamination_overlap)
+                if jaccard < 1:
+                    pairs = duplicates.near_duplicates(rows_in(name), table["bands"], grams, jaccard)
+                    remove(name, "near duplicate", *pairs)
+            eval_rows, train_rows = rows_in("eval"), rows_in("sft", "grpo")
+            if len(eval_rows) and len(train_rows):
+                row, like, overlap = duplicates.contaminated(eval_rows, train_rows, grams, data.contamination_overlap)
                 for name in ("sft", "grpo"):
                     hit = (table["sets"][row] & BIT[name]) > 0
                     remove(name, "too close to eval", row[hit], like[hit], overlap[hit])
-        return {name: self.finish_set(name, table, drafted) for name in SETS}
+        return {name: self.finish_set(name, table, draft_sets) for name in SETS}
 
-    def finish_set(self, name: str, table: dict[str, Any], drafted: Any) -> dict[str, Any]:
-        """Copy what is left of a set out of its drafts; return what the manifest says.
+    def finish_set(self, name: str, table: dict[str, Any], draft_sets: Any) -> dict[str, Any]:
+        """Copy the rows left in a set out of its drafts; return the set's entry in the manifest.
 
-        `drafted` are the sets that each row was drafted for, as `table["sets"]` has those that it is left in.
+        `draft_sets` has the bits of the sets that have a draft of each row; `table["sets"]`, of those that keep it.
         """
         import numpy as np
 
@@ -233,7 +221,7 @@ class Draft:
         first = 0
         with self.pieces(name) as pieces, (self.folder / f"{name}.jsonl").open("wb") as file:
             for draft, begin, count in pieces:
-                there = first + np.flatnonzero(drafted[first : first + count] & BIT[name])
+                there = first + np.flatnonzero(draft_sets[first : first + count] & BIT[name])
                 stays = (table["sets"][there] & BIT[name]) > 0
                 ends = begin + np.append(0, np.cumsum(size[there], dtype=np.int64))
                 edges = ends[np.flatnonzero(np.diff(np.concatenate([[False], stays, [False]]).astype(np.int8)))]
@@ -246,10 +234,8 @@ class Draft:
             lengths["example_tokens"] = percentiles(table["example_tokens"][rows])
         return {"rows": len(rows), "dropped": dict(sorted(self.dropped[name].items())), **lengths}
 
-    def list_removed(
-        self, table: dict[str, Any], name: str, reason: str, rows: Any, others: Any, likeness: Any
-    ) -> None:
-        """Count and list `rows` of a set that go; `others` are the rows they are too like, if that is why."""
+    def list_removed(self, table: dict[str, Any], name: str, reason: str, rows: Any, others: Any, like: Any) -> None:
+        """Count and list the removed `rows` of a set; `others` are the rows that they are too like, if any."""
 
         def place(row: int) -> str:
             return f"{self.origins[table['origin'][row]]}:{table['number'][row]}"
@@ -261,16 +247,13 @@ class Draft:
             line: dict[str, Any] = {"id": row_id, "set": name, "reason": reason, "where": place(row)}
             if others is not None:
                 other = int(others[index])
-                line |= {
-                    "like": f"{table['ids'][other]:016x}",
-                    "like_where": place(other),
-                    "likeness": round(float(likeness[index]), 4),
-                }
+                line |= {"like": f"{table['ids'][other]:016x}", "like_where": place(other)}
+                line["likeness"] = round(float(like[index]), 4)
             self.removed.write(encode(line) + "\n")
 
 
 def percentiles(tokens: Any) -> dict[str, int]:
-    """Return percentiles of the lengths that were measured, and of how many those are."""
+    """Return percentiles of the measured lengths, those above 0, and how many were measured."""
     import numpy as np
 
     tokens = tokens[tokens > 0]

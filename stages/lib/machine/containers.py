@@ -1,4 +1,4 @@
-"""The container engine, its GPU runtime, shared and system memory."""
+"""Findings on the container engine, its GPU runtime, shared and system memory."""
 
 import contextlib
 import importlib.util
@@ -26,9 +26,6 @@ TOOLKIT = (
 )
 
 
-# ---- Docker -------------------------------------------------------------------------------------------------------
-
-
 def docker_info() -> tuple[int | None, str]:
     """Return exit code and output of `docker info` as JSON; DOCKER names another client."""
     code, text = command_output(os.environ.get("DOCKER") or "docker", "info", "--format", "{{json .}}")
@@ -37,43 +34,43 @@ def docker_info() -> tuple[int | None, str]:
 
 
 def docker_findings(recipe: Recipe, engine: tuple[int | None, str]) -> Iterator[Finding]:
-    """Yield whether an engine answers and can hand a GPU to a container, or else whether stages can run without."""
+    """Yield whether an engine answers and can give a container a GPU; without one, whether stages can run here."""
     code, text = engine
-    wanted = os.environ.get("RUNTIME", "")
-    if wanted == "local":
+    runtime = os.environ.get("RUNTIME", "")
+    if runtime == "local":
         yield from local_runtime(recipe, "RUNTIME=local")
     elif code != 0:
-        said = " ".join(text.split())[:200]
-        if wanted == "docker":
-            yield Finding("fail", "Docker", f"no engine answers ({said})", docker_remedy(said))
+        complaint = " ".join(text.split())[:200]
+        if runtime == "docker":
+            yield Finding("fail", "Docker", f"no engine answers ({complaint})", docker_remedy(complaint))
         else:
-            yield from local_runtime(recipe, f"no Docker engine answers ({said}), so stages run without")
+            yield from local_runtime(recipe, f"no Docker engine answers ({complaint}), so stages run without")
     else:
-        stated = json.loads(text)
-        version = stated.get("ServerVersion") or stated.get("version", {}).get("Version", "of unknown version")
-        if recipe.model.engine != "unsloth" or has_gpu_runtime(stated):
+        info = json.loads(text)
+        version = info.get("ServerVersion") or info.get("version", {}).get("Version", "of unknown version")
+        if recipe.model.engine != "unsloth" or has_gpu_runtime(info):
             yield Finding("ok", "Docker", f"engine {version}")
         else:
             found = f"engine {version} has no NVIDIA runtime, so containers see no GPU"
             yield Finding("fail", "Docker", found, TOOLKIT)
 
 
-def docker_remedy(said: str) -> str:
-    """Return what to do about a Docker engine that does not answer, by what its client `said`."""
-    if "permission denied" in said:
+def docker_remedy(complaint: str) -> str:
+    """Return what to do about a Docker engine that does not answer, by its client's `complaint`."""
+    if "permission denied" in complaint:
         return "sudo usermod -aG docker $USER, then log out and in again"
-    if "there is no program" in said:
+    if "there is no program" in complaint:
         return "install Docker (docs/rented-gpu.md), or use RUNTIME=local"
     return "sudo systemctl start docker"
 
 
-def has_gpu_runtime(stated: dict) -> bool:
-    """Say whether the engine that `stated` this can give GPUs to containers: as a runtime of its own, or by CDI."""
-    if "nvidia" in (stated.get("Runtimes") or {}) or shutil.which("nvidia-container-runtime-hook"):
+def has_gpu_runtime(info: dict) -> bool:
+    """Return whether an engine with this `docker info` can give containers GPUs: by a runtime of its own, or by CDI."""
+    if "nvidia" in (info.get("Runtimes") or {}) or shutil.which("nvidia-container-runtime-hook"):
         return True
-    found = [str(device.get("ID")) for device in stated.get("DiscoveredDevices") or []]
+    devices = [str(device.get("ID")) for device in info.get("DiscoveredDevices") or []]
     files = [file for folder in CDI_FOLDERS if folder.is_dir() for file in folder.iterdir() if "nvidia" in file.name]
-    return any(name.startswith("nvidia.com/gpu") for name in found) or bool(files)
+    return any(name.startswith("nvidia.com/gpu") for name in devices) or bool(files)
 
 
 def local_runtime(recipe: Recipe, why: str) -> Iterator[Finding]:
@@ -84,19 +81,14 @@ def local_runtime(recipe: Recipe, why: str) -> Iterator[Finding]:
     missing = [name for name in ("torch", "unsloth", "vllm") if importlib.util.find_spec(name) is None]
     missing += [] if shutil.which("cc") else ["a C compiler (Triton calls it)"]
     if missing:
-        yield Finding(
-            "fail", "Docker", f"{why}; and engine = 'unsloth' lacks {', '.join(missing)} here",
-            "install and start Docker (docs/rented-gpu.md), and use RUNTIME=docker",
-        )  # fmt: skip
+        found = f"{why}; and engine = 'unsloth' lacks {', '.join(missing)} here"
+        yield Finding("fail", "Docker", found, "install and start Docker (docs/rented-gpu.md), and use RUNTIME=docker")
     else:
         yield Finding("ok", "Docker", f"not needed: {why}, and this environment has what engine = 'unsloth' needs")
 
 
-# ---- memory and disk ----------------------------------------------------------------------------------------------
-
-
 def shared_memory_finding(recipe: Recipe) -> Finding:
-    """Return whether /dev/shm has room for what processes on the GPU exchange."""
+    """Return whether /dev/shm has room for what the GPU's processes exchange."""
     if recipe.model.engine != "unsloth":
         return Finding("ok", "/dev/shm", "not needed on a CPU")
     remedy = "in a container of your own: docker run --ipc host; else: sudo mount -o remount,size=8G /dev/shm"

@@ -1,4 +1,4 @@
-"""Local copies of the model: in the cache of the hub or in a folder, whole, with a tokenizer that llama.cpp takes."""
+"""Findings on a local copy of the model, in the hub's cache or a folder: its shape, and its tokenizer in llama.cpp."""
 
 import importlib.util
 import json
@@ -19,24 +19,21 @@ from stages.lib.recipe.tables import Recipe, is_hub_name
 TOKENIZER_SECONDS = 9  # from the doctor's start
 
 
-# ---- the model's shape --------------------------------------------------------------------------------------------
-
-
 def hub_cache(in_container: bool) -> Path:
-    """Return where huggingface_hub keeps what it fetched: by the variables it goes by, or as docker/run sets them."""
+    """Return the folder where huggingface_hub keeps downloads: by its own variables, or as docker/run sets them."""
     if in_container:
         return CONTAINER_CACHE / "huggingface" / "hub"
     return Path(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub").expanduser()
 
 
 def hub_home() -> Path:
-    """Return the folder of huggingface_hub's cache and login, by the variables it goes by."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(os.environ.get("HF_HOME") or home)
+    """Return the folder of huggingface_hub's cache and login, by its own variables."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("HF_HOME") or cache / "huggingface")
 
 
 def local_model(recipe: Recipe, cache: Path) -> Path | None:
-    """Return the folder, of the recipe or in the hub's `cache`, that holds the whole model; None if none does."""
+    """Return the folder with the whole model, the recipe's own or one in the hub's `cache`; None if there is none."""
     name = recipe.model.name
     if name == "base-model":
         folder = ARTIFACTS / recipe.path.stem / "base-model" / "model"
@@ -48,7 +45,7 @@ def local_model(recipe: Recipe, cache: Path) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Say whether `folder` has config.json and every safetensors file that its index names."""
+    """Return whether `folder` has config.json and every safetensors file that its index names."""
     if not (folder / "config.json").is_file():
         return False
     index = folder / "model.safetensors.index.json"
@@ -61,7 +58,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def shape_of_model(recipe: Recipe, model: Path | None) -> tuple[Shape | None, str]:
-    """Return the shape of the recipe's model, from its config.json or the table of known ones; None, and why not."""
+    """Return the shape of the recipe's model, from its config.json or `SHAPES`, and ""; or None, and why not."""
     if model is not None:
         try:
             return shape_of_config(json.loads((model / "config.json").read_text()), str(model)), ""
@@ -71,9 +68,6 @@ def shape_of_model(recipe: Recipe, model: Path | None) -> tuple[Shape | None, st
             return None, f"{model / 'config.json'} is not JSON ({error}): copy it again"
     known = SHAPES.get(recipe.model.name)
     return known, "" if known else f"there is no copy of {recipe.model.name} here to read config.json from"
-
-
-# ---- tokenizer ----------------------------------------------------------------------------------------------------
 
 
 def start_tokenizer_check(recipe: Recipe, model: Path | None, cache: Path) -> subprocess.Popen | None:
@@ -90,11 +84,11 @@ def start_tokenizer_check(recipe: Recipe, model: Path | None, cache: Path) -> su
 
 
 def read_tokenizer(path: str, model: str) -> None:
-    """Leave with 1 and a message if llama.cpp can't take the tokenizer of the recipe at `path`.
+    """Exit with 1 and a message if llama.cpp can't take the tokenizer of the recipe at `path`; its model is in `model`.
 
-    `model` is the folder of its model. Runs in a process of its own, without torch, which tokenizers do not need.
+    Runs in a process of its own, without torch: tokenizers need none.
     """
-    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way to say: none
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's sign for a module that can't be imported
     from stages.lib.gguf.tokens import check_conversion
     from stages.lib.model.tokenizer import load_tokenizer
 
@@ -106,18 +100,18 @@ def read_tokenizer(path: str, model: str) -> None:
 
 
 def tokenizer_finding(process: subprocess.Popen | None, recipe: Recipe, deadline: float) -> Finding:
-    """Return what `start_tokenizer_check` came to by `deadline`, seconds of the monotonic clock."""
-    later = f"make prepare-data RECIPE={recipe.path.stem} looks before any training"
+    """Return the result of `start_tokenizer_check` at `deadline`, in seconds of the monotonic clock."""
+    later = f"make prepare-data RECIPE={recipe.path.stem} checks it before any training"
     if process is None:
-        return Finding("ok", "tokenizer", f"not looked at: no copy of the model or no llama.cpp here; {later}")
+        return Finding("ok", "tokenizer", f"not checked: no copy of the model or no llama.cpp here; {later}")
     try:
-        said = process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0]
+        output = process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the converter it started as well
         process.wait()
-        return Finding("warn", "tokenizer", "the look took too long and was ended", f"nothing: {later}")
+        return Finding("warn", "tokenizer", "the check took too long and was ended", f"nothing: {later}")
     if process.returncode:
-        lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
-        found = lines[-1] if lines[0].startswith("Traceback") else " ".join(said.split())[:600]
+        lines = output.strip().splitlines() or [f"exit code {process.returncode}"]
+        found = lines[-1] if lines[0].startswith("Traceback") else " ".join(output.split())[:600]
         return Finding("fail", "tokenizer", found, "use another base model, or see docs/recipes.md")
     return Finding("ok", "tokenizer", "llama.cpp reads text and chat template as transformers does")

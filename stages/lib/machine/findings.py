@@ -1,4 +1,4 @@
-"""A finding of doctor, and a command asked with a time limit."""
+"""A finding of doctor, and the output of a command within a time limit."""
 
 import subprocess
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ COMMAND_SECONDS = 5  # nvidia-smi and docker, side by side
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, and what to do about it unless it is fine."""
+    """The result of one check; unless it is fine, the remedy."""
 
     status: Literal["ok", "warn", "fail"]
     name: str
@@ -24,7 +24,7 @@ class Finding:
 
 
 def command_output(*command: str) -> tuple[int | None, str]:
-    """Return exit code and output of `command`, or its complaint; None, and why, if there is none or no answer."""
+    """Return exit code and output, or complaint, of `command`; None, and why, if it does not exist or answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The GPU: there, new enough, with enough memory free."""
+"""Findings on the GPU: its driver, its compute capability, its free memory."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from stages.lib.machine.memory import gpu_memory_findings
 from stages.lib.machine.shape import Shape
 from stages.lib.recipe.tables import Recipe
 
-MIN_DRIVER = 580  # what CUDA 13's libraries run on (CUDA 13.0 release notes, table 3)
+MIN_DRIVER = 580  # the oldest that CUDA 13 supports (CUDA 13.0 release notes, table 3)
 MIN_CAPABILITY = (7, 5)  # the oldest that CUDA 13 compiles for; vLLM asks for no less, bitsandbytes for 6.0
 BFLOAT16_CAPABILITY = (8, 0)
 GPU_FIELDS = "name,driver_version,memory.total,memory.free,compute_cap"
@@ -17,9 +17,6 @@ NEW_DRIVER = (
     "then sudo reboot), or rent a machine image that has CUDA 13"
 )
 WATCH = "watch nvidia-smi and df in the first steps of sft and grpo"
-
-
-# ---- GPU ----------------------------------------------------------------------------------------------------------
 
 
 def ask_devices(recipe: Recipe) -> tuple[int | None, str]:
@@ -32,7 +29,7 @@ def ask_devices(recipe: Recipe) -> tuple[int | None, str]:
 
 
 def gpu_findings(recipe: Recipe, shape: Shape | None, devices: tuple[int | None, str]) -> Iterator[Finding]:
-    """Yield what is to be said of driver, compute capability and GPU memory, by what nvidia-smi said of `devices`."""
+    """Yield the findings on driver, compute capability and GPU memory, from `devices`, the answer of `ask_devices`."""
     if recipe.model.engine != "unsloth":
         yield Finding("ok", "GPU", f"not needed: engine = {recipe.model.engine!r} also runs on a CPU")
         return
@@ -50,26 +47,25 @@ def gpu_findings(recipe: Recipe, shape: Shape | None, devices: tuple[int | None,
         yield Finding("ok", "driver", driver)
     yield capability_finding(name, capability, recipe.model.dtype)
     if not total.isdigit() or not free.isdigit():
-        found = f"nvidia-smi tells no size ({total}), as where GPU and system share their memory"
+        found = f"nvidia-smi tells no size ({total}), as it does where GPU and system share their memory"
         yield Finding("warn", "GPU memory", found, WATCH)
     elif shape is not None:
         yield from gpu_memory_findings(recipe, shape, int(total) << 20, int(free) << 20)
 
 
 def no_gpu(code: int | None, text: str) -> Finding:
-    """Return what it means that nvidia-smi ended with `code` and said `text`."""
-    said = " ".join(text.split())[:200]
+    """Return the finding on an nvidia-smi that ended with `code` and the complaint `text`."""
+    complaint = " ".join(text.split())[:200]
     if "version mismatch" in text:
-        return Finding("fail", "driver", f"was updated under a running one ({said})", "sudo reboot")
+        return Finding("fail", "driver", f"was updated while the old one runs ({complaint})", "sudo reboot")
     if "No devices were found" in text:
-        return Finding(
-            "fail", "GPU", "the driver finds none", "rent a machine with a GPU, or mend GPUS (nvidia-smi -L lists them)"
-        )
+        remedy = "rent a machine with a GPU, or fix GPUS (nvidia-smi -L lists them)"
+        return Finding("fail", "GPU", "the driver finds none", remedy)
     if "is not a valid field" in text:
-        return Finding("fail", "driver", f"is so old that nvidia-smi does not know a field ({said})", NEW_DRIVER)
+        return Finding("fail", "driver", f"is so old that nvidia-smi does not know a field ({complaint})", NEW_DRIVER)
     if code is None or "couldn't communicate" in text:
-        return Finding("fail", "driver", f"none answers ({said})", NEW_DRIVER)
-    return Finding("fail", "GPU", f"nvidia-smi failed ({code}): {said}", "sudo reboot, or take another machine")
+        return Finding("fail", "driver", f"none answers ({complaint})", NEW_DRIVER)
+    return Finding("fail", "GPU", f"nvidia-smi failed ({code}): {complaint}", "sudo reboot, or take another machine")
 
 
 def capability_finding(name: str, capability: str, dtype: str) -> Finding:
@@ -77,13 +73,9 @@ def capability_finding(name: str, capability: str, dtype: str) -> Finding:
     found = f"{name}, compute capability {capability}"
     version = tuple(int(part) for part in capability.split("."))
     if version < MIN_CAPABILITY:
-        return Finding(
-            "fail", "GPU", f"{found}; CUDA 13 and vLLM need 7.5 or newer",
-            "take a newer GPU: L4, A10, A100, L40S, RTX 3090 or newer",
-        )  # fmt: skip
+        remedy = "take a newer GPU: L4, A10, A100, L40S, RTX 3090 or newer"
+        return Finding("fail", "GPU", f"{found}; CUDA 13 and vLLM need 7.5 or newer", remedy)
     if dtype == "bfloat16" and version < BFLOAT16_CAPABILITY:
-        return Finding(
-            "fail", "GPU", f"{found}; [model] dtype = 'bfloat16' needs 8.0 or newer",
-            "take a newer GPU (L4, A10, A100, ...), or set dtype = 'float16', in which Gemma 3 overflows",
-        )  # fmt: skip
+        remedy = "take a newer GPU (L4, A10, A100, ...), or set dtype = 'float16', in which Gemma 3 overflows"
+        return Finding("fail", "GPU", f"{found}; [model] dtype = 'bfloat16' needs 8.0 or newer", remedy)
     return Finding("ok", "GPU", found)

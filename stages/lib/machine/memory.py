@@ -1,8 +1,8 @@
-"""How much GPU memory and disk a recipe needs, from its model's shape alone: an estimate, part by part.
+"""The GPU memory that a recipe needs, estimated part by part from its model's shape alone.
 
-Nothing is loaded and nothing is measured here. Every part has a name of its own, so that a measured peak can be held
-against the estimate and the part that is off be mended. What is counted: the tensors that are alive at once when a step
-needs most, for a LoRA adapter on a frozen base.
+Nothing is loaded and nothing is measured here. Every part has a name of its own: a measured peak can be compared with
+the estimate, and the part that is off be fixed. Counted are the tensors that are alive at once when a step needs most,
+for a LoRA adapter on a frozen base.
 """
 
 import math
@@ -31,14 +31,14 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage holds of the GPU's memory, in bytes by part."""
+    """The GPU memory that a stage takes, in bytes by part."""
 
     parts: dict[str, int]
     takes_turns: bool = False  # the KV cache and what a training step needs are never there at the same time
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is held at once."""
+        """The most bytes taken at once."""
         step = sum(self.parts.get(name, 0) for name in ("layer inputs", "activations", "logits", "fragments"))
         return sum(self.parts.values()) - (min(step, self.parts.get("KV cache", 0)) if self.takes_turns else 0)
 
@@ -52,17 +52,17 @@ def weight_bytes(shape: Shape, dtype: str, load_in_4bit: bool = False) -> int:
 
 
 def adapter_parameters(shape: Shape, lora: Lora) -> int:
-    """Return the weights of a LoRA adapter (arXiv 2106.09685): its rank x (inputs + outputs) a layer it sits on."""
+    """Return the number of weights of a LoRA adapter (arXiv 2106.09685): rank x (inputs + outputs) of each layer."""
     return shape.layers * lora.rank * sum(sum(shape.linear[name]) for name in adapted(lora.target_modules))
 
 
 def adapted(target_modules: Sequence[str]) -> list[str]:
-    """Return which of `LINEAR_LAYERS` the recipe's `target_modules` names, or ["all-linear"] means."""
+    """Return those of `LINEAR_LAYERS` that the recipe's `target_modules` means, by name or as ["all-linear"]."""
     return [name for name in LINEAR_LAYERS if name in target_modules or "all-linear" in target_modules]
 
 
 def kv_bytes(shape: Shape, tokens: int) -> int:
-    """Return the 16-bit KV cache of one sequence of so many tokens; sliding layers keep no more than their window."""
+    """Return the bytes of a sequence's 16-bit KV cache; sliding layers keep no more tokens than their window."""
     full = (shape.layers - shape.sliding_layers) * tokens
     sliding = shape.sliding_layers * min(tokens, shape.sliding_window)
     return 2 * 2 * shape.kv_heads * shape.head_dim * (full + sliding)
@@ -72,46 +72,46 @@ def training_parts(shape: Shape, recipe: Recipe, knobs: Sft | Grpo, tokens: int,
     """Return the parts, in bytes, of one forward and backward pass over `tokens` tokens, padding included.
 
     `knobs` is the trainer's table of `recipe`. `logit_rows` is how many tokens have their logits in memory at once.
-    Gradient checkpointing keeps a layer's input alone and computes the rest of it again. Unsloth's fused kernels keep
-    less, and its checkpoints wait in system memory.
+    Gradient checkpointing keeps only a layer's input and computes the rest again. Unsloth's fused kernels keep less,
+    and its checkpoints are in system memory.
     """
     target_modules, checkpointing = recipe.lora.target_modules, knobs.gradient_checkpointing
-    fused = recipe.model.engine == "unsloth"
+    is_fused = recipe.model.engine == "unsloth"
     element = DTYPE_BYTES[recipe.model.dtype]
     adapter = adapter_parameters(shape, recipe.lora)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # What a layer keeps for its backward pass, in units of an element.
-    if fused:
+    if is_fused:
         # Both norms' inputs and outputs; queries, keys and values, turned queries and keys, attention's output; the
         # MLP's gate and the other factor. The adapter's backward pass computes all else again.
-        kept = 4 * shape.hidden_size + 3 * queries + 3 * keys + 2 * shape.intermediate_size
+        layer_elements = 4 * shape.hidden_size + 3 * queries + 3 * keys + 2 * shape.intermediate_size
     else:
         # Both norms' inputs (in float32, so twice) and outputs; queries, keys, values, attention's output; the MLP's
         # gate, its activation, the other factor and the product; and a copy of its input for each adapted layer.
-        kept = 6 * shape.hidden_size + 2 * queries + 2 * keys + 4 * shape.intermediate_size
-        kept += sum(shape.linear[name][0] for name in adapted(target_modules))
-        kept += 2 * (queries + keys) if shape.qk_norm else 0
+        layer_elements = 6 * shape.hidden_size + 2 * queries + 2 * keys + 4 * shape.intermediate_size
+        layer_elements += sum(shape.linear[name][0] for name in adapted(target_modules))
+        layer_elements += 2 * (queries + keys) if shape.qk_norm else 0
     layers = 1 if checkpointing else shape.layers
     gradients = 3 * shape.intermediate_size + 2 * shape.hidden_size  # of the layer that backward is in
-    saved = (OFFLOADED_LAYERS if fused else shape.layers) if checkpointing else 0
+    input_layers = (OFFLOADED_LAYERS if is_fused else shape.layers) if checkpointing else 0
     parts = {
         "weights": weight_bytes(shape, recipe.model.dtype, recipe.model.load_in_4bit),
         "adapter": adapter * ADAPTER_BYTES,
         "gradients": adapter * ADAPTER_BYTES,
         "optimizer": adapter * (2 if "8bit" in knobs.optimizer else 8),  # Adam's two moments
-        "layer inputs": saved * tokens * shape.hidden_size * element,
-        "activations": tokens * (layers * kept + gradients) * element,
+        "layer inputs": input_layers * tokens * shape.hidden_size * element,
+        "activations": tokens * (layers * layer_elements + gradients) * element,
         "logits": logit_rows * shape.vocabulary_size * LOGIT_BYTES,
         "CUDA": CUDA_BYTES,
     }
     if recipe.model.load_in_4bit:  # one layer at a time, forward and backward
         parts["unpacked layer"] = 2 * max(a * b for a, b in shape.linear.values()) * element
-    comes_and_goes = sum(parts[name] for name in ("layer inputs", "activations", "logits"))
-    return parts | {"fragments": int(FRAGMENTS * comes_and_goes)}
+    step_bytes = sum(parts[name] for name in ("layer inputs", "activations", "logits"))
+    return parts | {"fragments": int(FRAGMENTS * step_bytes)}
 
 
 def sft_estimate(shape: Shape, recipe: Recipe) -> Estimate:
-    """Return what SFT needs when every example of a micro-batch is as long as the recipe allows."""
+    """Return the estimate for SFT when every example of a micro-batch is as long as the recipe allows."""
     tokens = rows = recipe.sft.micro_batch_size * recipe.sft.max_tokens
     if recipe.model.engine == "unsloth":
         rows = min(tokens, max(1, UNSLOTH_SFT_CHUNK_BYTES // (shape.vocabulary_size * LOGIT_BYTES)))
@@ -119,12 +119,11 @@ def sft_estimate(shape: Shape, recipe: Recipe) -> Estimate:
 
 
 def grpo_estimate(shape: Shape, recipe: Recipe, gpu_bytes: int) -> Estimate:
-    """Return what GRPO needs when prompts and completions are as long as the recipe allows.
+    """Return the estimate for GRPO when prompts and completions are as long as the recipe allows.
 
     Engine "unsloth" generates with vLLM on the trainer's own weights, and vLLM fills its share of the GPU's `gpu_bytes`
-    with KV cache, however little its sequences need. Engine "trl" generates with transformers, all completions of
-    a step side by side, and frees the KV cache before it trains. Not counted is what Unsloth's scoring pass holds
-    where a recipe needs one (`needs_scoring_pass`).
+    with KV cache, however little its sequences need. Engine "trl" generates all completions of a step at once with
+    transformers and frees the KV cache before it trains. Unsloth's scoring pass is not counted (`needs_scoring_pass`).
     """
     knobs = recipe.grpo
     length = recipe.data.max_prompt_tokens + knobs.max_completion_tokens
@@ -141,7 +140,7 @@ def grpo_estimate(shape: Shape, recipe: Recipe, gpu_bytes: int) -> Estimate:
 
 
 def standby_share(gpu_bytes: int) -> float:
-    """Return the share of the GPU that vLLM has while it is awake, with standby, whatever the recipe says.
+    """Return the share of the GPU that vLLM with standby takes while it is awake, whatever the recipe says.
 
     Source: `load_vllm` in unsloth_zoo's vllm_utils.py, for vLLM from 0.11 on.
     """
@@ -150,13 +149,13 @@ def standby_share(gpu_bytes: int) -> float:
 
 
 def vllm_parts(shape: Shape, sequences: int) -> dict[str, int]:
-    """Return what vLLM holds besides weights and KV cache: one batch of prompts, the sampler, CUDA graphs."""
+    """Return the part of vLLM besides weights and KV cache: one batch of prompts, the sampler, CUDA graphs."""
     prompts = VLLM_BATCH_TOKENS * (2 * shape.hidden_size + 3 * shape.intermediate_size) * 2
     return {"vLLM": prompts + sequences * shape.vocabulary_size * SAMPLER_BYTES + VLLM_GRAPH_BYTES}
 
 
 def comparison_estimate(shape: Shape) -> Estimate:
-    """Return what merge and gguf need to hold models against each other: one at a time, in float32, and a quarter more.
+    """Return the estimate for merge and gguf, which compare models: one at a time, in float32, and a quarter more.
 
     With less they compare on the CPU (`device_for`).
     """
@@ -165,7 +164,7 @@ def comparison_estimate(shape: Shape) -> Estimate:
 
 
 def gpu_estimates(recipe: Recipe, shape: Shape, gpu_bytes: int) -> dict[str, Estimate]:
-    """Return what each stage that fills the GPU needs of its `gpu_bytes`, by name."""
+    """Return the estimates for the stages that fill the GPU of `gpu_bytes`, by name."""
     return {
         "sft": sft_estimate(shape, recipe),
         "grpo": grpo_estimate(shape, recipe, gpu_bytes),
@@ -178,31 +177,23 @@ def gpu_memory_findings(recipe: Recipe, shape: Shape, total: int, free: int) -> 
     for stage, estimate in gpu_estimates(recipe, shape, total).items():
         largest = sorted(estimate.parts.items(), key=lambda part: -part[1])[:4]
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest if size > 5e7)
-        found = f"{stage} needs about {gigabytes(estimate.peak_bytes)} ({parts}, ...)"
+        need = f"{stage} needs about {gigabytes(estimate.peak_bytes)} ({parts}, ...)"
         if estimate.peak_bytes <= free:
-            yield Finding("ok", "GPU memory", f"{found} of {gigabytes(free)} free")
+            yield Finding("ok", "GPU memory", f"{need} of {gigabytes(free)} free")
         elif stage == "merge and gguf":
-            yield Finding(
-                "warn", "GPU memory",
-                f"{found} and {gigabytes(free)} are free: they compare on the CPU, which takes hours",
-                "take a larger GPU, or run make merge gguf on another machine",
-            )  # fmt: skip
+            found = f"{need} and {gigabytes(free)} are free: they compare on the CPU, which takes hours"
+            yield Finding("warn", "GPU memory", found, "take a larger GPU, or run make merge gguf on another machine")
         elif estimate.peak_bytes <= total:
-            yield Finding(
-                "fail", "GPU memory", f"{found}; {gigabytes(free)} of {gigabytes(total)} are free",
-                "end what else uses the GPU (nvidia-smi lists it), or choose another with GPUS=1",
-            )  # fmt: skip
+            remedy = "end what else uses the GPU (nvidia-smi lists it), or choose another with GPUS=1"
+            yield Finding("fail", "GPU memory", f"{need}; {gigabytes(free)} of {gigabytes(total)} are free", remedy)
         elif least_bytes(estimate, recipe, shape) <= total:
+            found = f"{need} and there are {gigabytes(total)}: {stage} would have to step down"
             share = "" if stage == "sft" else " or lower [vllm] memory_share"
-            yield Finding(
-                "warn", "GPU memory", f"{found} and there are {gigabytes(total)}: {stage} would have to step down",
-                f"halve [{stage}] micro_batch_size{share} yourself, or take a larger GPU",
-            )  # fmt: skip
+            remedy = f"halve [{stage}] micro_batch_size{share} yourself, or take a larger GPU"
+            yield Finding("warn", "GPU memory", found, remedy)
         else:
-            yield Finding(
-                "fail", "GPU memory", f"{found} and there are {gigabytes(total)}",
-                "take a larger GPU" + ("" if recipe.model.load_in_4bit else ", or set [model] load_in_4bit = true"),
-            )  # fmt: skip
+            remedy = "take a larger GPU" + ("" if recipe.model.load_in_4bit else ", or set [model] load_in_4bit = true")
+            yield Finding("fail", "GPU memory", f"{need} and there are {gigabytes(total)}", remedy)
     if recipe.vllm is not None and recipe.model.engine == "unsloth":
         yield vllm_share_finding(recipe, shape, total)
 
@@ -221,14 +212,13 @@ def vllm_share_finding(recipe: Recipe, shape: Shape, total: int) -> Finding:
     share = recipe.vllm.memory_share
     length = recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens
     one = kv_bytes(shape, length)
-    held = weight_bytes(shape, recipe.model.dtype, recipe.model.load_in_4bit)
-    held += vllm_parts(shape, recipe.vllm.sequences)["vLLM"]
-    room = int(share * total) - held
-    found = f"[vllm] memory_share = {share} is {gigabytes(share * total)}, {gigabytes(held)} of it for weights and vLLM"
+    base = weight_bytes(shape, recipe.model.dtype, recipe.model.load_in_4bit)
+    base += vllm_parts(shape, recipe.vllm.sequences)["vLLM"]
+    room = int(share * total) - base
+    found = f"[vllm] memory_share = {share} is {gigabytes(share * total)}, {gigabytes(base)} of it for weights and vLLM"
     if room < one:
-        return Finding(
-            "fail", "vLLM", f"{found}; one completion of {length:,} tokens needs {gigabytes(one)} more",
-            f"raise memory_share to {math.ceil(100 * (held + one) / total) / 100:.2f} or more, twice that for speed",
-        )  # fmt: skip
+        found += f"; one completion of {length:,} tokens needs {gigabytes(one)} more"
+        least = math.ceil(100 * (base + one) / total) / 100
+        return Finding("fail", "vLLM", found, f"raise memory_share to {least:.2f} or more, twice that for speed")
     side_by_side = min(room // one, recipe.vllm.sequences)
     return Finding("ok", "vLLM", f"{found}; {side_by_side} full-length completions side by side")

@@ -83,26 +83,26 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
     if family not in FAMILIES:
         raise UserError(f"{where}: model_type is {family!r}; its memory can be estimated for {', '.join(FAMILIES)}")
     gemma = family.startswith("gemma3")
-    stated: dict[str, Any] = (GEMMA3_DEFAULTS if gemma else {}) | {
+    sizes: dict[str, Any] = (GEMMA3_DEFAULTS if gemma else {}) | {
         key: value for key, value in text.items() if value is not None
     }
     try:
-        heads = stated["num_attention_heads"]
+        heads = sizes["num_attention_heads"]
         return Shape(
-            layers=stated["num_hidden_layers"],
-            hidden_size=stated["hidden_size"],
+            layers=sizes["num_hidden_layers"],
+            hidden_size=sizes["hidden_size"],
             heads=heads,
-            kv_heads=stated.get("num_key_value_heads", heads),
-            head_dim=stated.get("head_dim", stated["hidden_size"] // heads),
-            intermediate_size=stated["intermediate_size"],
-            vocabulary_size=stated["vocab_size"],
-            tied=stated.get("tie_word_embeddings", config.get("tie_word_embeddings", gemma)),
+            kv_heads=sizes.get("num_key_value_heads", heads),
+            head_dim=sizes.get("head_dim", sizes["hidden_size"] // heads),
+            intermediate_size=sizes["intermediate_size"],
+            vocabulary_size=sizes["vocab_size"],
+            tied=sizes.get("tie_word_embeddings", config.get("tie_word_embeddings", gemma)),
             qkv_bias=family == "qwen2",
             qk_norm=family in ("qwen3", "gemma3", "gemma3_text"),
             layer_norms=4 if gemma else 2,
-            sliding_window=stated["sliding_window"] if gemma else 0,
-            sliding_layers=sliding_layers(stated) if gemma else 0,
-            vision_parameters=vision_parameters(config["vision_config"], stated) if "vision_config" in config else 0,
+            sliding_window=sizes["sliding_window"] if gemma else 0,
+            sliding_layers=sliding_layers(sizes) if gemma else 0,
+            vision_parameters=vision_parameters(config["vision_config"], sizes) if "vision_config" in config else 0,
         )
     except KeyError as error:
         raise UserError(f"{where}: has no {error.args[0]!r}; expected a whole config.json") from error

@@ -1,4 +1,4 @@
-"""What a completion is, looked at once for all rewards of a suite, and whether its answer is right."""
+"""The judgement of a completion, made once for all rewards of a suite, and the grade of its answer."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -12,11 +12,8 @@ Completion = str | list[dict[str, Any]]
 Reward = Callable[..., list[float]]
 
 
-# --- what a completion is, looked at once for all functions of a suite ---------------------------------------------
-
-
 class Judgement(NamedTuple):
-    """What is to be known of one completion."""
+    """What the rewards of a suite need to know of one completion."""
 
     answer: str | None  # what the format reads; None: not well formed
     written: str  # the answer with the white space around it
@@ -27,7 +24,7 @@ class Judgement(NamedTuple):
 
 
 def judge(format: Format, text: str) -> Judgement:
-    """Return what is to be known of the completion `text`, as `format` reads it."""
+    """Return the judgement of the completion `text`, as `format` reads it."""
     trailing = _count_trailing_characters(format, text)
     parts = format.split(text)
     if parts is None:
@@ -43,11 +40,8 @@ def _count_tags_in_place(format: Format, text: str) -> int:
     tags = format.tags
     in_place = 0
     for number, tag in enumerate(tags):
-        if text.count(tag) != 1:
-            continue
-        start = text.index(tag)
-        end = start + len(tag)
-        if any(earlier in text[end:] for earlier in tags[:number]):
+        start, end = text.find(tag), text.find(tag) + len(tag)
+        if text.count(tag) != 1 or any(earlier in text[end:] for earlier in tags[:number]):
             continue
         if tag in (format.reasoning_open, format.answer_open):
             closing = text.find(tags[number + 1], end)
@@ -80,11 +74,10 @@ def texts_of(completions: Sequence[Completion]) -> list[str]:
     return [c if isinstance(c, str) else c[-1]["content"] or "" for c in completions]
 
 
-def grades(judgements: Iterable[Judgement], answers: Sequence[str], kinds: Sequence[str] | None) -> list[float]:
-    """Return from 0.0 to 1.0 what each completion's answer is worth; 0.0 for one that is not well formed.
+def grades(given: Iterable[str | None], answers: Sequence[str], kinds: Sequence[str] | None) -> list[float]:
+    """Return from 0.0 to 1.0 the grade of each answer `given`; 0.0 for None, of a completion that is not well formed.
 
     `kinds` are those of the rows; without them the answers are numbers, and what is none must be the same text.
     """
-    rules = kinds or ["number"] * len(answers)
-    each = zip(judgements, answers, rules, strict=True)
-    return [0.0 if j.answer is None else grade(rule, true, j.answer) for j, true, rule in each]
+    rows = zip(given, answers, kinds or ["number"] * len(answers), strict=True)
+    return [0.0 if answer is None else grade(kind, true, answer) for answer, true, kind in rows]

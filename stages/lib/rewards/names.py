@@ -1,14 +1,13 @@
-"""What GRPO pays for: the two suites, the rewards for any format, and the user's own. `docs/rewards.md` explains each.
+"""Rewards by name: the two suites, those for any format, and the user's own. `docs/rewards.md` explains each.
 
 A reward is a function as TRL calls it: `f(completions, **columns)` gives one number a completion. `completions` holds
 strings or conversations of one assistant message; `answer` is the column of right answers as the dataset writes them,
-`kind` that of their kinds; `completion_ids` are the token ids of each completion. What a completion answers is what its
-format reads, and `answers/grade.py` says whether that is right, so a reward and `infer` never disagree. Rewards print
-nothing, draw nothing at random and keep no state: the caches and the process of `math_correct` change how long an
-answer takes and not what it is.
+`kind` that of their kinds; `completion_ids` are the token ids of each completion. The format reads a completion's
+answer and `answers/grade.py` grades it, so a reward and `infer` never disagree. Rewards print nothing, draw nothing at
+random and keep no state: the caches and the process of `math_correct` change how long an answer takes, nothing else.
 
-Recipes name the functions and weigh them; TRL logs each under its name and pays the weighted sum, so that weight 0 logs
-without paying.
+Recipes name the functions and weigh them. TRL logs each under its name and trains on the weighted sum: one of weight 0
+is only logged.
 """
 
 import functools
@@ -20,14 +19,11 @@ from stages.lib.answers.formats import Format
 from stages.lib.answers.worker import WORKER
 from stages.lib.errors import UserError, nearest
 from stages.lib.recipe.tables import Recipe, Rewards
+from stages.lib.rewards.any_format import length_penalty, math_correct, repetition_penalty
 from stages.lib.rewards.judge import Completion, Reward
-from stages.lib.rewards.lengths import length_penalty, repetition_penalty
-from stages.lib.rewards.math_correct import math_correct
-from stages.lib.rewards.own import is_own, load_own, look_for_own, own_path
+from stages.lib.rewards.own import check_own, is_own, load_own
 from stages.lib.rewards.think import check_answer, check_numbers, match_format_approximately, match_format_exactly
 from stages.lib.rewards.xml import correctness, integer, soft_format, strict_format, xmlcount
-
-# --- by name --------------------------------------------------------------------------------------------------------
 
 SUITES: dict[str, dict[str, Reward]] = {
     "xml": {f.__name__: f for f in (xmlcount, soft_format, strict_format, integer, correctness)},
@@ -40,8 +36,7 @@ def load_rewards(recipe: Recipe) -> list[Reward]:
     """Return the reward functions that `recipe` names, in order, each with the `__name__` that logs show it by.
 
     A name is one of the suite of the recipe's format, one for any format, or `FILE.py:FUNCTION` for the user's own, the
-    file relative to the recipe. Raises UserError for what is unknown, missing, named twice or not to be called as a
-    reward.
+    file relative to the recipe. Raises UserError for one that is unknown, missing, named twice or no reward function.
     """
     rewards = [_load_one(name, recipe) for name in recipe.rewards.functions]
     _refuse_twice(recipe.rewards.functions)
@@ -49,10 +44,10 @@ def load_rewards(recipe: Recipe) -> list[Reward]:
 
 
 def check_reward_names(recipe: Recipe) -> None:
-    """Raise UserError for what `load_rewards` would refuse, as far as shows without running a line of the user's."""
+    """Raise UserError for the names that `load_rewards` would refuse, without running a line of the user's file."""
     for name in recipe.rewards.functions:
         if is_own(name):
-            look_for_own(name, own_path(name, recipe.path.parent))
+            check_own(name, recipe.path.parent)
         else:
             _known(name, formats.get(recipe.format.name))
             _parameters_of(name, recipe)
@@ -71,13 +66,11 @@ def _refuse_twice(names: Sequence[str]) -> None:
 def _load_one(name: str, recipe: Recipe) -> Reward:
     if is_own(name):
         return load_own(name, recipe.path.parent)
-    format = formats.get(recipe.format.name)
-    reward = _known(name, format)
+    reward = _known(name, formats.get(recipe.format.name))
     if name == "math_correct":
         WORKER.start()
-        return _named(name, functools.partial(math_correct, format=format))
-    own = _parameters_of(name, recipe)
-    return _named(name, functools.partial(reward, **own)) if own else reward
+    parameters = _parameters_of(name, recipe)
+    return _named(name, functools.partial(reward, **parameters)) if parameters else reward
 
 
 def _known(name: str, format: Format) -> Reward:
@@ -88,15 +81,17 @@ def _known(name: str, format: Format) -> Reward:
 
 
 def _parameters_of(name: str, recipe: Recipe) -> dict[str, Any]:
+    if name == "math_correct":
+        return {"format": formats.get(recipe.format.name)}
     if name == "length_penalty":
         limit = recipe.grpo.max_completion_tokens
-        cache = _told(name, recipe.rewards, "length_cache_tokens", 1)
+        cache = _stated(name, recipe.rewards, "length_cache_tokens", 1)
         if cache > limit:
             raise UserError(f"[rewards] length_cache_tokens = {cache} is more than max_completion_tokens = {limit}")
         return {"max_completion_tokens": limit, "length_cache_tokens": cache}
     if name == "repetition_penalty":
-        ngram = _told(name, recipe.rewards, "repetition_ngram_tokens", 1)
-        penalty = _told(name, recipe.rewards, "repetition_max_penalty", 0)
+        ngram = _stated(name, recipe.rewards, "repetition_ngram_tokens", 1)
+        penalty = _stated(name, recipe.rewards, "repetition_max_penalty", 0)
         return {"repetition_ngram_tokens": ngram, "repetition_max_penalty": penalty}
     return {}
 
@@ -110,17 +105,17 @@ def _why_unknown(name: str, known: dict[str, Reward], format: Format) -> str:
     return f"is not known{nearest(name, known)}; known: {', '.join(known)}, or your own as 'FILE.py:FUNCTION'"
 
 
-def _told(name: str, table: Rewards, key: str, least: int) -> Any:
-    told = getattr(table, key)
-    if told is None:
+def _stated(name: str, table: Rewards, key: str, least: int) -> Any:
+    value = getattr(table, key)
+    if value is None:
         raise UserError(f"[rewards] {key} is missing: {name} needs it")
-    if not told >= least:
-        raise UserError(f"[rewards] {key} = {told!r}; expected {least} or more")
-    return told
+    if not value >= least:
+        raise UserError(f"[rewards] {key} = {value!r}; expected {least} or more")
+    return value
 
 
 def _named(name: str, function: functools.partial[list[float]]) -> Reward:
-    """Give `function` as a plain one with a name: a partial has none, and loggers other than TRL's ask for it."""
+    """Return `function` as a plain one with a name: a partial has none, and loggers other than TRL's ask for it."""
 
     def reward(completions: Sequence[Completion], **columns: Any) -> list[float]:
         return function(completions, **columns)

@@ -19,12 +19,14 @@ from stages.lib.artifact.code import ROOT, imported_modules
 from stages.lib.errors import UserError, nearest
 from stages.lib.rewards.judge import Completion, Reward
 
+MAX_REWARD = 3e38  # TRL adds rewards up in float32, which holds no more
+
 
 def own_reward_files(names: Sequence[str], recipe_folder: Path) -> dict[str, Path]:
-    """Give the user's own files among the rewards `names`, by name: who pays by them is out of date when they change.
+    """Return the user's own files among the rewards `names`, by name: a stage that rewards by them depends on them.
 
-    With them go the files of the checkout that they import, outside `stages/`. Leaves out those that are not there or
-    do not parse, which `load_own` refuses.
+    The files of the checkout that they import, outside `stages/`, are among them. A file that is not there is left out,
+    and so are the imports of one that does not parse: `load_own` refuses both.
     """
     todo = {name: (recipe_folder / name.rpartition(":")[0]).resolve() for name in names if ":" in name}
     found: dict[str, Path] = {}
@@ -40,14 +42,11 @@ def own_reward_files(names: Sequence[str], recipe_folder: Path) -> dict[str, Pat
 
 
 def is_own(name: str) -> bool:
-    """Say whether a reward's name in the recipe is meant for a file of the user's."""
+    """Return whether a reward's name in the recipe means a file of the user's."""
     return ":" in name or name.endswith(".py")
 
 
-MAX_REWARD = 3e38  # TRL adds rewards up in float32, which holds no more
-
-
-def own_path(name: str, recipe_folder: Path) -> Path:
+def _own_path(name: str, recipe_folder: Path) -> Path:
     """Return the file of `FILE.py:FUNCTION`. Raises `UserError` for another form and for a file that is not there."""
     file_name, _, function_name = name.rpartition(":")
     path = (recipe_folder / file_name).resolve()
@@ -58,42 +57,42 @@ def own_path(name: str, recipe_folder: Path) -> Path:
     return path
 
 
-def look_for_own(name: str, path: Path) -> None:
-    """Raise `UserError` when the file does not parse or binds no such name at its top level; no line of it is run.
+def check_own(name: str, recipe_folder: Path) -> None:
+    """Raise `UserError` for a file that does not parse or binds no such name at its top level; no line of it is run.
 
-    What the name is bound to shows when it is loaded, and so does what `import *` binds.
+    Only `load_own` finds out what the name is bound to, and what an `import *` binds.
     """
+    path = _own_path(name, recipe_folder)
     try:
         source = importlib.util.decode_source(path.read_bytes())
         symbols = symtable.symtable(source, str(path), "exec").get_symbols()
     except (SyntaxError, ValueError) as error:  # ValueError: a NUL byte, in some versions of Python
         raise UserError(f"[rewards] {name!r}: {_where(error, path)}") from error
-    bound = [each for each in symbols if each.is_assigned() or each.is_imported()]
-    is_bound = name.rpartition(":")[2] in [each.get_name() for each in bound]
+    symbols = [symbol for symbol in symbols if symbol.is_assigned() or symbol.is_imported()]
+    is_bound = name.rpartition(":")[2] in [symbol.get_name() for symbol in symbols]
     if not is_bound and not re.search(r"\bimport[\s\\]*\*", source):
-        functions = [own.get_name() for each in bound for own in each.get_namespaces() if own.get_type() == "function"]
-        raise UserError(_no_function(name, path, functions))
+        spaces = [space for symbol in symbols for space in symbol.get_namespaces()]
+        raise _no_function(name, path, [space.get_name() for space in spaces if space.get_type() == "function"])
 
 
-def _no_function(name: str, path: Path, functions: Sequence[str]) -> str:
+def _no_function(name: str, path: Path, functions: Sequence[str]) -> UserError:
     function_name = name.rpartition(":")[2]
-    own = [each for each in functions if not each.startswith("_")]
-    return (
-        f"[rewards] {name!r}: {path} has no function {function_name!r}{nearest(function_name, own)}; "
-        f"it has: {', '.join(own) or 'none'}"
+    public = [each for each in functions if not each.startswith("_")]
+    return UserError(
+        f"[rewards] {name!r}: {path} has no function {function_name!r}{nearest(function_name, public)}; "
+        f"it has: {', '.join(public) or 'none'}"
     )
 
 
 def load_own(name: str, recipe_folder: Path) -> Reward:
     """Import the user's file and return its reward, with what it returns checked at each call."""
-    path = own_path(name, recipe_folder)
+    path = _own_path(name, recipe_folder)
     function_name = name.rpartition(":")[2]
     module = _import_file(name, path)
     function = getattr(module, function_name, None)
     if not inspect.isfunction(function):
-        functions = [key for key, thing in vars(module).items() if inspect.isfunction(thing)]
-        raise UserError(_no_function(name, path, functions))
-    return _checked(name, function_name, function)
+        raise _no_function(name, path, [key for key, value in vars(module).items() if inspect.isfunction(value)])
+    return _check_calls(name, function_name, function)
 
 
 def _import_file(name: str, path: Path) -> Any:
@@ -102,69 +101,65 @@ def _import_file(name: str, path: Path) -> Any:
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up by its name
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's file raises, they need to know where
+    except (Exception, SystemExit) as error:  # the user needs to know where, whatever it is
         raise UserError(f"[rewards] {name!r}: {_where(error, path)}") from error
     return module
 
 
-def _checked(name: str, function_name: str, function: Callable[..., Any]) -> Reward:
-    """Give the user's function wrapped so that whatever it does wrong is an error that names it, and so does the log.
+def _check_calls(name: str, function_name: str, function: Callable[..., Any]) -> Reward:
+    """Return the user's function, named for the log, with its calls checked: an error in one names the function.
 
-    It gets the arguments it asks for by name, or all of them if it takes `**kwargs`; lists as copies, since the other
-    rewards and the trainer go on with them.
+    It gets the arguments it asks for by name, or all of them if it takes `**kwargs`. Lists are copies, since the other
+    rewards and the trainer use them as well.
     """
-    taken = inspect.signature(function).parameters
-    kinds = {parameter.kind for parameter in taken.values()}
+    parameters = inspect.signature(function).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
     takes_all = inspect.Parameter.VAR_KEYWORD in kinds
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise UserError(f"[rewards] {name!r}: expected a plain function, found an async or a generator function")
-    if inspect.Parameter.POSITIONAL_ONLY in kinds or not ("completions" in taken or takes_all):
+    if inspect.Parameter.POSITIONAL_ONLY in kinds or not ("completions" in parameters or takes_all):
         raise UserError(
             f"[rewards] {name!r}: expected {function_name}(completions, **kwargs), which is called with names only; "
             f"found {function_name}{inspect.signature(function)}"
         )
     path = Path(function.__code__.co_filename)
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    needed = [key for key, p in taken.items() if p.default is p.empty and p.kind not in variadic]
+    mandatory = [key for key, p in parameters.items() if p.default is p.empty and p.kind not in variadic]
 
     @functools.wraps(function)
     def reward(completions: Sequence[Completion], **columns: Any) -> list[float]:
-        given = {"completions": completions, **columns}
-        missing = [key for key in needed if key not in given]
+        arguments = {"completions": completions, **columns}
+        missing = [key for key in mandatory if key not in arguments]
         if missing:
             raise UserError(
-                f"[rewards] {name!r} asks for {', '.join(missing)}, which is no column; there are: {', '.join(given)}"
+                f"[rewards] {name!r} asks for {', '.join(missing)}; expected names of columns: {', '.join(arguments)}"
             )
-        passed = given if takes_all else {key: given[key] for key in taken if key in given}
-        # Lists alone: what else the trainer passes, such as its state, is not for copying.
-        passed = {key: copy.deepcopy(value) if isinstance(value, list) else value for key, value in passed.items()}
+        inputs = arguments if takes_all else {key: arguments[key] for key in parameters if key in arguments}
+        # Only lists: the trainer's state, which it passes as well, can't be copied.
+        inputs = {key: copy.deepcopy(value) if isinstance(value, list) else value for key, value in inputs.items()}
         try:
-            rewards = function(**passed)
-        except (Exception, SystemExit) as error:  # whatever the user's function raises, they need to know where
+            rewards = function(**inputs)
+        except (Exception, SystemExit) as error:  # the user needs to know where, whatever it is
             raise UserError(f"[rewards] {name!r}: {_where(error, path)}") from error
-        return _checked_rewards(name, rewards, len(completions))
+        return _finite_rewards(name, rewards, len(completions))
 
     reward.__name__ = function_name
     return reward
 
 
-def _checked_rewards(name: str, rewards: Any, count: int) -> list[float]:
+def _finite_rewards(name: str, rewards: Any, count: int) -> list[float]:
     if not isinstance(rewards, list | tuple):
         raise UserError(f"[rewards] {name!r} returned {type(rewards).__name__}; expected a list of {count} numbers")
     if len(rewards) != count:
         raise UserError(f"[rewards] {name!r} returned {len(rewards)} rewards for {count} completions")
-    paid = []
     for position, reward in enumerate(rewards):
-        try:
-            paid.append(float(reward) if isinstance(reward, numbers.Real) else math.nan)
-        except OverflowError:  # 10**400
-            paid.append(math.inf)
-        if not abs(paid[-1]) <= MAX_REWARD:  # which NaN is not, either
+        size: Any = abs(reward) if isinstance(reward, numbers.Real) else math.inf
+        if not size <= MAX_REWARD:  # NaN is not, either; float() would raise on 10**400
             raise UserError(
                 f"[rewards] {name!r} returned {_shown(reward)} ({type(reward).__name__}) for completion {position}; "
                 f"expected a finite number, {MAX_REWARD:.0e} at most in size"
             )
-    return paid
+    return [float(reward) for reward in rewards]
 
 
 def _shown(value: Any) -> str:
@@ -176,7 +171,7 @@ def _shown(value: Any) -> str:
 
 
 def _where(error: BaseException, path: Path) -> str:
-    """Say what was raised and, if known, in which line of the user's file."""
+    """Return the error and, if known, the line of the user's file that raised it."""
     if isinstance(error, SyntaxError):
         return f"{path}{f', line {error.lineno}' if error.lineno else ''}: SyntaxError: {error.msg}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

@@ -1,11 +1,27 @@
-"""Rewards for any format that go by length: `length_penalty` (DAPO) and `repetition_penalty`."""
+"""Rewards for any format: `math_correct`, and two penalties by length, `length_penalty` and `repetition_penalty`."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from stages.lib.rewards.judge import Completion
+from stages.lib.answers.formats import Format
+from stages.lib.rewards.judge import Completion, grades, texts_of
 
-# --- for any format -------------------------------------------------------------------------------------------------
+
+def math_correct(
+    completions: Sequence[Completion],
+    answer: Sequence[str],
+    kind: Sequence[str] | None = None,
+    *,
+    format: Format,
+    **columns: Any,
+) -> list[float]:
+    """Reward 1.0 for an answer mathematically equal to the true one (math-verify: LaTeX, fractions, sets), else 0.0.
+
+    Rows of a kind are graded as that kind. Where the true answer is a number, so must the answer be: `17 + 25` is not
+    an answer to 17 + 25. An answer that takes more than half a second of processor time is wrong.
+    """
+    parts = map(format.read, texts_of(completions))
+    return grades((read.answer if read else None for read in parts), answer, kind or ["math"] * len(answer))
 
 
 def length_penalty(
@@ -16,7 +32,7 @@ def length_penalty(
     length_cache_tokens: int,
     **columns: Any,
 ) -> list[float]:
-    """Pay 0 up to `max_completion_tokens - length_cache_tokens` tokens, from there down to -1.0 at the maximum.
+    """Reward 0 up to `max_completion_tokens - length_cache_tokens` tokens, from there down to -1.0 at the maximum.
 
     The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13).
     """
@@ -32,7 +48,7 @@ def repetition_penalty(
     repetition_max_penalty: float,
     **columns: Any,
 ) -> list[float]:
-    """Pay minus `repetition_max_penalty` times the share of a completion's token n-grams that it had before.
+    """Reward minus `repetition_max_penalty` times the share of a completion's token n-grams that it had before.
 
     The repetition penalty of arXiv 2502.03373, appendix C.2. A completion shorter than one n-gram costs nothing.
     """

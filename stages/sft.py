@@ -7,6 +7,7 @@ import click
 
 from stages.lib import options
 from stages.lib.artifact.folder import Run, write_artifact
+from stages.lib.errors import UserError
 from stages.lib.model.engine import import_engine
 from stages.lib.model.load import load_trainable
 from stages.lib.model.locate import local_model
@@ -54,12 +55,12 @@ def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
 
 
 def train(recipe: Recipe, examples: Path, run: Run) -> SftFigures:
-    """Train a LoRA adapter on `examples`, save it under `run.folder`, return what it came to."""
+    """Train a LoRA adapter on `examples`, save it under `run.folder`, return the figures."""
     import_engine(recipe)
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
-    set_seed(recipe.sft.seed)  # the trainer does so only after PEFT has drawn the adapter's first weights
+    set_seed(recipe.sft.seed)  # the trainer's own comes after PEFT has drawn the adapter's first weights
     keep_logs(run.checkpoints)
     recipe = ladder.lowered(recipe, "sft", run.checkpoints)
     tokenizer = load_tokenizer(recipe)
@@ -70,11 +71,10 @@ def train(recipe: Recipe, examples: Path, run: Run) -> SftFigures:
         ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
         return len(ids) <= recipe.sft.max_tokens
 
-    kept = rows.filter(fits, desc="measuring")  # cut short, an example would teach never to end
+    kept = rows.filter(fits, desc="measuring")  # a truncated example would teach never to end
     if len(kept) == 0:
-        raise click.ClickException(
-            f"{examples}: all {len(rows)} examples are longer than [sft] max_tokens = {recipe.sft.max_tokens}"
-        )
+        found = f"{examples}: all {len(rows)} examples are longer than [sft] max_tokens = {recipe.sft.max_tokens}"
+        raise UserError(f"{found}. Raise it in the recipe and run: make sft")
     trainer = SFTTrainer(
         model=model,
         args=configure(SFTConfig, arguments(recipe, run.checkpoints)),

@@ -1,4 +1,4 @@
-"""Hold all finished artifacts of a recipe against their manifests: every file byte for byte, and all of one run."""
+"""Compare all finished artifacts of a recipe with their manifests: every file byte for byte, and all of one run."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def main(recipe: Path, artifacts: Path, quick: bool) -> None:
         try:
             manifests[stage] = read_manifest(folder, stage)
             files = manifests[stage]["files"]
-            # No digest is remembered here, and each of two names for one inode is read.
+            # Every file is read: no digest is remembered, and two names of one inode are read twice.
             if wrong := [] if quick else list(faults(folder, files, sha256_of)):
                 raise UserError(f"{'; '.join(wrong)}, as {stage} wrote it. Delete {folder} and run: make {stage}")
         except UserError as error:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-CHUNK_VALUES = 4 * 1024 * 1024  # logits in a chunk: 32 MB as float64, in which they are compared
+CHUNK_VALUES = 4 * 1024 * 1024  # logits compared at once: 32 MB as float64
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Text:
 
 
 class Distance(TypedDict):
-    """How far a model is from the reference at `positions`, of which it has the same top token in the share `same_top`.
+    """The distance of a model from the reference at `positions`; the share `same_top` of them has the same top token.
 
     KL divergence is from the reference, in nats; perplexity is of the tokens that follow.
     """
@@ -36,9 +36,9 @@ class Distance(TypedDict):
 
 
 def spread_positions(length: int, count: int) -> list[int]:
-    """Return at most `count` positions, evenly spread over those of `length` tokens that have a next token.
+    """Return at most `count` positions of `length` tokens, evenly spread from the first to the last but one.
 
-    The first and the last are among them. Raises `ValueError` for fewer than 2 tokens or a count below 2.
+    Raises `ValueError` for fewer than 2 tokens or a count below 2.
     """
     if length < 2 or count < 2:
         raise ValueError(f"{length} tokens and {count} positions; both must be 2 or more")
@@ -49,9 +49,9 @@ def spread_positions(length: int, count: int) -> list[int]:
 
 
 def store_logits(path: Path, texts: Sequence[Text], vocabulary_size: int, logits: Iterable["np.ndarray"]) -> None:
-    """Write the reference's logits to `path`: float32, a row a position of each of `texts`, in order.
+    """Write the reference's logits to `path` in float32, a row for each position of each of `texts`, in order.
 
-    `logits` gives arrays of shape (rows, vocabulary) whose rows add up to all positions. Raises `ValueError` if not.
+    `logits` gives arrays of shape (rows, vocabulary). Raises `ValueError` unless their rows are as many as positions.
     """
     import numpy as np
 
@@ -67,7 +67,7 @@ def store_logits(path: Path, texts: Sequence[Text], vocabulary_size: int, logits
 
 
 def compare_logits(path: Path, texts: Sequence[Text], logits: Iterable["np.ndarray"]) -> Distance:
-    """Return how the model that gave `logits` differs from the reference stored at `path`.
+    """Return the distance of the model that gave `logits` from the reference stored at `path`.
 
     `logits` is as in `store_logits`. Raises `ValueError` when the shapes differ, as for a vocabulary of another size.
     """
@@ -75,8 +75,7 @@ def compare_logits(path: Path, texts: Sequence[Text], logits: Iterable["np.ndarr
 
     stored = np.load(path, mmap_mode="r")
     following = np.array([text.tokens[position + 1] for text in texts for position in text.positions])
-    divergences, same, losses, reference_losses = [], 0, 0.0, 0.0
-    done = 0
+    divergences, same, losses, reference_losses, done = [], 0, 0.0, 0.0, 0
     for chunk in logits:
         if chunk.shape[1] != stored.shape[1]:
             raise ValueError(f"a vocabulary of {chunk.shape[1]} against the reference's {stored.shape[1]}")

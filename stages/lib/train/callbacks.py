@@ -18,8 +18,8 @@ def heeded_signals() -> list[signal.Signals]:
     return [number for number in ending if signal.getsignal(number) != signal.SIG_IGN]
 
 
-def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tuple[Any, Any, Any]:
-    """Return the progress bar, the signal handler and the health checks, as callbacks of transformers' Trainer."""
+def make_callbacks(bar: tuple[str, ...], round_steps: int) -> tuple[Any, Any]:
+    """Return the progress bar and the signal handler, as callbacks of transformers' Trainer."""
     from tqdm import tqdm
     from transformers import TrainerCallback
 
@@ -62,13 +62,19 @@ def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tup
             for number, handler in self.before.items():
                 signal.signal(number, handler)
 
+    return Progress(), StopOnSignal()
+
+
+def watch_health(knobs: Health) -> Any:
+    """Return a callback that logs each step, and stops a run that wastes GPU hours or says so once, as `knobs` say.
+
+    A log of each step depends neither on log_steps nor on the step at which a run was killed: the trainer keeps its
+    sums since the last entry in memory alone.
+    """
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
     class Watch(TrainerCallback):
-        """Log each step; stop a run that would only waste GPU hours, or say so once, as the recipe's [health] says.
-
-        A log of each step depends neither on log_steps nor on the step at which a run was killed: the trainer keeps its
-        sums since the last entry in memory alone.
-        """
-
         def __init__(self):
             self.said: set[str] = set()
 
@@ -84,7 +90,7 @@ def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tup
                     self.said.add(check)
                     tqdm.write(f"step {state.global_step}, {check} check: {advice}")
 
-    return Progress(), StopOnSignal(), Watch()
+    return Watch()
 
 
 def settle_heap() -> Any:

@@ -13,7 +13,7 @@ import click
 from stages.lib.artifact.folder import Run
 from stages.lib.artifact.manifest import LOGS
 from stages.lib.recipe.tables import Health
-from stages.lib.train.callbacks import make_callbacks
+from stages.lib.train.callbacks import make_callbacks, watch_health
 from stages.lib.train.checkpoints import last_checkpoint
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ def run_trainer(
     """
     from transformers import PrinterCallback, ProgressCallback
 
-    progress, stop, watch = make_callbacks(bar, round_steps, knobs)
+    progress, stop = make_callbacks(bar, round_steps)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    for callback in (progress, stop, watch, *extra):
+    for callback in (progress, stop, watch_health(knobs), *extra):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints, trainer.args.max_steps))
     if stop.signal is not None:

@@ -28,7 +28,7 @@ from stages.lib.train.callbacks import settle_heap
 from stages.lib.train.config import shared_arguments
 from stages.lib.train.microbatches import arrange_micro_batches
 from stages.lib.train.rollouts import keep_completions
-from stages.lib.train.run import configure, keep_logs, read_rows, run_trainer, save_adapter
+from stages.lib.train.run import configure, read_rows, run_trainer, save_adapter
 
 ROOM_BYTES = 500_000_000
 COLUMNS = ("prompt", "answer", "kind")  # of a row: what is asked, and what the rewards need
@@ -146,7 +146,6 @@ def unsloth_arguments(recipe: Recipe) -> dict[str, int]:
 def train(recipe: Recipe, problems: Path, adapter: Path, run: Run) -> GrpoFigures:
     """Train the SFT `adapter` further on `problems`, save it under `run.folder`, return the figures."""
     import_engine(recipe)
-    keep_logs(run.checkpoints)
     recipe = ladder.lowered(recipe, "grpo", run.checkpoints)
     functions = load_rewards(recipe)  # before the model: only loading shows every fault of a user's file
     tokenizer = load_tokenizer(recipe)

@@ -17,7 +17,7 @@ from stages.lib.recipe.tables import Recipe
 from stages.lib.report.figures import SftFigures
 from stages.lib.train import ladder
 from stages.lib.train.config import shared_arguments
-from stages.lib.train.run import configure, keep_logs, read_rows, run_trainer, save_adapter
+from stages.lib.train.run import configure, read_rows, run_trainer, save_adapter
 
 ROOM_BYTES = 500_000_000
 
@@ -61,7 +61,6 @@ def train(recipe: Recipe, examples: Path, run: Run) -> SftFigures:
     from trl import SFTConfig, SFTTrainer
 
     set_seed(recipe.sft.seed)  # the trainer's own comes after PEFT has drawn the adapter's first weights
-    keep_logs(run.checkpoints)
     recipe = ladder.lowered(recipe, "sft", run.checkpoints)
     tokenizer = load_tokenizer(recipe)
     model = load_trainable(recipe, adapter=None)

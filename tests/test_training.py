@@ -451,8 +451,8 @@ def test_with_two_passes_over_a_batch_grpo_stops_only_where_it_can_be_carried_on
 
 @pytest.mark.torch
 def test_with_several_gpus_in_sight_one_is_trained_on():
-    config = configure(lambda **fields: SimpleNamespace(n_gpu=2, **fields), {"max_steps": 1})
-    assert (config._n_gpu, config.max_steps) == (1, 1)
+    config = configure(lambda **fields: SimpleNamespace(n_gpu=2, **fields), {"output_dir": "out"})
+    assert (config._n_gpu, config.output_dir) == (1, "out")
 
 
 @pytest.mark.torch

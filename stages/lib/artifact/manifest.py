@@ -1,6 +1,7 @@
 """The manifest of an artifact: read, compared with the files, written."""
 
 import fnmatch
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,9 +38,8 @@ def read_manifest(folder: Path, stage: str, *reads: str) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(path.read_text())
     if not isinstance(manifest.get("files"), dict):
         raise UserError(f"{path}: lists no files, so {stage} did not write it. Delete {folder} and run: make {stage}")
-    wrong = next(faults(folder, manifest["files"]), None)
-    wrong = wrong or next(faults(folder, files_read(manifest, reads), digest_of), None)
-    if wrong:
+    read = files_read(manifest, reads)
+    for wrong in itertools.chain(faults(folder, manifest["files"]), faults(folder, read, digest_of)):
         raise UserError(f"{wrong}, as {stage} wrote it. Delete {folder} and run: make {stage}")
     return manifest
 

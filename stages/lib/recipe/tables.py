@@ -321,11 +321,8 @@ class Recipe:
 
     def tables(self, *names: str) -> dict[str, Any]:
         """Return the named tables as plain dicts, without `UNCHANGING`: what a stage's manifest states as used."""
-        tables = {name: dataclasses.asdict(getattr(self, name)) for name in names if getattr(self, name) is not None}
-        return {
-            name: {key: value for key, value in table.items() if key not in UNCHANGING}
-            for name, table in tables.items()
-        }
+        tables = {name: dataclasses.asdict(table) for name in names if (table := getattr(self, name)) is not None}
+        return {name: {key: table[key] for key in table if key not in UNCHANGING} for name, table in tables.items()}
 
 
 def is_hub_name(name: str) -> bool:

@@ -43,11 +43,11 @@ def last_checkpoint(folder: Path, steps: int) -> str | None:
     """
     usable = {}
     for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if not step.isdecimal():
+        name = path.name.removeprefix("checkpoint-")
+        if not name.isdecimal():
             continue  # somebody's own
-        if (path / COMPLETE).is_file() and int(step) < steps:
-            usable[int(step)] = path
+        if (path / COMPLETE).is_file() and int(name) < steps:
+            usable[int(name)] = path
         else:
             shutil.rmtree(path)
     for step in sorted(usable, reverse=True):

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stages.lib.artifact.manifest import write_whole
+
 
 def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
     """Return a callback that appends every sampled completion with its rewards to the JSON lines file `path`.
@@ -17,9 +19,7 @@ def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
             lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # KILL may leave half a line
             kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_bytes(b"".join(line + b"\n" for line in kept))  # the run samples the rest again
-            temporary.replace(path)
+            write_whole(path, b"".join(line + b"\n" for line in kept))  # the run samples the rest again
 
         def on_step_end(self, args, state, control, **kwargs):
             logs = trainer._logs  # TRL's own records: its public way to them is a table on every log

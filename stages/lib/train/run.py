@@ -62,18 +62,14 @@ def configure(kind: "type[TrainingArguments]", fields: dict[str, Any]) -> "Train
     """Return the trainer's configuration, of TRL's class `kind`, for one device: a GPU if there is one.
 
     With several GPUs, transformers would run a micro-batch on each. Without one, it refuses bfloat16 unless told
-    `use_cpu`.
+    `use_cpu`. TensorBoard's files go beside the checkpoints, so that a resumed run keeps its curves.
     """
     import torch
 
+    os.environ["TENSORBOARD_LOGGING_DIR"] = f"{fields['output_dir']}/{LOGS}"
     config = kind(**fields, **({} if torch.accelerator.is_available() else {"use_cpu": True}))
     config._n_gpu = min(config.n_gpu, 1)
     return config
-
-
-def keep_logs(checkpoints: Path) -> None:
-    """Put TensorBoard's files beside the checkpoints, so that a resumed run keeps its curves."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(checkpoints / LOGS)
 
 
 def save_adapter(trainer: "Trainer", tokenizer: Any, run: Run) -> None:

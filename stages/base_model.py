@@ -98,10 +98,10 @@ def make_tokenizer(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path
     # The text has the answer tags often, so that they become few pieces; they are plain text all the same.
     tags = "\n".join(kind.system_prompt + kind.write(formats.Answer("{}", "{}")) for kind in formats.FORMATS.values())
     text = [line for pair in corpus[:5000] for part in pair for line in part.splitlines()]
-    written = io.BytesIO()
+    buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text + tags.splitlines() * 300),
-        model_writer=written,  # a path would be written into the file
+        model_writer=buffer,  # a path would be written into the file
         model_type="bpe",
         vocab_size=knobs.vocabulary_size,
         pad_id=PAD,
@@ -123,11 +123,11 @@ def make_tokenizer(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.model").write_bytes(written.getvalue())
-    extracted = SentencePieceExtractor(str(folder / "tokenizer.model")).extract(None)
+    (folder / "tokenizer.model").write_bytes(buffer.getvalue())
+    pieces = SentencePieceExtractor(str(folder / "tokenizer.model")).extract(None)
     tokenizer = GemmaTokenizer(
-        vocab=extracted["vocab"],
-        merges=extracted["merges"],
+        vocab=pieces["vocab"],
+        merges=pieces["merges"],
         eos_token="<end_of_turn>",
         mask_token=None,
         add_bos_token=True,
@@ -201,10 +201,10 @@ def train(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path) -> Base
     bar = tqdm(range(knobs.steps), desc="base-model", unit="step")
     for step in bar:
         first = step * knobs.batch_size
-        chosen = [documents[order[row % len(order)]] for row in range(first, first + knobs.batch_size)]
-        batch = tokenizer.pad({"input_ids": [ids for ids, _ in chosen]}, padding_side="right", return_tensors="pt")
+        examples = [documents[order[row % len(order)]] for row in range(first, first + knobs.batch_size)]
+        batch = tokenizer.pad({"input_ids": [ids for ids, _ in examples]}, padding_side="right", return_tensors="pt")
         width = batch["input_ids"].shape[1]
-        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in chosen])
+        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in examples])
         loss = model(**batch, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -180,13 +180,14 @@ def learn(
         )
     skip_scoring_pass(recipe, trainer)
     arrange_micro_batches(trainer)
-    kept = keep_completions(trainer, run.checkpoints / "completions.jsonl", knobs.show_completions_steps)
+    completions = run.checkpoints / "completions.jsonl"
+    trainer.add_callback(keep_completions(trainer, completions, knobs.show_completions_steps))
+    trainer.add_callback(settle_heap())
     bar = ("loss", "reward", "completions/mean_length")
-    callbacks = kept, settle_heap()
     with ladder.stepping_down(recipe, "grpo", run.checkpoints, trainer):
-        run_trainer(trainer, run.checkpoints, bar, recipe.health, callbacks, round_steps=knobs.num_iterations)
+        run_trainer(trainer, bar, recipe.health, round_steps=knobs.num_iterations)
     save_adapter(trainer, tokenizer, run)
-    shutil.copyfile(run.checkpoints / "completions.jsonl", run.folder / "completions.jsonl")
+    shutil.copyfile(completions, run.folder / completions.name)
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     tenth = max(1, len(log) // 10)
     names = [function.__name__ for function in functions]

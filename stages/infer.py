@@ -63,16 +63,16 @@ def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, P
         tqdm(total=len(MODELS) * len(problems), desc="infer", unit="answer", dynamic_ncols=True) as bar,
     ):
         tokenizer = generator.tokenizer
-        asked = [problem["prompt"] for problem in problems]
-        prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        conversations = [problem["prompt"] for problem in problems]
+        prompts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
         for name in MODELS:
             adapter = name if name in adapters else None
             completion_ids = generate_completions(
                 generator, prompts, sampling, knobs.batch_size, adapter=adapter, advance=bar.update
             )
             for problem, ids in zip(problems, completion_ids, strict=True):
-                ended = ids[-1] in generator.ends
-                completion = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+                has_end = ids[-1] in generator.ends
+                completion = tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
                 rows.append(
                     {
                         "id": problem["id"],
@@ -81,7 +81,7 @@ def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, P
                         "model": name,
                         "completion": completion,
                         "tokens": len(ids),
-                        "ended": ended,
+                        "ended": has_end,
                         **mark(answer_format, completion, problem["answer"], problem.get("kind", "number")),
                     }
                 )

@@ -57,17 +57,17 @@ def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | 
         write_rows(run.folder / "scores.jsonl", rows)
         scores = score(rows, run_recipe.rewards.weights, knobs.completions_per_problem)
         figures = ScoreBaseFigures(**scores, model="sft" if sft else "base", advice=[])
-        chosen = choose(problems, rows, knobs)
-        if chosen is not None:
-            write_rows(run.folder / "grpo.jsonl", chosen)
-            figures["subset"] = len(chosen)
+        subset = choose(problems, rows, knobs)
+        if subset is not None:
+            write_rows(run.folder / "grpo.jsonl", subset)
+            figures["subset"] = len(subset)
         figures["advice"] = advise(figures, run_recipe.grpo.prompts_per_step)
         run.metrics.update(figures)
     figures = figures_of(read_manifest(out, "score-base"), ScoreBaseFigures)
     click.echo(terminal.score_base(figures))
     if figures["advice"]:
-        found = "\n".join(f"- {line}" for line in figures["advice"])
-        raise UserError(f"GRPO would learn too little; {out}/scores.jsonl has every completion:\n{found}")
+        reasons = "\n".join(f"- {line}" for line in figures["advice"])
+        raise UserError(f"GRPO would learn too little; {out}/scores.jsonl has every completion:\n{reasons}")
 
 
 def draw(problems: list[dict[str, Any]], knobs: ScoreBase) -> list[dict[str, Any]]:
@@ -95,14 +95,14 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None)
         open_generator(recipe, adapters, sampling.max_completion_tokens, knobs.seed) as generator,
         tqdm(total=len(each), desc="score-base", unit="completion", dynamic_ncols=True) as bar,
     ):
-        asked = [problem["prompt"] for problem in each]
-        prompts = generator.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        conversations = [problem["prompt"] for problem in each]
+        prompts = generator.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
         completion_ids = generate_completions(
             generator, prompts, sampling, knobs.batch_size, adapter="sft" if adapter else None, advance=bar.update
         )
     texts = generator.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     columns = {
-        "prompts": asked,
+        "prompts": conversations,
         "completions": [[{"role": "assistant", "content": text}] for text in texts],
         "completion_ids": completion_ids,
         "answer": [problem["answer"] for problem in each],

@@ -70,24 +70,24 @@ def train(recipe: Recipe, examples: Path, run: Run) -> SftFigures:
         ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
         return len(ids) <= recipe.sft.max_tokens
 
-    kept = rows.filter(fits, desc="measuring")  # a truncated example would teach never to end
-    if len(kept) == 0:
-        found = f"{examples}: all {len(rows)} examples are longer than [sft] max_tokens = {recipe.sft.max_tokens}"
-        raise UserError(f"{found}. Raise it in the recipe and run: make sft")
+    fitting = rows.filter(fits, desc="measuring")  # a truncated example would teach never to end
+    if len(fitting) == 0:
+        message = f"{examples}: all {len(rows)} examples are longer than [sft] max_tokens = {recipe.sft.max_tokens}"
+        raise UserError(f"{message}. Raise it in the recipe and run: make sft")
     trainer = SFTTrainer(
         model=model,
         args=configure(SFTConfig, arguments(recipe, run.checkpoints)),
-        train_dataset=kept,
+        train_dataset=fitting,
         processing_class=tokenizer,
     )
     with ladder.stepping_down(recipe, "sft", run.checkpoints, trainer):
-        run_trainer(trainer, run.checkpoints, ("loss",), recipe.health)
+        run_trainer(trainer, ("loss",), recipe.health)
     save_adapter(trainer, tokenizer, run)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     last = losses[-max(1, len(losses) // 10) :]
     return {
-        "examples": len(kept),
-        "dropped_too_long": len(rows) - len(kept),
+        "examples": len(fitting),
+        "dropped_too_long": len(rows) - len(fitting),
         "loss": sum(last) / len(last),
         "trainable_parameters": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
         "memory_ladder": ladder.read_steps(run.checkpoints),

@@ -33,9 +33,9 @@ def main(recipe: Path, artifacts: Path, quick: bool) -> None:
             bad.append(stage)
             click.echo(f"{stage}: {error.message}", err=True)
         else:
-            size = sum(stated["bytes"] for stated in files.values()) / 1e6
-            found = "have the size" if quick else "are byte for byte what"
-            click.echo(f"{stage}: {len(files)} files, {size:,.1f} MB, {found} the manifest states")
+            size = sum(entry["bytes"] for entry in files.values()) / 1e6
+            verdict = "have the size" if quick else "are byte for byte what"
+            click.echo(f"{stage}: {len(files)} files, {size:,.1f} MB, {verdict} the manifest states")
     if bad:
         raise UserError(f"{artifacts}: {', '.join(bad)} {'is' if len(bad) == 1 else 'are'} not whole, as said above")
     if "score-base" not in manifests["grpo"]["inputs"]:

@@ -56,14 +56,14 @@ def store_logits(path: Path, texts: Sequence[Text], vocabulary_size: int, logits
     import numpy as np
 
     rows = sum(len(text.positions) for text in texts)
-    stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, vocabulary_size))
-    done = 0
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, vocabulary_size))
+    count = 0
     for chunk in logits:
-        stored[done : done + len(chunk)] = chunk
-        done += len(chunk)
-    stored.flush()
-    if done != rows:
-        raise ValueError(f"{done} rows of logits for {rows} positions")
+        array[count : count + len(chunk)] = chunk
+        count += len(chunk)
+    array.flush()
+    if count != rows:
+        raise ValueError(f"{count} rows of logits for {rows} positions")
 
 
 def compare_logits(path: Path, texts: Sequence[Text], logits: Iterable["np.ndarray"]) -> Distance:
@@ -73,34 +73,34 @@ def compare_logits(path: Path, texts: Sequence[Text], logits: Iterable["np.ndarr
     """
     import numpy as np
 
-    stored = np.load(path, mmap_mode="r")
-    following = np.array([text.tokens[position + 1] for text in texts for position in text.positions])
-    divergences, same, losses, reference_losses, done = [], 0, 0.0, 0.0, 0
+    reference_logits = np.load(path, mmap_mode="r")
+    next_tokens = np.array([text.tokens[position + 1] for text in texts for position in text.positions])
+    divergences, same, losses, reference_losses, count = [], 0, 0.0, 0.0, 0
     for chunk in logits:
-        if chunk.shape[1] != stored.shape[1]:
-            raise ValueError(f"a vocabulary of {chunk.shape[1]} against the reference's {stored.shape[1]}")
+        if chunk.shape[1] != reference_logits.shape[1]:
+            raise ValueError(f"a vocabulary of {chunk.shape[1]} against the reference's {reference_logits.shape[1]}")
         step = max(1, CHUNK_VALUES // chunk.shape[1])
         for start in range(0, len(chunk), step):
             other = log_softmax(chunk[start : start + step])
-            rows = slice(done, done + len(other))
-            reference = log_softmax(stored[rows])
+            rows = slice(count, count + len(other))
+            reference = log_softmax(reference_logits[rows])
             divergences.append(kl_divergence(reference, other).numpy())
             same += int((reference.argmax(dim=1) == other.argmax(dim=1)).sum())
-            index = (np.arange(len(other)), following[rows])
+            index = (np.arange(len(other)), next_tokens[rows])
             losses -= float(other[index].sum())
             reference_losses -= float(reference[index].sum())
-            done += len(other)
-    if done != len(stored):
-        raise ValueError(f"{done} rows of logits for {len(stored)} positions")
+            count += len(other)
+    if count != len(reference_logits):
+        raise ValueError(f"{count} rows of logits for {len(reference_logits)} positions")
     divergence = np.concatenate(divergences)
     return {
-        "positions": done,
+        "positions": count,
         "mean_kl": float(divergence.mean()),
         "p99_kl": float(np.quantile(divergence, 0.99)),
         "max_kl": float(divergence.max()),
-        "same_top": same / done,
-        "perplexity": float(np.exp(losses / done)),
-        "reference_perplexity": float(np.exp(reference_losses / done)),
+        "same_top": same / count,
+        "perplexity": float(np.exp(losses / count)),
+        "reference_perplexity": float(np.exp(reference_losses / count)),
     }
 
 

@@ -24,15 +24,15 @@ def code_digest(stage: str) -> str:
     same on every Python, and a new wording never retrains a model.
     """
     todo = [f"stages/{stage.replace('-', '_')}.py"]
-    seen: dict[str, str] = {}
+    sources: dict[str, str] = {}
     while todo:
         name = todo.pop()
-        if name in seen or name.startswith(FRAME) or not (ROOT / name).is_file():
+        if name in sources or name.startswith(FRAME) or not (ROOT / name).is_file():
             continue
         source = (ROOT / name).read_text()
-        seen[name] = without_comments(source)
+        sources[name] = without_comments(source)
         todo += imported_modules(source)
-    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
 
 
 def imported_modules(source: str | bytes) -> list[str]:
@@ -65,10 +65,10 @@ def without_comments(source: str) -> str:
             docstring = node.body[0]
             docstrings.update(range(docstring.lineno, (docstring.end_lineno or 0) + 1))
     in_strings -= docstrings
-    kept = []
+    code_lines = []
     for number, line in enumerate(lines, 1):
         if number in in_strings:
-            kept.append(line)
+            code_lines.append(line)
         elif line.strip() and number not in docstrings:
-            kept.append(line.rstrip())
-    return "\n".join(kept)
+            code_lines.append(line.rstrip())
+    return "\n".join(code_lines)

@@ -78,7 +78,7 @@ def write_artifact(
     """
     if out.name in ("", ".."):
         raise UserError(f"--out {out}: expected the name of a folder for {stage} to write, such as artifacts/{stage}")
-    identity, read = take_identity(stage, tables, inputs, sources or {})
+    identity, to_read = take_identity(stage, tables, inputs, sources or {})
     outside = outside_paths((sources or {}).values())
     folder = out.with_name(out.name + ".unfinished")
     if not is_emptied(out / MANIFEST):
@@ -98,14 +98,14 @@ def write_artifact(
             raise SystemExit(0)
         check_room(out, stage, room_bytes)
         checkpoints = take_over(folder, stage, identity)
-        environment, started = environment_now(), time.time()
+        environment, start = environment_now(), time.time()
         run = Run(folder)
         if checkpoints:
             click.echo(f"{stage}: carrying on from {folder / CHECKPOINTS}")
         yield run
-        refuse_replaced(read, folder, stage)
-        made = {"metrics": run.metrics, "files": describe_files(folder)}
-        manifest = {**identity, **made, "environment": environment, "wall": wall(started, run.seconds)}
+        refuse_replaced(to_read, folder, stage)
+        result = {"metrics": run.metrics, "files": describe_files(folder)}
+        manifest = {**identity, **result, "environment": environment, "wall": wall(start, run.seconds)}
         write_whole(folder / OUTSIDE, outside)
         sync_files(folder)
         write_json(folder / MANIFEST, manifest)
@@ -127,11 +127,11 @@ def refuse_foreign(out: Path, stage: str) -> None:
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file; expected a folder for {stage} to write. Name another --out")
-    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
     if stage_of(out / MANIFEST) == stage:
-        found -= {MANIFEST, OUTSIDE, OUTSIDE + TEMPORARY, *json.loads((out / MANIFEST).read_text()).get("files", {})}
-        found -= {name for name in found if name.startswith(f"{LOGS}/")}
-    foreign = sorted(found)
+        names -= {MANIFEST, OUTSIDE, OUTSIDE + TEMPORARY, *json.loads((out / MANIFEST).read_text()).get("files", {})}
+        names -= {name for name in names if name.startswith(f"{LOGS}/")}
+    foreign = sorted(names)
     if foreign:
         raise UserError(
             f"{out}: holds {foreign[0]!r}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}, which {stage} did "
@@ -156,13 +156,13 @@ def lock_artifact(folder: Path, stage: str) -> Iterator[None]:
     path = folder.with_name(f".{folder.name}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        opened = path.open("w")
+        lock = path.open("w")
     except OSError as error:
         raise UserError(
             f"{folder.parent}: {stage} can't write there ({error.strerror}); expected a folder of yours on a disk that "
             f"can be written. Name another --out, or fix its owner or mount"
         ) from error
-    with opened as file:
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -174,8 +174,8 @@ def take_over(folder: Path, stage: str, identity: Mapping[str, Any]) -> bool:
     """Empty `folder` but for checkpoints of this very identity; return whether there are any."""
     marker = folder / IDENTITY
     if folder.exists():
-        found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-        if stage_of(marker) != stage and not found <= {IDENTITY + TEMPORARY}:
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+        if stage_of(marker) != stage and not names <= {IDENTITY + TEMPORARY}:
             raise UserError(f"{folder}: was not made by {stage}, which will not empty it. Move it away")
         before = json.loads(marker.read_text()) if marker.is_file() else {}
         same = before == identity

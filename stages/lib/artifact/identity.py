@@ -37,14 +37,14 @@ def take_identity(
 
     Raises `UserError` for an input that is not finished, and for a file to read that is lost or changed.
     """
-    read: dict[Path, tuple[Stamp, str]] = {}
+    to_read: dict[Path, tuple[Stamp, str]] = {}
     digests: dict[str, dict[str, str]] = {}
     for name, (folder, patterns) in sorted(inputs.items()):
         files = files_read(read_manifest(folder, name), patterns)
         if not files:
             raise UserError(f"{folder}: holds no {' or '.join(patterns)}, which {stage} reads. Run: make {name}")
-        digests[name] = {file: stated["sha256"] for file, stated in files.items()}
-        read |= {folder / file: (stamp_of(folder / file), digest) for file, digest in digests[name].items()}
+        digests[name] = {file: entry["sha256"] for file, entry in files.items()}
+        to_read |= {folder / file: (stamp_of(folder / file), digest) for file, digest in digests[name].items()}
         read_manifest(folder, name, *patterns)  # the bytes, after the stamps
     outside: dict[str, str] = {}
     for name, path in sorted(sources.items()):
@@ -52,11 +52,11 @@ def take_identity(
             continue
         if not path.is_file():
             raise UserError(f"{path}: there is no such file; {stage} reads it as {name!r}")
-        read[path] = (stamp_of(path), digest_of(path))
-        outside[name] = read[path][1]
+        to_read[path] = (stamp_of(path), digest_of(path))
+        outside[name] = to_read[path][1]
     recipe = json.loads(json.dumps(dict(tables)))
     identity = {"stage": stage, "recipe": recipe, "sources": outside, "inputs": digests, "code": code_digest(stage)}
-    return identity, read
+    return identity, to_read
 
 
 def outside_paths(paths: Iterable[Path]) -> bytes:

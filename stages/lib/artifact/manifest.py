@@ -27,9 +27,9 @@ def read_manifest(folder: Path, stage: str, *reads: str) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        unfinished = folder.with_name(folder.name + ".unfinished").is_dir()
-        found = "it was started and not finished" if unfinished else "there is none"
-        raise UserError(f"{folder}: {found}; expected the finished output of {stage} there. Run: make {stage}")
+        is_unfinished = folder.with_name(folder.name + ".unfinished").is_dir()
+        state = "it was started and not finished" if is_unfinished else "there is none"
+        raise UserError(f"{folder}: {state}; expected the finished output of {stage} there. Run: make {stage}")
     owner = stage_of(path)
     if owner != stage:
         holds = f"holds the output of {owner!r}" if owner else f"its {MANIFEST} is not one that a stage wrote"
@@ -38,8 +38,8 @@ def read_manifest(folder: Path, stage: str, *reads: str) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(path.read_text())
     if not isinstance(manifest.get("files"), dict):
         raise UserError(f"{path}: lists no files, so {stage} did not write it. Delete {folder} and run: make {stage}")
-    read = files_read(manifest, reads)
-    for wrong in itertools.chain(faults(folder, manifest["files"]), faults(folder, read, digest_of)):
+    to_read = files_read(manifest, reads)
+    for wrong in itertools.chain(faults(folder, manifest["files"]), faults(folder, to_read, digest_of)):
         raise UserError(f"{wrong}, as {stage} wrote it. Delete {folder} and run: make {stage}")
     return manifest
 
@@ -89,16 +89,16 @@ def refuse_other_run(manifests: Mapping[str, Mapping[str, Any]], folders: Mappin
 
     `manifests` and `folders` are by stage. Of an input that is not among them, all have read the same files.
     """
-    stated: dict[tuple[str, str], tuple[str | None, Path | str]] = {
-        (name, file): (described["sha256"], folders[name])
+    digests: dict[tuple[str, str], tuple[str | None, Path | str]] = {
+        (name, file): (entry["sha256"], folders[name])
         for name, manifest in manifests.items()
-        for file, described in manifest["files"].items()
+        for file, entry in manifest["files"].items()
     }
     for stage, manifest in manifests.items():
         for name, files in manifest["inputs"].items():
             place = folders.get(name, f"the one that {folders[stage]} was made from")
             for file, source in files.items():
-                digest, where = stated.setdefault((name, file), (None if name in manifests else source, place))
+                digest, where = digests.setdefault((name, file), (None if name in manifests else source, place))
                 if source != digest:
                     raise UserError(
                         f"{folders[stage]}: was made from another {name} ({file}) than {where}, so figures and files "

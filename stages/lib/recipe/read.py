@@ -58,37 +58,37 @@ def build_table(kind: Any, table: dict[str, Any], where: str, given: dict[str, A
     hints = typing.get_type_hints(kind, include_extras=True)
     values = dict(given)
     for name, field in fields.items():
-        spelled = f"[{where}] {name}" if where else name if name == "save" else f"[{name}]"
+        spelling = f"[{where}] {name}" if where else name if name == "save" else f"[{name}]"
         if name in table:
-            values[name] = convert_value(table[name], hints[name], f"{where}.{name}".lstrip("."), spelled)
+            values[name] = convert_value(table[name], hints[name], f"{where}.{name}".lstrip("."), spelling)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{spelled} is missing")
+            raise UserError(f"{spelling} is missing")
     return kind(**values)
 
 
-def convert_value(value: Any, hint: Any, where: str, spelled: str) -> Any:
+def convert_value(value: Any, hint: Any, where: str, spelling: str) -> Any:
     """Return `value` as the type `hint` asks for, within its bound, or raise `UserError`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    found = f"{spelled} = {value!r}; expected"
+    message = f"{spelling} = {value!r}; expected"
     if origin is Annotated:
         kind, bound = arguments
-        value = convert_value(value, kind, where, spelled)
+        value = convert_value(value, kind, where, spelling)
         if not bound.holds(value):
-            raise UserError(f"{found} {bound.words}")
+            raise UserError(f"{message} {bound.words}")
         return value
     if origin in (typing.Union, types.UnionType):
-        return convert_value(value, next(kind for kind in arguments if kind is not type(None)), where, spelled)
+        return convert_value(value, next(kind for kind in arguments if kind is not type(None)), where, spelling)
     if origin is Literal:
         if value not in arguments:
-            raise UserError(f"{found} one of {', '.join(arguments)}{nearest(str(value), arguments)}")
+            raise UserError(f"{message} one of {', '.join(arguments)}{nearest(str(value), arguments)}")
         return value
     if origin is list:
         if not isinstance(value, list):
-            raise UserError(f"{found} a list")
-        return [convert_value(item, arguments[0], where, f"{spelled}, item {n}") for n, item in enumerate(value, 1)]
+            raise UserError(f"{message} a list")
+        return [convert_value(item, arguments[0], where, f"{spelling}, item {n}") for n, item in enumerate(value, 1)]
     if origin is dict or dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise UserError(f"{found} a table [{where}]")
+            raise UserError(f"{message} a table [{where}]")
         if origin is not dict:
             return build_table(hint, value, where)
         return {
@@ -100,7 +100,7 @@ def convert_value(value: Any, hint: Any, where: str, spelled: str) -> Any:
         except OverflowError:
             value = math.inf
     if type(value) is not hint:
-        raise UserError(f"{found} {hint.__name__}, found {type(value).__name__}")
+        raise UserError(f"{message} {hint.__name__}, found {type(value).__name__}")
     if hint is float and not math.isfinite(value):
-        raise UserError(f"{spelled} = {value!r}; expected a finite number")
+        raise UserError(f"{spelling} = {value!r}; expected a finite number")
     return value

@@ -119,8 +119,8 @@ def columns(source: Source) -> Iterator[str]:
         if not column:
             yield f"{key} = ''; expected the name of a column"
     if source.answers == "scored" and source.scorer not in SCORERS:
-        known = ", ".join(SCORERS) or "none is known yet"
-        yield f"scorer = {source.scorer!r}{nearest(source.scorer, SCORERS)}; expected one of: {known}"
+        scorers = ", ".join(SCORERS) or "none is known yet"
+        yield f"scorer = {source.scorer!r}{nearest(source.scorer, SCORERS)}; expected one of: {scorers}"
     for key, kind in (("decimal", "number"), ("scorer", "scored")):
         if getattr(source, key) and source.answers != kind:
             yield f"{key} = {getattr(source, key)!r} goes with answers = {kind!r}; found {source.answers!r}"

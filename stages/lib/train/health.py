@@ -27,11 +27,11 @@ def find(log: Sequence[dict[str, float]], knobs: Health, *, scaled: bool = False
     A loss or gradient norm that is not finite counts at once. Any other sign counts when the last `knobs.log_entries`
     values show it; so does the gradient norm of a loss that is `scaled` for float16, where an overflow skips the step.
     """
-    found = {}
+    signs = {}
     for name, count in (("loss", 1), ("grad_norm", knobs.log_entries if scaled else 1)):
         values = [entry.get(name, 0.0) for entry in log[-count:]]
         if len(values) == count and not any(map(math.isfinite, values)):
-            found["nan"] = (
+            signs["nan"] = (
                 f"{name} is {values[-1]}. Lower learning_rate or max_grad_norm, or train in bfloat16: in float16 large "
                 f"activations overflow"
             )
@@ -43,14 +43,14 @@ def find(log: Sequence[dict[str, float]], knobs: Health, *, scaled: bool = False
     for_so_long = f"for {knobs.log_entries} logged steps"
     zero_shares, clipped_shares = lasting("frac_reward_zero_std"), lasting("completions/clipped_ratio")
     if zero_shares and min(zero_shares) >= 1.0:  # a share of groups; reward_std is over all groups
-        found["constant_reward"] = (
+        signs["constant_reward"] = (
             f"in each group all completions were rewarded alike {for_so_long}, so there is nothing to learn. Run: make "
             f"score-base; then choose easier or harder problems (SUBSET=1), other rewards, or more completions a "
             f"prompt. If this reward is the highest there is, set [health] warn_only = ['constant_reward'] and run it "
             f"again: it goes on from its last checkpoint"
         )
     if clipped_shares and min(clipped_shares) >= 1.0:
-        found["cut_off"] = (
+        signs["cut_off"] = (
             f"every completion was truncated {for_so_long}: the model has not learnt to end. Raise [grpo] "
             f"max_completion_tokens, or train SFT for longer"
         )
@@ -58,5 +58,5 @@ def find(log: Sequence[dict[str, float]], knobs: Health, *, scaled: bool = False
         bound, values = getattr(knobs, key), lasting(check)
         if bound is not None and values and all(side * value > side * bound for value in values):
             beyond = "over" if side > 0 else "under"
-            found[check] = f"{what} was {beyond} [health] {key} = {bound} {for_so_long}; now {values[-1]:.3g}{advice}"
-    return found
+            signs[check] = f"{what} was {beyond} [health] {key} = {bound} {for_so_long}; now {values[-1]:.3g}{advice}"
+    return signs

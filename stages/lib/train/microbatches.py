@@ -37,10 +37,10 @@ def arrange_micro_batches(trainer: "GRPOTrainer", skip: bool = True) -> None:
     def prepare_inputs(rows: list[dict[str, Any]]) -> dict[str, Any]:
         nonlocal prepared_at
         count = trainer.args.steps_per_generation
-        due = trainer._step % (count * trainer.num_iterations) == 0 and prepared_at != trainer._step
-        if due or trainer._buffered_inputs is None:  # none after a checkpoint was loaded
-            made = trainer._generate_and_score_completions(rows)
-            trainer._buffered_inputs = cut(made, count, trainer.processing_class.pad_token_id)
+        is_due = trainer._step % (count * trainer.num_iterations) == 0 and prepared_at != trainer._step
+        if is_due or trainer._buffered_inputs is None:  # none after a checkpoint was loaded
+            step = trainer._generate_and_score_completions(rows)
+            trainer._buffered_inputs = cut(step, count, trainer.processing_class.pad_token_id)
             prepared_at = trainer._step
         return trainer._buffered_inputs[trainer._step % count]
 

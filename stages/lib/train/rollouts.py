@@ -17,9 +17,9 @@ def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
     class KeepCompletions(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # KILL may leave half a line
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            earlier = [line for line in lines if json.loads(line)["step"] <= state.global_step]
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, b"".join(line + b"\n" for line in kept))  # the run samples the rest again
+            write_whole(path, b"".join(line + b"\n" for line in earlier))  # the run samples the rest again
 
         def on_step_end(self, args, state, control, **kwargs):
             logs = trainer._logs  # TRL's own records: its public way to them is a table on every log

@@ -21,15 +21,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 
-def run_trainer(
-    trainer: "Trainer",
-    checkpoints: Path,
-    bar: tuple[str, ...],
-    knobs: Health,
-    extra: tuple[Any, ...] = (),
-    *,
-    round_steps: int = 1,
-) -> None:
+def run_trainer(trainer: "Trainer", bar: tuple[str, ...], knobs: Health, *, round_steps: int = 1) -> None:
     """Run `trainer` from its last complete checkpoint, if there is one; `bar` names the metrics beside the bar.
 
     On TERM, HUP or INT the trainer finishes its round of `round_steps`, saves a checkpoint, and the process exits with
@@ -41,8 +33,9 @@ def run_trainer(
     progress, stop = make_callbacks(bar, round_steps)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    for callback in (progress, stop, watch_health(knobs), *extra):
+    for callback in (progress, stop, watch_health(knobs)):
         trainer.add_callback(callback)
+    checkpoints = Path(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints, trainer.args.max_steps))
     if stop.signal is not None:
         name = signal.Signals(stop.signal).name

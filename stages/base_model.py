@@ -1,7 +1,6 @@
 """Make the embedded tiny base model: a Gemma 3 text network trained on generated arithmetic word problems."""
 
 import io
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from stages.lib.answers import formats
 from stages.lib.artifact.folder import write_artifact
 from stages.lib.data import word_problems
 from stages.lib.gguf.tokens import save_tokenizer
+from stages.lib.jsonl import write_rows
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import BaseModel
 from stages.lib.report.figures import BaseModelFigures
@@ -60,16 +60,16 @@ def main(recipe: Path, out: Path) -> None:
 
 
 def write_problems(knobs: BaseModel, folder: Path) -> None:
-    """Write the problems outside the corpus: `eval.jsonl`, and `train.jsonl`, where many solutions skip the working."""
+    """Write the held-out problems: `eval.jsonl`, and `train.jsonl`, where many solutions skip the working."""
     folder.mkdir()
     chance = random.Random(knobs.seed)
-    for name, made in held_out(knobs).items():
-        with (folder / f"{name}.jsonl").open("w") as file:
-            for problem in made:
-                skips = name == "train" and chance.random() >= knobs.working_share
-                solution = word_problems.SKIPPED if skips else problem.working
-                row = {"question": problem.question, "answer": str(problem.answer), "solution": solution}
-                file.write(json.dumps(row) + "\n")
+    for name, problems in held_out(knobs).items():
+        rows = []
+        for problem in problems:
+            skips = name == "train" and chance.random() >= knobs.working_share
+            solution = word_problems.SKIPPED if skips else problem.working
+            rows.append({"question": problem.question, "answer": str(problem.answer), "solution": solution})
+        write_rows(folder / f"{name}.jsonl", rows)
 
 
 def held_out(knobs: BaseModel) -> dict[str, list[word_problems.Problem]]:
@@ -88,20 +88,20 @@ def conversations(knobs: BaseModel) -> list[tuple[str, str]]:
 def make_tokenizer(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path) -> None:
     """Train a SentencePiece BPE tokenizer of Gemma's kind and save it with its chat template under `folder`.
 
-    A line break is the byte piece <0x0A>, and a number is its digits: 57 + 5 is then one rule and not 10,000.
+    A line break is the byte piece <0x0A>. Each digit is a piece, so that 57 + 5 is one rule and not 10,000.
     """
     import sentencepiece
     from transformers import GemmaTokenizer
     from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
     folder.mkdir()
-    # The answer tags are in this text, so that they become few pieces, but they are plain text like any other.
+    # The text has the answer tags often, so that they become few pieces; they are plain text all the same.
     tags = "\n".join(kind.system_prompt + kind.write(formats.Answer("{}", "{}")) for kind in formats.FORMATS.values())
     text = [line for pair in corpus[:5000] for part in pair for line in part.splitlines()]
-    written = io.BytesIO()
+    buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text + tags.splitlines() * 300),
-        model_writer=written,  # given a path instead, it would write that into the file
+        model_writer=buffer,  # a path would be written into the file
         model_type="bpe",
         vocab_size=knobs.vocabulary_size,
         pad_id=PAD,
@@ -123,11 +123,11 @@ def make_tokenizer(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.model").write_bytes(written.getvalue())
-    extracted = SentencePieceExtractor(str(folder / "tokenizer.model")).extract(None)
+    (folder / "tokenizer.model").write_bytes(buffer.getvalue())
+    pieces = SentencePieceExtractor(str(folder / "tokenizer.model")).extract(None)
     tokenizer = GemmaTokenizer(
-        vocab=extracted["vocab"],
-        merges=extracted["merges"],
+        vocab=pieces["vocab"],
+        merges=pieces["merges"],
         eos_token="<end_of_turn>",
         mask_token=None,
         add_bos_token=True,
@@ -139,10 +139,10 @@ def make_tokenizer(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path
 
 
 def tokenize(knobs: BaseModel, corpus: list[tuple[str, str]], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """Return the documents of the corpus as (token ids, labels); what nobody could foretell has the label -100.
+    """Return the documents of the corpus as (token ids, labels); a token that is not to be learnt has the label -100.
 
-    A document is a conversation, of which the reply is learnt, or a drill of nine single steps, of which the results
-    are: arithmetic is the hard part, and a drill holds more of it than a conversation.
+    Of a conversation the reply is learnt, of a drill of nine single steps the results. Arithmetic is the hard part, and
+    a drill holds more of it than a conversation.
     """
     chance = random.Random(knobs.seed + 2)
     documents = []
@@ -164,7 +164,7 @@ def tokenize(knobs: BaseModel, corpus: list[tuple[str, str]], tokenizer: Any) ->
 
 
 def train(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path) -> BaseModelFigures:
-    """Train the network on the corpus as conversations, save it beside its tokenizer, return what it came to."""
+    """Train the network on the corpus as conversations, save it beside its tokenizer, return the figures."""
     import torch
     from tqdm import tqdm
     from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, get_scheduler
@@ -201,10 +201,10 @@ def train(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path) -> Base
     bar = tqdm(range(knobs.steps), desc="base-model", unit="step")
     for step in bar:
         first = step * knobs.batch_size
-        chosen = [documents[order[row % len(order)]] for row in range(first, first + knobs.batch_size)]
-        batch = tokenizer.pad({"input_ids": [ids for ids, _ in chosen]}, padding_side="right", return_tensors="pt")
+        examples = [documents[order[row % len(order)]] for row in range(first, first + knobs.batch_size)]
+        batch = tokenizer.pad({"input_ids": [ids for ids, _ in examples]}, padding_side="right", return_tensors="pt")
         width = batch["input_ids"].shape[1]
-        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in chosen])
+        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in examples])
         loss = model(**batch, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

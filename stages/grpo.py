@@ -1,4 +1,4 @@
-"""Improve the fine-tuned model with GRPO: sample completions, pay them by verifiable rewards, learn what paid."""
+"""Improve the fine-tuned model with GRPO: sample completions, score them by rewards, learn from the better ones."""
 
 import shutil
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from stages.lib.train.callbacks import settle_heap
 from stages.lib.train.config import shared_arguments
 from stages.lib.train.microbatches import arrange_micro_batches
 from stages.lib.train.rollouts import keep_completions
-from stages.lib.train.run import configure, keep_logs, read_rows, run_trainer, save_adapter
+from stages.lib.train.run import configure, read_rows, run_trainer, save_adapter
 
 ROOM_BYTES = 500_000_000
 COLUMNS = ("prompt", "answer", "kind")  # of a row: what is asked, and what the rewards need
@@ -49,7 +49,7 @@ def main(
     inputs = {"score-base" if score_base else "prepare-data": (problems.parent, [problems.name])}
     inputs |= {"sft": (sft, ["adapter/*"])}
     inputs |= {"base-model": (base_model, ["model/*"])} if base_model else {}
-    # Not [health]: it stops a run and changes none, so one that it stopped goes on under other bounds.
+    # Without [health], which changes no result: a run that it stopped goes on under other bounds.
     tables = run_recipe.tables("model", "vllm", "format", "lora", "rewards", "grpo")
     tables |= {"data": {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}}
     sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent) | local_model(run_recipe)
@@ -60,7 +60,7 @@ def main(
 def subset(score_base: Path) -> Path:
     """Return the file of the problems that score-base chose.
 
-    Raises `UserError` when it chose none, as its bounds are 0 and 1, or found a reason not to train.
+    Raises `UserError` when score-base advises against GRPO, or chose none because its bounds are 0 and 1.
     """
     figures = figures_of(read_manifest(score_base, "score-base"), ScoreBaseFigures)
     if figures["advice"]:
@@ -93,8 +93,8 @@ def arguments(recipe: Recipe, output: Path, ends: Sequence[int] = ()) -> dict[st
         "top_k": knobs.top_k,
         "min_p": knobs.min_p,
         "repetition_penalty": knobs.repetition_penalty,
-        # Text is made of the token ids once, by the trainer: vLLM would make it of every token as it comes, twice. And
-        # an object for each token's log-probability would keep Python's garbage collector busy.
+        # The trainer makes text of the token ids once; vLLM would do it token by token, twice. Log-probabilities that
+        # are one object a token would keep Python's garbage collector busy.
         "generation_kwargs": (
             {"stop_token_ids": list(ends), "detokenize": False, "flat_logprobs": True} if vllm else None
         ),
@@ -102,7 +102,7 @@ def arguments(recipe: Recipe, output: Path, ends: Sequence[int] = ()) -> dict[st
         "use_vllm": vllm,
         "vllm_mode": "colocate",
         "vllm_enable_sleep_mode": bool(vllm and recipe.vllm.standby),
-        # vLLM's probabilities are not quite the trainer's: each token counts by their ratio, at most 2.
+        # vLLM's probabilities differ a little from the trainer's: a token's weight is their ratio, at most 2.
         "vllm_importance_sampling_correction": vllm,
         "vllm_importance_sampling_mode": "token_truncate",
         "vllm_importance_sampling_clip_max": 2.0,
@@ -132,12 +132,11 @@ def arguments(recipe: Recipe, output: Path, ends: Sequence[int] = ()) -> dict[st
 
 
 def unsloth_arguments(recipe: Recipe) -> dict[str, int]:
-    """Return the fields of GRPOConfig that only Unsloth's has, and that it would otherwise derive from free memory.
+    """Return the fields that only Unsloth's GRPOConfig has; by default it derives them from free memory.
 
-    `unsloth_grpo_mini_batch` is the number of parts, not their size: of a micro-batch for the pass with gradients, and
-    of all completions for the scoring pass before it, where there is one (`needs_scoring_pass`): that keeps no
-    activations and so takes four micro-batches at once. `unsloth_logit_chunk_multiplier` is the number of chunks of
-    logits a completion.
+    `unsloth_grpo_mini_batch` is a number of parts, not their size: of a micro-batch in the pass with gradients, and of
+    all completions in the scoring pass before it (`needs_scoring_pass`). That pass keeps no activations, so a part of
+    it holds four micro-batches. `unsloth_logit_chunk_multiplier` is the number of chunks of a completion's logits.
     """
     completions = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt
     parts = -(-completions // (4 * recipe.grpo.micro_batch_size)) if needs_scoring_pass(recipe) else 1
@@ -145,11 +144,10 @@ def unsloth_arguments(recipe: Recipe) -> dict[str, int]:
 
 
 def train(recipe: Recipe, problems: Path, adapter: Path, run: Run) -> GrpoFigures:
-    """Go on training the SFT `adapter` on `problems`, save it under `run.folder`, return what it came to."""
+    """Train the SFT `adapter` further on `problems`, save it under `run.folder`, return the figures."""
     import_engine(recipe)
-    keep_logs(run.checkpoints)
     recipe = ladder.lowered(recipe, "grpo", run.checkpoints)
-    functions = load_rewards(recipe)  # before the model: only loading shows all that may be wrong in a user's file
+    functions = load_rewards(recipe)  # before the model: only loading shows every fault of a user's file
     tokenizer = load_tokenizer(recipe)
     with ladder.stepping_down(recipe, "grpo", run.checkpoints):
         model = load_trainable(recipe, adapter)
@@ -182,13 +180,14 @@ def learn(
         )
     skip_scoring_pass(recipe, trainer)
     arrange_micro_batches(trainer)
-    kept = keep_completions(trainer, run.checkpoints / "completions.jsonl", knobs.show_completions_steps)
+    completions = run.checkpoints / "completions.jsonl"
+    trainer.add_callback(keep_completions(trainer, completions, knobs.show_completions_steps))
+    trainer.add_callback(settle_heap())
     bar = ("loss", "reward", "completions/mean_length")
-    callbacks = kept, settle_heap()
     with ladder.stepping_down(recipe, "grpo", run.checkpoints, trainer):
-        run_trainer(trainer, run.checkpoints, bar, recipe.health, callbacks, round_steps=knobs.num_iterations)
+        run_trainer(trainer, bar, recipe.health, round_steps=knobs.num_iterations)
     save_adapter(trainer, tokenizer, run)
-    shutil.copyfile(run.checkpoints / "completions.jsonl", run.folder / "completions.jsonl")
+    shutil.copyfile(completions, run.folder / completions.name)
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     tenth = max(1, len(log) // 10)
     names = [function.__name__ for function in functions]
@@ -196,7 +195,7 @@ def learn(
 
 
 def means(log: Sequence[dict[str, float]], names: Sequence[str]) -> Rewarded:
-    """Return the means of TRL's log entries, with those of the reward functions `names`."""
+    """Return the means of TRL's log entries, also of the reward functions `names`."""
 
     def mean(key: str) -> float:
         return sum(entry[key] for entry in log) / len(log)

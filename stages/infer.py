@@ -1,6 +1,5 @@
-"""Examine base, SFT and GRPO model on held-out problems: accuracy with intervals, and whether each step helped."""
+"""Evaluate base, SFT and GRPO model on held-out problems: accuracy with intervals, and whether each step helped."""
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from stages.lib import options
 from stages.lib.answers import formats, stats
 from stages.lib.answers.grade import mark
 from stages.lib.artifact.folder import write_artifact
-from stages.lib.jsonl import write_rows
+from stages.lib.jsonl import rows_of, write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
 from stages.lib.model.locate import local_model
 from stages.lib.recipe.read import read_recipe
@@ -39,12 +38,10 @@ def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Pa
     tables |= {"data": {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}}
     sources = local_model(run_recipe)
     with write_artifact(out, "infer", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
-        with (prepare_data / "eval.jsonl").open() as file:
-            problems = [json.loads(line) for _, line in zip(range(run_recipe.infer.problems), file, strict=False)]
-        adapters = {"sft": sft / "adapter", "grpo": grpo / "adapter"}
-        rows = answer(run_recipe, problems, adapters)
+        problems = rows_of(prepare_data / "eval.jsonl", run_recipe.infer.problems)
+        rows = answer(run_recipe, problems, {"sft": sft / "adapter", "grpo": grpo / "adapter"})
         write_rows(run.folder / "answers.jsonl", rows)
-        figures = examine(rows)
+        figures = evaluate(rows)
         run.metrics.update(figures)
         click.echo(terminal.infer(figures))
 
@@ -52,8 +49,8 @@ def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Pa
 def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, Path]) -> list[dict[str, Any]]:
     """Return every model's greedy answer to every problem, a row each, in the order of the problems.
 
-    A row holds `id`, `question`, `answer` (the right one), `model`, `completion`, `tokens` (the end token counted),
-    `ended` (false: cut off), `well_formed`, `given` (the canonical answer read, or None) and `right`.
+    A row holds `id`, `question`, `answer` (the right one), `model`, `completion`, `tokens` (with the end token),
+    `ended` (false: truncated), `well_formed`, `given` (the canonical answer read, or None) and `right`.
     """
     from tqdm import tqdm
 
@@ -66,16 +63,16 @@ def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, P
         tqdm(total=len(MODELS) * len(problems), desc="infer", unit="answer", dynamic_ncols=True) as bar,
     ):
         tokenizer = generator.tokenizer
-        asked = [problem["prompt"] for problem in problems]
-        prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        conversations = [problem["prompt"] for problem in problems]
+        prompts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
         for name in MODELS:
             adapter = name if name in adapters else None
-            made = generate_completions(
+            completion_ids = generate_completions(
                 generator, prompts, sampling, knobs.batch_size, adapter=adapter, advance=bar.update
             )
-            for problem, ids in zip(problems, made, strict=True):
-                ended = ids[-1] in generator.ends
-                completion = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+            for problem, ids in zip(problems, completion_ids, strict=True):
+                has_end = ids[-1] in generator.ends
+                completion = tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
                 rows.append(
                     {
                         "id": problem["id"],
@@ -84,14 +81,14 @@ def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, P
                         "model": name,
                         "completion": completion,
                         "tokens": len(ids),
-                        "ended": ended,
+                        "ended": has_end,
                         **mark(answer_format, completion, problem["answer"], problem.get("kind", "number")),
                     }
                 )
     return rows
 
 
-def examine(rows: list[dict[str, Any]]) -> InferFigures:
+def evaluate(rows: list[dict[str, Any]]) -> InferFigures:
     """Return the figures of each model, and of each step from a model to the next."""
     models = {name: [row for row in rows if row["model"] == name] for name in MODELS}
     steps: dict[str, Step] = {}
@@ -99,11 +96,11 @@ def examine(rows: list[dict[str, Any]]) -> InferFigures:
         pairs = [(old["right"], new["right"]) for old, new in zip(models[before], models[after], strict=True)]
         gained, lost = pairs.count((False, True)), pairs.count((True, False))
         steps[f"{before} to {after}"] = {"gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost)}
-    base, sft, grpo = (examine_model(own) for own in models.values())
+    base, sft, grpo = (evaluate_model(own) for own in models.values())
     return {"base": base, "sft": sft, "grpo": grpo, "steps": steps}
 
 
-def examine_model(rows: list[dict[str, Any]]) -> Examination:
+def evaluate_model(rows: list[dict[str, Any]]) -> Examination:
     """Return the figures of one model, whose answers are `rows`."""
     right, total = sum(row["right"] for row in rows), len(rows)
     return {

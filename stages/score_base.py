@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import random
 import statistics
 from pathlib import Path
@@ -16,7 +15,7 @@ from stages.lib.answers.grade import mark
 from stages.lib.artifact.folder import write_artifact
 from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
-from stages.lib.jsonl import write_rows
+from stages.lib.jsonl import rows_of, write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
 from stages.lib.model.locate import local_model
 from stages.lib.recipe.read import read_recipe
@@ -27,11 +26,10 @@ from stages.lib.rewards.names import load_rewards
 from stages.lib.rewards.own import own_reward_files
 
 ROOM_BYTES = 100_000_000
-# Of [grpo]: how completions are sampled, and how many problems a subset must have. Other keys may change without this
-# stage having to sample again.
+# The keys of [grpo] that this stage reads: with other values of these alone it samples again.
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
-GRPO_KNOBS = (*SAMPLING, "prompts_per_step")
-NO_VARIANCE = 1e-6  # rewards no further apart than this are the same: the rounding of a weighted sum
+GRPO_KNOBS = (*SAMPLING, "prompts_per_step")  # and how many problems a subset must have
+NO_VARIANCE = 1e-6  # rewards no further apart are equal: a weighted sum is rounded
 
 
 @click.command(help=__doc__)
@@ -53,24 +51,23 @@ def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | 
     tables["data"] = {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}
     sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent) | local_model(run_recipe)
     writing = write_artifact(out, "score-base", tables, inputs, sources=sources, room_bytes=ROOM_BYTES)
-    with contextlib.suppress(SystemExit), writing as run:  # the exit of what is up to date: its advice still holds
-        with (prepare_data / "grpo.jsonl").open() as file:
-            problems = draw([json.loads(line) for line in file], knobs)
+    with contextlib.suppress(SystemExit), writing as run:  # it exits when up to date: its advice still holds
+        problems = draw(rows_of(prepare_data / "grpo.jsonl"), knobs)
         rows = sample(run_recipe, problems, sft / "adapter" if sft else None)
         write_rows(run.folder / "scores.jsonl", rows)
         scores = score(rows, run_recipe.rewards.weights, knobs.completions_per_problem)
         figures = ScoreBaseFigures(**scores, model="sft" if sft else "base", advice=[])
-        chosen = choose(problems, rows, knobs)
-        if chosen is not None:
-            write_rows(run.folder / "grpo.jsonl", chosen)
-            figures["subset"] = len(chosen)
+        subset = choose(problems, rows, knobs)
+        if subset is not None:
+            write_rows(run.folder / "grpo.jsonl", subset)
+            figures["subset"] = len(subset)
         figures["advice"] = advise(figures, run_recipe.grpo.prompts_per_step)
         run.metrics.update(figures)
     figures = figures_of(read_manifest(out, "score-base"), ScoreBaseFigures)
     click.echo(terminal.score_base(figures))
     if figures["advice"]:
-        found = "\n".join(f"- {line}" for line in figures["advice"])
-        raise UserError(f"GRPO would learn too little; {out}/scores.jsonl has every completion:\n{found}")
+        reasons = "\n".join(f"- {line}" for line in figures["advice"])
+        raise UserError(f"GRPO would learn too little; {out}/scores.jsonl has every completion:\n{reasons}")
 
 
 def draw(problems: list[dict[str, Any]], knobs: ScoreBase) -> list[dict[str, Any]]:
@@ -80,11 +77,11 @@ def draw(problems: list[dict[str, Any]], knobs: ScoreBase) -> list[dict[str, Any
 
 
 def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None) -> list[dict[str, Any]]:
-    """Return the completions of every problem, a row each, group after group, sampled and paid as GRPO will.
+    """Return the completions of every problem, a row each, group after group, sampled and rewarded as in GRPO.
 
-    A row holds `id`, `question`, `answer` (the right one), `completion`, `tokens` (the end token counted), `ended`
-    (false: cut off), `well_formed`, `given` (the canonical answer read, or None), `right`, `rewards` (by name, not
-    weighted) and `total`, their weighted sum.
+    A row holds `id`, `question`, `answer` (the right one), `completion`, `tokens` (with the end token), `ended` (false:
+    truncated), `well_formed`, `given` (the canonical answer read, or None), `right`, `rewards` (by name, not weighted)
+    and `total`, their weighted sum.
     """
     from tqdm import tqdm
 
@@ -98,23 +95,23 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None)
         open_generator(recipe, adapters, sampling.max_completion_tokens, knobs.seed) as generator,
         tqdm(total=len(each), desc="score-base", unit="completion", dynamic_ncols=True) as bar,
     ):
-        asked = [problem["prompt"] for problem in each]
-        prompts = generator.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        conversations = [problem["prompt"] for problem in each]
+        prompts = generator.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
         completion_ids = generate_completions(
             generator, prompts, sampling, knobs.batch_size, adapter="sft" if adapter else None, advance=bar.update
         )
     texts = generator.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     columns = {
-        "prompts": asked,
+        "prompts": conversations,
         "completions": [[{"role": "assistant", "content": text}] for text in texts],
         "completion_ids": completion_ids,
         "answer": [problem["answer"] for problem in each],
         "kind": [problem.get("kind", "number") for problem in each],
     }
-    paid = {function.__name__: function(**columns) for function in functions}
+    rewards = {function.__name__: function(**columns) for function in functions}
     rows = []
     for place, (problem, ids, text) in enumerate(zip(each, completion_ids, texts, strict=True)):
-        own = {name: values[place] for name, values in paid.items()}
+        own = {name: values[place] for name, values in rewards.items()}
         total = sum(weight * value for weight, value in zip(recipe.rewards.weights, own.values(), strict=True))
         rows.append(
             {
@@ -135,7 +132,6 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None)
 def score(rows: list[dict[str, Any]], weights: list[float], group: int) -> Scores:
     """Return the figures of `rows`, which are `group` completions a problem."""
     rates = pass_rates(rows, group)
-    names = list(rows[0]["rewards"])
     return {
         "problems": len(rates),
         "completions": len(rows),
@@ -147,7 +143,7 @@ def score(rows: list[dict[str, Any]], weights: list[float], group: int) -> Score
         "always_right": rates.count(1.0),
         "rewards": [
             {"name": name, "weight": weight, **summary([row["rewards"][name] for row in rows], group)}
-            for name, weight in zip(names, weights, strict=True)
+            for name, weight in zip(rows[0]["rewards"], weights, strict=True)
         ],
         "total": summary([row["total"] for row in rows], group),
     }
@@ -156,7 +152,7 @@ def score(rows: list[dict[str, Any]], weights: list[float], group: int) -> Score
 def summary(values: list[float], group: int) -> Spread:
     """Return the figures of `values`, of which `group` in a row are one problem's.
 
-    A group without variance gives GRPO no advantage but 0.
+    In a group without variance every advantage is 0.
     """
     groups = [values[first : first + group] for first in range(0, len(values), group)]
     return {
@@ -184,7 +180,7 @@ def choose(problems: list[dict[str, Any]], rows: list[dict[str, Any]], knobs: Sc
 
 
 def advise(metrics: ScoreBaseFigures, prompts_per_step: int) -> list[str]:
-    """Return what speaks against GRPO as the recipe has it, and what to do about it; empty, where nothing does."""
+    """Return reasons not to run GRPO with this recipe, and what to do about them; empty if there are none."""
     advice = []
     constant = [
         f"{own['name']} ({own['mean']:g})"
@@ -199,7 +195,7 @@ def advise(metrics: ScoreBaseFigures, prompts_per_step: int) -> list[str]:
     flat = metrics["total"]["zero_variance"] == 1
     if flat:
         advice.append(
-            f"in each of the {metrics['problems']} groups all completions are paid the same, so every advantage is 0"
+            f"in each of the {metrics['problems']} groups all completions are rewarded alike, so every advantage is 0"
         )
     if constant or flat:
         advice.append(remedy(metrics))
@@ -213,9 +209,9 @@ def advise(metrics: ScoreBaseFigures, prompts_per_step: int) -> list[str]:
 
 
 def remedy(metrics: ScoreBaseFigures) -> str:
-    """Return what to do when rewards don't tell completions apart, by what the completions are like."""
+    """Return what to do when rewards don't tell completions apart."""
     if metrics["cut_off"] == 1:
-        return "every completion was cut off: raise [grpo] max_completion_tokens, or train SFT for longer"
+        return "every completion was truncated: raise [grpo] max_completion_tokens, or train SFT for longer"
     if metrics["well_formed"] == 0 and metrics["model"] == "base":
         return "no completion is well formed: the base model does not know the format; score the SFT model, with --sft"
     if metrics["well_formed"] == 0:
@@ -225,8 +221,8 @@ def remedy(metrics: ScoreBaseFigures) -> str:
     if metrics["right"] == 1:
         return "every answer is right: take harder problems"
     return (
-        "a reward that all completions earn already is learned: give it weight 0, which still logs it. Otherwise take "
-        "one that tells them apart, or raise [grpo] temperature for completions that differ more"
+        "where every completion earns the reward, the model has learned it: give it weight 0, which still logs it. "
+        "Otherwise take one that tells completions apart, or raise [grpo] temperature, so that they differ more"
     )
 
 

@@ -7,6 +7,7 @@ import click
 
 from stages.lib import options
 from stages.lib.artifact.folder import Run, write_artifact
+from stages.lib.errors import UserError
 from stages.lib.model.engine import import_engine
 from stages.lib.model.load import load_trainable
 from stages.lib.model.locate import local_model
@@ -16,7 +17,7 @@ from stages.lib.recipe.tables import Recipe
 from stages.lib.report.figures import SftFigures
 from stages.lib.train import ladder
 from stages.lib.train.config import shared_arguments
-from stages.lib.train.run import configure, keep_logs, read_rows, run_trainer, save_adapter
+from stages.lib.train.run import configure, read_rows, run_trainer, save_adapter
 
 ROOM_BYTES = 500_000_000
 
@@ -54,13 +55,12 @@ def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
 
 
 def train(recipe: Recipe, examples: Path, run: Run) -> SftFigures:
-    """Train a LoRA adapter on `examples`, save it under `run.folder`, return what it came to."""
+    """Train a LoRA adapter on `examples`, save it under `run.folder`, return the figures."""
     import_engine(recipe)
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
-    set_seed(recipe.sft.seed)  # the trainer does so only after PEFT has drawn the adapter's first weights
-    keep_logs(run.checkpoints)
+    set_seed(recipe.sft.seed)  # the trainer's own comes after PEFT has drawn the adapter's first weights
     recipe = ladder.lowered(recipe, "sft", run.checkpoints)
     tokenizer = load_tokenizer(recipe)
     model = load_trainable(recipe, adapter=None)
@@ -70,25 +70,24 @@ def train(recipe: Recipe, examples: Path, run: Run) -> SftFigures:
         ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
         return len(ids) <= recipe.sft.max_tokens
 
-    kept = rows.filter(fits, desc="measuring")  # cut short, an example would teach never to end
-    if len(kept) == 0:
-        raise click.ClickException(
-            f"{examples}: all {len(rows)} examples are longer than [sft] max_tokens = {recipe.sft.max_tokens}"
-        )
+    fitting = rows.filter(fits, desc="measuring")  # a truncated example would teach never to end
+    if len(fitting) == 0:
+        message = f"{examples}: all {len(rows)} examples are longer than [sft] max_tokens = {recipe.sft.max_tokens}"
+        raise UserError(f"{message}. Raise it in the recipe and run: make sft")
     trainer = SFTTrainer(
         model=model,
         args=configure(SFTConfig, arguments(recipe, run.checkpoints)),
-        train_dataset=kept,
+        train_dataset=fitting,
         processing_class=tokenizer,
     )
     with ladder.stepping_down(recipe, "sft", run.checkpoints, trainer):
-        run_trainer(trainer, run.checkpoints, ("loss",), recipe.health)
+        run_trainer(trainer, ("loss",), recipe.health)
     save_adapter(trainer, tokenizer, run)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     last = losses[-max(1, len(losses) // 10) :]
     return {
-        "examples": len(kept),
-        "dropped_too_long": len(rows) - len(kept),
+        "examples": len(fitting),
+        "dropped_too_long": len(rows) - len(fitting),
         "loss": sum(last) / len(last),
         "trainable_parameters": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
         "memory_ladder": ladder.read_steps(run.checkpoints),

@@ -1,4 +1,4 @@
-"""Hold all finished artifacts of a recipe against their manifests: every file byte for byte, and all of one run."""
+"""Compare all finished artifacts of a recipe with their manifests: every file byte for byte, and all of one run."""
 
 from pathlib import Path
 
@@ -26,16 +26,16 @@ def main(recipe: Path, artifacts: Path, quick: bool) -> None:
         try:
             manifests[stage] = read_manifest(folder, stage)
             files = manifests[stage]["files"]
-            # No digest is remembered here, and each of two names for one inode is read.
+            # Every file is read: no digest is remembered, and two names of one inode are read twice.
             if wrong := [] if quick else list(faults(folder, files, sha256_of)):
                 raise UserError(f"{'; '.join(wrong)}, as {stage} wrote it. Delete {folder} and run: make {stage}")
         except UserError as error:
             bad.append(stage)
             click.echo(f"{stage}: {error.message}", err=True)
         else:
-            size = sum(stated["bytes"] for stated in files.values()) / 1e6
-            found = "have the size" if quick else "are byte for byte what"
-            click.echo(f"{stage}: {len(files)} files, {size:,.1f} MB, {found} the manifest states")
+            size = sum(entry["bytes"] for entry in files.values()) / 1e6
+            verdict = "have the size" if quick else "are byte for byte what"
+            click.echo(f"{stage}: {len(files)} files, {size:,.1f} MB, {verdict} the manifest states")
     if bad:
         raise UserError(f"{artifacts}: {', '.join(bad)} {'is' if len(bad) == 1 else 'are'} not whole, as said above")
     if "score-base" not in manifests["grpo"]["inputs"]:

@@ -1,4 +1,4 @@
-"""The examination: a completion is marked by the one parser, figures are right by hand, pairs are compared as pairs."""
+"""The evaluation: a completion is marked by the one parser, figures are right by hand, pairs are compared as pairs."""
 
 import json
 
@@ -64,7 +64,7 @@ def rows() -> list[dict]:
 
 
 def test_the_figures_are_those_counted_by_hand():
-    figures = infer.examine(rows())
+    figures = infer.evaluate(rows())
     assert figures["base"] == {
         "problems": 10, "accuracy": 0.0, "accuracy_interval": pytest.approx([0.0, 0.2775], abs=1e-4),
         "well_formed": 0.0, "tokens": 64.0, "cut_off": 1.0,
@@ -83,14 +83,14 @@ def test_the_figures_are_those_counted_by_hand():
 def test_a_comparison_is_of_pairs_and_not_of_sums():
     made = [row("base", problem % 2 == 0) for problem in range(100)]
     made += [row(name, problem % 2 == 1) for name in ("sft", "grpo") for problem in range(100)]
-    steps = infer.examine(made)["steps"]
+    steps = infer.evaluate(made)["steps"]
     assert steps["base to sft"] == {"gained": 50, "lost": 50, "p": 1.0}
     assert steps["sft to grpo"] == {"gained": 0, "lost": 0, "p": 1.0}
 
 
 def test_models_with_unlike_numbers_of_answers_are_never_compared():
     with pytest.raises(ValueError, match="zip"):
-        infer.examine(rows()[:-1])
+        infer.evaluate(rows()[:-1])
 
 
 @pytest.mark.torch
@@ -108,7 +108,7 @@ def test_the_stage_keeps_every_answer_of_every_model_to_the_same_problems(finish
         assert 1 <= each["tokens"] <= 12
         assert each["ended"] or each["tokens"] == 12
     metrics = figures_of(read_manifest(folder, "infer"), InferFigures)
-    assert metrics == json.loads(json.dumps(infer.examine(answers)))
+    assert metrics == json.loads(json.dumps(infer.evaluate(answers)))
 
 
 @pytest.mark.torch

@@ -810,7 +810,7 @@ def test_the_example_of_the_documentation_is_read_as_it_says(tmp_path: Path) -> 
     page = (ROOT / "docs" / "recipes.md").read_text()
     table, text = re.search(r"```csv\n(.*?)```.*?```toml\n(.*?)```", page, re.DOTALL).groups()
     (tmp_path / "bakery.csv").write_text(table)
-    source = build_table(Source, tomllib.loads(text)["data"]["sources"][0], tmp_path, "data.sources")
+    source = build_table(Source, tomllib.loads(text)["data"]["sources"][0], "data.sources")
     (batch,) = [piece.parsed() for piece in read_batches(source, [tmp_path / "bakery.csv"])]
     columns = zip(*(batch.columns[name] for name in ("Task", "Result", "Worked")), strict=True)
     read = [problem_of(*values, source.style) for values in columns]

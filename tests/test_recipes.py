@@ -366,7 +366,7 @@ def test_what_is_fetched_from_the_hub_without_a_whole_commit_is_refused(
         ),
         (
             "num_ctx = 1024", "num_ctx = 255",
-            "[ollama] num_ctx = 255; expected 256 or more, which is [data] max_prompt_tokens = 192 and [grpo] "
+            "[ollama] num_ctx = 255; expected 256 or more: [data] max_prompt_tokens = 192 and [grpo] "
             "max_completion_tokens = 64 together",
         ),
         (
@@ -644,8 +644,8 @@ UNSLOTH += "\n[vllm]\nmemory_share = 0.5\nsequences = 64\n"
         (UNSLOTH.replace("= 0.5\nseq", "= 1.5\nseq"), r"^\[vllm\] memory_share = 1.5; expected over 0 and under 1$"),
         (UNSLOTH.replace("sequences = 64", "sequences = 0"), r"^\[vllm\] sequences = 0; expected 1 or more$"),
         (UNSLOTH.replace('"dapo"', '"dr_grpo"'), "'group' with loss_type = 'dr_grpo': engine 'unsloth'"),
-        (UNSLOTH.replace('"bfloat16"', '"float32"', 1), "dtype = 'float32' is nothing for engine 'unsloth'"),
-        (UNSLOTH + "[health]\nmin_entropy = 0.1\n", "min_entropy and max_entropy are without effect with engine"),
+        (UNSLOTH.replace('"bfloat16"', '"float32"', 1), "dtype = 'float32' with engine = 'unsloth'; exp"),
+        (UNSLOTH + "[health]\nmin_entropy = 0.1\n", "max_entropy: engine 'unsloth' measures no entropy"),
         (UNSLOTH.replace("rank = 16", "rank = 640"), "rank = 640; vLLM takes at most 512"),
         (TINY.replace('engine = "trl"', 'engine = "trl"\nload_in_4bit = true'), "4bit = true needs engine = 'unsloth'"),
     ],

@@ -98,7 +98,7 @@ def test_a_constant_reward_of_negative_weight_counts():
 
 def test_groups_without_variance_count_though_no_reward_is_constant():
     flat, remedy = score_base.advise(metrics(rows=[RIGHT, RIGHT, BAD, BAD]), prompts_per_step=8)
-    assert flat == "in each of the 2 groups all completions are paid the same, so every advantage is 0"
+    assert flat == "in each of the 2 groups all completions are rewarded alike, so every advantage is 0"
     assert "raise [grpo] temperature" in remedy
 
 

@@ -26,7 +26,7 @@ from stages.lib.errors import UserError
 from stages.lib.model.engine import import_engine
 from stages.lib.model.lora import adapted_modules
 from stages.lib.recipe.read import read_recipe
-from stages.lib.recipe.tables import BitsandbytesOptimizer, Health, Sft, TorchOptimizer
+from stages.lib.recipe.tables import BitsandbytesOptimizer, Sft, TorchOptimizer
 from stages.lib.report.figures import GrpoFigures, SftFigures, figures_of
 from stages.lib.train.callbacks import make_callbacks
 from stages.lib.train.checkpoints import last_checkpoint, mark_complete
@@ -451,8 +451,8 @@ def test_with_two_passes_over_a_batch_grpo_stops_only_where_it_can_be_carried_on
 
 @pytest.mark.torch
 def test_with_several_gpus_in_sight_one_is_trained_on():
-    config = configure(lambda **fields: SimpleNamespace(n_gpu=2, **fields), {"max_steps": 1})
-    assert (config._n_gpu, config.max_steps) == (1, 1)
+    config = configure(lambda **fields: SimpleNamespace(n_gpu=2, **fields), {"output_dir": "out"})
+    assert (config._n_gpu, config.output_dir) == (1, "out")
 
 
 @pytest.mark.torch
@@ -657,7 +657,7 @@ def test_the_files_of_a_checkpoint_are_on_the_disk_before_it_is_complete(tmp_pat
 @pytest.fixture
 def stop():
     """Return the callback that heeds signals."""
-    return make_callbacks((), 1, Health())[1]
+    return make_callbacks((), 1)[1]
 
 
 @pytest.mark.torch

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-CHUNK_VALUES = 4 * 1024 * 1024  # logits in a chunk: 32 MB as float64, in which they are compared
+CHUNK_VALUES = 4 * 1024 * 1024  # logits compared at once: 32 MB as float64
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Text:
 
 
 class Distance(TypedDict):
-    """How far a model is from the reference at `positions`, of which it has the same top token in the share `same_top`.
+    """The distance of a model from the reference at `positions`; the share `same_top` of them has the same top token.
 
     KL divergence is from the reference, in nats; perplexity is of the tokens that follow.
     """
@@ -36,9 +36,9 @@ class Distance(TypedDict):
 
 
 def spread_positions(length: int, count: int) -> list[int]:
-    """Return at most `count` positions, evenly spread over those of `length` tokens that have a next token.
+    """Return at most `count` positions of `length` tokens, evenly spread from the first to the last but one.
 
-    The first and the last are among them. Raises `ValueError` for fewer than 2 tokens or a count below 2.
+    Raises `ValueError` for fewer than 2 tokens or a count below 2.
     """
     if length < 2 or count < 2:
         raise ValueError(f"{length} tokens and {count} positions; both must be 2 or more")
@@ -49,59 +49,58 @@ def spread_positions(length: int, count: int) -> list[int]:
 
 
 def store_logits(path: Path, texts: Sequence[Text], vocabulary_size: int, logits: Iterable["np.ndarray"]) -> None:
-    """Write the reference's logits to `path`: float32, a row a position of each of `texts`, in order.
+    """Write the reference's logits to `path` in float32, a row for each position of each of `texts`, in order.
 
-    `logits` gives arrays of shape (rows, vocabulary) whose rows add up to all positions. Raises `ValueError` if not.
+    `logits` gives arrays of shape (rows, vocabulary). Raises `ValueError` unless their rows are as many as positions.
     """
     import numpy as np
 
     rows = sum(len(text.positions) for text in texts)
-    stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, vocabulary_size))
-    done = 0
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, vocabulary_size))
+    count = 0
     for chunk in logits:
-        stored[done : done + len(chunk)] = chunk
-        done += len(chunk)
-    stored.flush()
-    if done != rows:
-        raise ValueError(f"{done} rows of logits for {rows} positions")
+        array[count : count + len(chunk)] = chunk
+        count += len(chunk)
+    array.flush()
+    if count != rows:
+        raise ValueError(f"{count} rows of logits for {rows} positions")
 
 
 def compare_logits(path: Path, texts: Sequence[Text], logits: Iterable["np.ndarray"]) -> Distance:
-    """Return how the model that gave `logits` differs from the reference stored at `path`.
+    """Return the distance of the model that gave `logits` from the reference stored at `path`.
 
     `logits` is as in `store_logits`. Raises `ValueError` when the shapes differ, as for a vocabulary of another size.
     """
     import numpy as np
 
-    stored = np.load(path, mmap_mode="r")
-    following = np.array([text.tokens[position + 1] for text in texts for position in text.positions])
-    divergences, same, losses, reference_losses = [], 0, 0.0, 0.0
-    done = 0
+    reference_logits = np.load(path, mmap_mode="r")
+    next_tokens = np.array([text.tokens[position + 1] for text in texts for position in text.positions])
+    divergences, same, losses, reference_losses, count = [], 0, 0.0, 0.0, 0
     for chunk in logits:
-        if chunk.shape[1] != stored.shape[1]:
-            raise ValueError(f"a vocabulary of {chunk.shape[1]} against the reference's {stored.shape[1]}")
+        if chunk.shape[1] != reference_logits.shape[1]:
+            raise ValueError(f"a vocabulary of {chunk.shape[1]} against the reference's {reference_logits.shape[1]}")
         step = max(1, CHUNK_VALUES // chunk.shape[1])
         for start in range(0, len(chunk), step):
             other = log_softmax(chunk[start : start + step])
-            rows = slice(done, done + len(other))
-            reference = log_softmax(stored[rows])
+            rows = slice(count, count + len(other))
+            reference = log_softmax(reference_logits[rows])
             divergences.append(kl_divergence(reference, other).numpy())
             same += int((reference.argmax(dim=1) == other.argmax(dim=1)).sum())
-            index = (np.arange(len(other)), following[rows])
+            index = (np.arange(len(other)), next_tokens[rows])
             losses -= float(other[index].sum())
             reference_losses -= float(reference[index].sum())
-            done += len(other)
-    if done != len(stored):
-        raise ValueError(f"{done} rows of logits for {len(stored)} positions")
+            count += len(other)
+    if count != len(reference_logits):
+        raise ValueError(f"{count} rows of logits for {len(reference_logits)} positions")
     divergence = np.concatenate(divergences)
     return {
-        "positions": done,
+        "positions": count,
         "mean_kl": float(divergence.mean()),
         "p99_kl": float(np.quantile(divergence, 0.99)),
         "max_kl": float(divergence.max()),
-        "same_top": same / done,
-        "perplexity": float(np.exp(losses / done)),
-        "reference_perplexity": float(np.exp(reference_losses / done)),
+        "same_top": same / count,
+        "perplexity": float(np.exp(losses / count)),
+        "reference_perplexity": float(np.exp(reference_losses / count)),
     }
 
 

@@ -1,4 +1,4 @@
-"""Where a completion ends: the token ids that end it, and the cut after the first of them."""
+"""The end of a completion: the token ids that end it, and the tokens up to the first of them."""
 
 from collections.abc import Collection
 from typing import Any
@@ -9,9 +9,9 @@ from stages.lib.errors import UserError
 def end_ids(generation_config: Any | None, tokenizer: Any | None = None) -> list[int]:
     """Return the token ids that end a completion, each once.
 
-    They are those that transformers' `generation_config` states (one, several or none) and, where a `tokenizer` is
-    given, its own eos and the token that closes a turn of its chat template. A gate that reads what was written gives
-    no tokenizer. Raises `UserError` as `turn_end` does.
+    They are those of transformers' `generation_config` (one, several or none) and, with a `tokenizer`, its eos and the
+    token that closes a turn of its chat template. A check of a written model gives no tokenizer. Raises `UserError` as
+    `turn_end` does.
     """
     stated = generation_config.eos_token_id if generation_config is not None else None
     ends = stated if isinstance(stated, list) else [stated]
@@ -23,7 +23,7 @@ def end_ids(generation_config: Any | None, tokenizer: Any | None = None) -> list
 def turn_end(tokenizer: Any, where: str) -> int:
     """Return the id of the token with which the chat template closes the assistant's turn.
 
-    Raises `UserError` when the template puts no token of its own there.
+    Raises `UserError` when the template has no control token there.
     """
     marker = "ANSWER"
     conversation = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": marker}]
@@ -32,8 +32,8 @@ def turn_end(tokenizer: Any, where: str) -> int:
     tokens = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
     if not tokens or tokens[0] not in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
         raise UserError(
-            f"{where}: the chat template closes the assistant's turn with {after!r}; expected a control token, at "
-            f"which a generation can end"
+            f"{where}: the chat template closes the assistant's turn with {after!r}; expected a control token that can "
+            f"end a completion"
         )
     return tokens[0]
 
@@ -44,8 +44,8 @@ def verify_end(tokenizer: Any, ends: Collection[int], where: str) -> None:
     if end not in ends:
         raise UserError(
             f"{where}: a stop token is missing: the chat template closes the assistant's turn with "
-            f"{tokenizer.convert_ids_to_tokens(end)!r} ({end}), and the end tokens are {list(ends)}, so a generation "
-            f"would run on. Run: make merge gguf"
+            f"{tokenizer.convert_ids_to_tokens(end)!r} ({end}), and the end tokens are {list(ends)}. Completions would "
+            f"run on. Run: make merge gguf"
         )
 
 

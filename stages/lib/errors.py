@@ -7,7 +7,7 @@ import click
 
 
 class UserError(click.ClickException):
-    """A mistake the user can mend: say where, what was found, what was expected and what to run. Exit code 1."""
+    """A mistake that the user can fix: says where, what was found, what was expected and what to run. Exit code 1."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""Rows of JSON Lines files."""
+"""JSON Lines files: their rows, read and written."""
 
 import itertools
 import json
@@ -9,10 +9,15 @@ from typing import Any
 from stages.lib.errors import UserError
 
 
+def rows_of(path: Path, most: int | None = None) -> list[dict[str, Any]]:
+    """Return the first `most` rows of a JSON-lines file, or all."""
+    with path.open() as file:
+        return [json.loads(line) for line in itertools.islice(file, most)]
+
+
 def first_rows(path: Path, count: int, knob: str) -> list[dict[str, Any]]:
     """Return the first `count` rows of a JSON-lines file. Raises `UserError`, naming `knob`, if it has fewer."""
-    with path.open() as file:
-        rows = [json.loads(line) for line in itertools.islice(file, count)]
+    rows = rows_of(path, count)
     if len(rows) < count:
         raise UserError(f"{path}: has {len(rows)} problems; {knob} = {count}. Lower it, or prepare more")
     return rows

@@ -1,4 +1,4 @@
-"""How the stages spell their options: one function an option, so that all stages and the Makefile agree."""
+"""The options of the stages: one function an option, so that all stages and the Makefile agree."""
 
 from collections.abc import Callable
 from pathlib import Path

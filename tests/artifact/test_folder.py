@@ -498,7 +498,7 @@ def test_an_artifact_whose_manifest_a_power_cut_emptied_is_made_again_and_nothin
     (out / "thesis.txt").write_text("mine")
     (out / "manifest.json").write_text(emptied)
     make(out, NEW)
-    assert f"{out}: its manifest.json is empty, so it is made again; what was there is {out}.emptied" in (
+    assert f"{out}: its manifest.json is empty, so it is made again. The old files are in {out}.emptied" in (
         capsys.readouterr().err
     )
     is_whole(out, NEW)

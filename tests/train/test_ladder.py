@@ -80,7 +80,7 @@ def test_a_share_that_is_too_small_for_vllm_goes_back_and_stays_and_the_micro_ba
 @pytest.mark.parametrize("message", TOO_SMALL)
 def test_a_recipes_own_share_that_is_too_small_ends_the_run_with_advice(tmp_path, restarts, message):
     with (
-        pytest.raises(UserError, match=r"memory_share = 0\.3 of this GPU is too small.*Raise it"),
+        pytest.raises(UserError, match=r"memory_share = 0\.3 of this GPU does not hold .*Raise it"),
         ladder.stepping_down(of_vllm(4, 0.3, 768), "grpo", tmp_path),
     ):
         raise ValueError(message)

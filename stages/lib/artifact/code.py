@@ -1,4 +1,4 @@
-"""The digest of a stage's code: what can change its result, and nothing else."""
+"""The digest of a stage's code, of the modules that can change its result alone."""
 
 import ast
 import hashlib
@@ -8,8 +8,8 @@ import tokenize
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).parents[3]
-# Modules that decide whether a stage runs, where it carries on and what a person reads, and not what comes out: of the
-# recipe the identity states the values themselves. Its tables and the limits in gguf/types.py count as code.
+# Modules that change no result: they decide whether a stage runs, where it goes on and what a person reads. The
+# recipe's values are in the identity themselves; its tables and the limits in gguf/types.py count as code.
 FRAME = (
     "stages/lib/artifact/", "stages/lib/errors.py", "stages/lib/options.py", "stages/lib/recipe/read.py",
     "stages/lib/recipe/rules.py", "stages/lib/report/figures.py", "stages/lib/report/terminal.py",
@@ -20,25 +20,25 @@ FSTRING_START, FSTRING_END = getattr(tokenize, "FSTRING_START", None), getattr(t
 
 
 def code_digest(stage: str) -> str:
-    """Return a sha256 over the stage's own file and every module under `stages.lib` it reaches, less those of FRAME.
+    """Return a sha256 over the stage's own file and every module under `stages.lib` it imports, less those of FRAME.
 
-    It is over the source text, less comments, docstrings and blank lines, by the module's path in the checkout: the
-    same on every Python, and a mended sentence never retrains a model.
+    It is over the modules' paths in the checkout and their source texts, less comments, docstrings and blank lines: the
+    same on every Python, and a new wording never retrains a model.
     """
     todo = [f"stages/{stage.replace('-', '_')}.py"]
-    seen: dict[str, str] = {}
+    sources: dict[str, str] = {}
     while todo:
         name = todo.pop()
-        if name in seen or name.startswith(FRAME) or not (ROOT / name).is_file():
+        if name in sources or name.startswith(FRAME) or not (ROOT / name).is_file():
             continue
         source = (ROOT / name).read_text(encoding="utf-8")
-        seen[name] = without_comments(source)
+        sources[name] = without_comments(source)
         todo += imported_modules(source)
-    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
 
 
 def imported_modules(source: str | bytes) -> list[str]:
-    """Return the paths in the checkout of the modules in it that `source` imports, also within a function."""
+    """Return the paths in the checkout of its modules that `source` imports, also within a function."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -74,10 +74,10 @@ def without_comments(source: str) -> str:
             docstring = node.body[0]
             docstrings.update(range(docstring.lineno, (docstring.end_lineno or 0) + 1))
     in_strings -= docstrings
-    kept = []
+    code_lines = []
     for number, line in enumerate(lines, 1):
         if number in in_strings:
-            kept.append(line)
+            code_lines.append(line)
         elif line.strip() and number not in docstrings:
-            kept.append(line.rstrip())
-    return "\n".join(kept)
+            code_lines.append(line.rstrip())
+    return "\n".join(code_lines)

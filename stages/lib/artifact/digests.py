@@ -1,4 +1,4 @@
-"""sha256 of files. That of a large file is remembered until its size, its times or its inode change."""
+"""sha256 of files. A large file's is remembered until its size, times or inode change."""
 
 import contextlib
 import hashlib
@@ -10,14 +10,13 @@ from pathlib import Path
 MEMORY = Path(__file__).parents[3] / "data" / "cache" / "digests"
 MEMORY_BYTES = 1 << 20  # at this size it starts anew
 LARGE_BYTES = 1 << 24  # a smaller file is hashed each time
-# A file that changed so shortly before may change once more within the same tick of the file system's clock.
-SETTLED_SECONDS = 2.0
+SETTLED_SECONDS = 2.0  # a younger file may change again within the same tick of the file system's clock
 
 Stamp = tuple[int, ...]
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Return device, inode, size in bytes, mtime and ctime (ns) of a file: who writes to it changes one of them."""
+    """Return device, inode, size in bytes, mtime and ctime (ns) of a file: a write changes one of them."""
     found = path.stat()
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
@@ -43,7 +42,7 @@ def digest_of(path: Path) -> str:
 
 
 def remembered() -> dict[Stamp, str]:
-    """Return the remembered digests. A line that is not whole, by its checksum, is passed over."""
+    """Return the remembered digests, less those of lines that are torn, by their checksum."""
     found: dict[Stamp, str] = {}
     try:
         lines = MEMORY.read_bytes().splitlines()
@@ -58,7 +57,7 @@ def remembered() -> dict[Stamp, str]:
 
 
 def remember(stamp: Stamp, digest: str) -> None:
-    """Append a digest, in one write: several processes may do so at once. Where nothing can be written, it is not."""
+    """Append a digest, in one write, as several processes may do so at once; where the disk can't be written, don't."""
     record = " ".join(map(str, (*stamp, digest))).encode()
     with contextlib.suppress(OSError):
         MEMORY.parent.mkdir(parents=True, exist_ok=True)

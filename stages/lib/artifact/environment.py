@@ -35,7 +35,7 @@ def environment_now() -> dict[str, Any]:
 
 
 def output_of(*command: str) -> str | None:
-    """Return what a command printed, or None when it is not installed, failed or took too long: a driver can hang."""
+    """Return a command's output; None when it is not installed, failed or took too long: a driver can hang."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS)
     except (FileNotFoundError, subprocess.TimeoutExpired):

@@ -1,9 +1,8 @@
-"""What a stage hands to the next: a folder that is finished exactly when it holds `manifest.json`.
+"""The artifact of a stage: a folder that is finished exactly when it holds `manifest.json`.
 
-A stage writes into `<out>.unfinished`, beside the folder it will become. When its work is done the manifest is
-written there, last and by rename, and the folder takes the place of the one before it. So a folder without the
-suffix is always whole, an older result stays usable until a newer one is, and a process killed at any moment leaves
-either the old result or the new one, plus at most an `.unfinished` folder that the next run carries on from.
+A stage writes into `<out>.unfinished`. When its work is done it writes the manifest there, last and by rename, and the
+folder takes the place of the one before it. So a folder without the suffix is always whole. A process killed at any
+moment leaves the old result or the new one, and at most an `.unfinished` folder that the next run goes on from.
 """
 
 import contextlib
@@ -38,7 +37,7 @@ from stages.lib.artifact.manifest import (
 )
 from stages.lib.errors import UserError
 
-# Before the recipe and the code were read. It becomes the manifest's mtime: make looks again at what changed after it.
+# Before the recipe and the code are read. It becomes the manifest's mtime: make starts the stage after a later change.
 STARTED = time.time()
 
 
@@ -52,7 +51,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """A folder for training checkpoints: kept when the stage is killed, gone when it is finished."""
+        """The folder for training checkpoints: kept when the stage is killed, deleted when it is finished."""
         return self.folder / CHECKPOINTS
 
 
@@ -68,19 +67,18 @@ def write_artifact(
 ) -> Iterator[Run]:
     """Open the artifact `out` of `stage` for writing; leave the process with exit code 0 if it is up to date.
 
-    `tables` are the recipe's tables that the stage reads. `inputs` are the finished folders, by stage, each with the
-    names of the files in it that are read (* stands for any text). `sources` are raw files from outside, by name. All
-    three, and the code of the stage, decide whether there is anything to do. A folder among the sources is only named
-    to make, which looks whether a file in it came or went. `room_bytes` is what the stage will write at most. The body
-    runs once, with a `Run`; if it returns, the artifact is finished, and if it raises, whatever was finished before is
-    still there, untouched.
+    `tables` are the recipe's tables that the stage reads; `inputs` the finished folders, by stage, each with the names
+    of the files that it reads (* stands for any text); `sources` the raw files from outside, by name. These three and
+    the code decide whether there is work to do. A folder among the sources counts for make alone, which looks whether
+    its files came or went. `room_bytes` is the most that the stage writes. The body runs once, with a `Run`; if it
+    returns, the artifact is finished, and if it raises, the artifact of before is still there.
 
-    Raises `UserError` when an input is not finished, or was replaced while the body ran, when `out` holds something
+    Raises `UserError` when an input is not finished, or was replaced while the body ran, when `out` holds a file that
     this stage did not write, when another process is writing it, or when the disk has too little room.
     """
     if out.name in ("", ".."):
         raise UserError(f"--out {out}: expected the name of a folder for {stage} to write, such as artifacts/{stage}")
-    identity, read = take_identity(stage, tables, inputs, sources or {})
+    identity, to_read = take_identity(stage, tables, inputs, sources or {})
     outside = outside_paths((sources or {}).values())
     folder = out.with_name(out.name + ".unfinished")
     if not is_emptied(out / MANIFEST):
@@ -88,10 +86,10 @@ def write_artifact(
     with lock_artifact(folder, stage):
         if is_emptied(out / MANIFEST):
             set_aside(out, stage)
-        if stage_of(folder / MANIFEST) == stage:  # killed after its last line: it only lacks its name
+        if stage_of(folder / MANIFEST) == stage:  # killed before the last rename
             put_in_place(folder, out, stage)
         if out.exists():
-            remove_replaced(out, stage)  # killed while it did so
+            remove_replaced(out, stage)  # killed while it deleted that
         if is_current(out, identity):
             click.echo(f"{stage}: up to date, {out} already holds this recipe, these inputs and this code")
             if (out / OUTSIDE).read_bytes() != outside:
@@ -100,14 +98,14 @@ def write_artifact(
             raise SystemExit(0)
         check_room(out, stage, room_bytes)
         checkpoints = take_over(folder, stage, identity)
-        environment, started = environment_now(), time.time()
+        environment, start = environment_now(), time.time()
         run = Run(folder)
         if checkpoints:
             click.echo(f"{stage}: carrying on from {folder / CHECKPOINTS}")
         yield run
-        refuse_replaced(read, folder, stage)
-        made = {"metrics": run.metrics, "files": describe_files(folder)}
-        manifest = {**identity, **made, "environment": environment, "wall": wall(started, run.seconds)}
+        refuse_replaced(to_read, folder, stage)
+        result = {"metrics": run.metrics, "files": describe_files(folder)}
+        manifest = {**identity, **result, "environment": environment, "wall": wall(start, run.seconds)}
         write_whole(folder / OUTSIDE, outside)
         sync_files(folder)
         write_json(folder / MANIFEST, manifest)
@@ -124,16 +122,16 @@ def wall(started: float, seconds: Mapping[str, float]) -> dict[str, Any]:
 
 
 def refuse_foreign(out: Path, stage: str) -> None:
-    """Raise `UserError` when `out` holds anything that `stage` did not write: it would be lost."""
+    """Raise `UserError` when `out` holds a file that `stage` did not write, which would be lost."""
     if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file; expected a folder for {stage} to write. Name another --out")
-    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
     if stage_of(out / MANIFEST) == stage:
-        found -= {MANIFEST, OUTSIDE, OUTSIDE + TEMPORARY, *json.loads((out / MANIFEST).read_text()).get("files", {})}
-        found = {name for name in found if not name.startswith(f"{LOGS}/")}
-    foreign = sorted(found)
+        names -= {MANIFEST, OUTSIDE, OUTSIDE + TEMPORARY, *json.loads((out / MANIFEST).read_text()).get("files", {})}
+        names -= {name for name in names if name.startswith(f"{LOGS}/")}
+    foreign = sorted(names)
     if foreign:
         raise UserError(
             f"{out}: holds {foreign[0]!r}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}, which {stage} did "
@@ -148,23 +146,23 @@ def check_room(out: Path, stage: str, room_bytes: int) -> None:
     if free < room_bytes:
         raise UserError(
             f"{out}: the disk has {free / 1e9:.2f} GB free; {stage} needs {room_bytes / 1e9:.2f} GB. "
-            f"Free some, or put artifacts/ on a larger disk; nothing was changed"
+            f"Free some, or put artifacts/ on a larger disk. Nothing was changed"
         )
 
 
 @contextlib.contextmanager
 def lock_artifact(folder: Path, stage: str) -> Iterator[None]:
-    """Hold the lock of an artifact that is being written; the system releases it however the process ends."""
+    """Hold the lock of an artifact while it is written; the system releases it, however the process ends."""
     path = folder.with_name(f".{folder.name}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        opened = path.open("w")
+        lock = path.open("w")
     except OSError as error:
         raise UserError(
             f"{folder.parent}: {stage} can't write there ({error.strerror}); expected a folder of yours on a disk that "
-            f"can be written. Name another --out, or mend its owner or mount"
+            f"can be written. Name another --out, or fix its owner or mount"
         ) from error
-    with opened as file:
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -173,29 +171,28 @@ def lock_artifact(folder: Path, stage: str) -> Iterator[None]:
 
 
 def take_over(folder: Path, stage: str, identity: Mapping[str, Any]) -> bool:
-    """Make `folder` ready to be written; return whether it holds checkpoints of this very identity, which are kept."""
+    """Empty `folder` but for checkpoints of this very identity; return whether there are any."""
     marker = folder / IDENTITY
     if folder.exists():
-        found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-        if stage_of(marker) != stage and not found <= {IDENTITY + TEMPORARY}:
-            raise UserError(f"{folder}: was not made by {stage} and will not be emptied. Move it away")
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+        if stage_of(marker) != stage and not names <= {IDENTITY + TEMPORARY}:
+            raise UserError(f"{folder}: was not made by {stage}, which will not empty it. Move it away")
         before = json.loads(marker.read_text()) if marker.is_file() else {}
         same = before == identity
         if not same:
             say_what_is_lost(folder / CHECKPOINTS, before, identity)
-            write_json(marker, {"stage": stage})  # killed while it is emptied, it must not look like what it was
+            write_json(marker, {"stage": stage})  # if this is killed now, the checkpoints must not count
         for path in list(folder.iterdir()):
-            if path.name == IDENTITY or (same and path.name == CHECKPOINTS):
-                continue
-            remove_folder(path)
+            if path.name != IDENTITY and not (same and path.name == CHECKPOINTS):
+                remove_folder(path)
     folder.mkdir(exist_ok=True)
     write_json(marker, identity)
     return (folder / CHECKPOINTS).is_dir()
 
 
 def put_in_place(folder: Path, out: Path, stage: str) -> None:
-    """Let the whole artifact `folder` become `out`. A crash in between is mended by the next `write_artifact`."""
-    refuse_foreign(out, stage)  # once more: hours may lie between
+    """Rename the whole artifact `folder` to `out`. After a crash in between, the next `write_artifact` goes on here."""
+    refuse_foreign(out, stage)  # once more: hours may have passed
     before = remove_replaced(out, stage)
     remove_folder(folder / CHECKPOINTS)
     (folder / IDENTITY).unlink(missing_ok=True)
@@ -207,16 +204,16 @@ def put_in_place(folder: Path, out: Path, stage: str) -> None:
 
 
 def set_aside(out: Path, stage: str) -> None:
-    """Rename the artifact `out`, whose manifest a power cut emptied: nothing says any more whose its files are."""
+    """Rename the artifact `out`, whose manifest a power cut emptied: nothing says now which stage wrote its files."""
     aside = out.with_name(out.name + ".emptied")
     if aside.exists():
         raise UserError(f"{out}: its {MANIFEST} is empty, and {aside} is in the way of it. Move both away")
     out.rename(aside)
-    click.echo(f"{stage}: {out}: its {MANIFEST} is empty, so it is made again; what was there is {aside}", err=True)
+    click.echo(f"{stage}: {out}: its {MANIFEST} is empty, so it is made again. The old files are in {aside}", err=True)
 
 
 def remove_replaced(out: Path, stage: str) -> Path:
-    """Delete the artifact that `out` took the place of, if it is still there; return its path."""
+    """Delete the artifact that `out` replaced, if it is still there; return its path."""
     before = out.with_name(out.name + ".replaced")
     refuse_foreign(before, stage)
     remove_folder(before)
@@ -224,7 +221,7 @@ def remove_replaced(out: Path, stage: str) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a file or an artifact, if there is one; its manifest goes last, and says until then whose the rest is."""
+    """Delete a file or an artifact, if there is one; the manifest last: it says which stage wrote the rest."""
     if path.is_dir() and not path.is_symlink():
         for inside in sorted(path.iterdir(), key=lambda inside: inside.name == MANIFEST):
             shutil.rmtree(inside) if inside.is_dir() and not inside.is_symlink() else inside.unlink()

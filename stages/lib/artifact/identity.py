@@ -1,7 +1,7 @@
-"""The identity of an artifact: what decides whether its stage runs again.
+"""The identity of an artifact, which decides whether its stage runs again.
 
-It is the recipe's tables that the stage reads, the digests of the files that it reads, of its inputs and from outside,
-and the digest of its code. An input that comes out as it was, byte for byte, changes nothing.
+It states the recipe's tables that the stage reads, the digests of the files that it reads, of its inputs and from
+outside, and the digest of its code. An input that comes out as it was, byte for byte, changes nothing.
 """
 
 import json
@@ -33,40 +33,34 @@ def take_identity(
     inputs: Mapping[str, tuple[Path, Sequence[str]]],
     sources: Mapping[str, Path],
 ) -> tuple[dict[str, Any], dict[Path, tuple[Stamp, str]]]:
-    """Return what decides whether `stage` runs, and each file that it is about to read, with stamp and sha256.
+    """Return the identity of `stage`, and each file that it will read, with stamp and sha256.
 
-    Raises `UserError` for an input that is not finished or lost or changed what is read of it.
+    Raises `UserError` for an input that is not finished, and for a file to read that is lost or changed.
     """
-    read: dict[Path, tuple[Stamp, str]] = {}
+    to_read: dict[Path, tuple[Stamp, str]] = {}
     digests: dict[str, dict[str, str]] = {}
     for name, (folder, patterns) in sorted(inputs.items()):
         files = files_read(read_manifest(folder, name), patterns)
         if not files:
             raise UserError(f"{folder}: holds no {' or '.join(patterns)}, which {stage} reads. Run: make {name}")
-        digests[name] = {file: stated["sha256"] for file, stated in files.items()}
-        read |= {folder / file: (stamp_of(folder / file), digest) for file, digest in digests[name].items()}
+        digests[name] = {file: entry["sha256"] for file, entry in files.items()}
+        to_read |= {folder / file: (stamp_of(folder / file), digest) for file, digest in digests[name].items()}
         read_manifest(folder, name, *patterns)  # the bytes, after the stamps
-    digests["sources"] = {}
+    outside: dict[str, str] = {}
     for name, path in sorted(sources.items()):
         if path.is_dir():
             continue
         if not path.is_file():
             raise UserError(f"{path}: there is no such file; {stage} reads it as {name!r}")
-        stamp = stamp_of(path)
-        digests["sources"][name] = digest_of(path)
-        read[path] = (stamp, digests["sources"][name])
-    identity = {
-        "stage": stage,
-        "recipe": json.loads(json.dumps(dict(tables))),
-        "sources": digests.pop("sources"),
-        "inputs": digests,
-        "code": code_digest(stage),
-    }
-    return identity, read
+        to_read[path] = (stamp_of(path), digest_of(path))
+        outside[name] = to_read[path][1]
+    recipe = json.loads(json.dumps(dict(tables)))
+    identity = {"stage": stage, "recipe": recipe, "sources": outside, "inputs": digests, "code": code_digest(stage)}
+    return identity, to_read
 
 
 def outside_paths(paths: Iterable[Path]) -> bytes:
-    """Return the content of the file `outside`: absolute paths, those of links and what they lead to, ended by NUL."""
+    """Return the content of the file `outside`: absolute paths, of links and of their targets, each ended by NUL."""
     both = {str(each) for path in paths for each in (path.absolute(), path.resolve())}
     return b"".join(os.fsencode(path) + b"\0" for path in sorted(both))
 
@@ -86,39 +80,39 @@ def is_current(out: Path, identity: Mapping[str, Any]) -> bool:
 
 
 def refuse_replaced(read: Mapping[Path, tuple[Stamp, str]], folder: Path, stage: str) -> None:
-    """Raise `UserError` when a file that was read is not what it was at the start; the work so far is then no use."""
+    """Raise `UserError` when a file that was read is not as it was at the start: the work so far is then useless."""
     for path, (stamp, digest) in read.items():
         if not path.is_file() or (stamp_of(path) != stamp and sha256_of(path) != digest):
-            write_json(folder / IDENTITY, {"stage": stage})  # so that nobody carries on from these checkpoints
+            write_json(folder / IDENTITY, {"stage": stage})  # so that no run goes on from these checkpoints
             raise UserError(
-                f"{path}: was replaced while {stage} read it, so nothing was finished; expected it to stay as it was "
-                f"at the start. Is another make at work there? When it has ended, run: make {stage}"
+                f"{path}: was replaced while {stage} read it, so nothing was finished; expected the file of the start. "
+                f"If another make is at work there, wait for it. Then run: make {stage}"
             )
 
 
 def say_what_is_lost(checkpoints: Path, before: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Say which training steps can't be carried on from, and what changed since they were taken."""
+    """Say how many training steps are lost, and which changes since then are the reason."""
     steps = [int(name) for path in checkpoints.glob("checkpoint-*") if (name := path.name[11:]).isdecimal()]
     if not steps:
         return
     was, now = dict(leaves(before)), dict(leaves(identity))
-    changed = []
+    changes = []
     for key in sorted(key for key in was | now if was.get(key) != now.get(key)):
         match key:
             case ("recipe", table, *names):
-                changed.append(f"[{table}] {'.'.join(names)} = {now.get(key)!r}, before {was.get(key)!r}")
+                changes.append(f"[{table}] {'.'.join(names)} = {now.get(key)!r}, before {was.get(key)!r}")
             case ("inputs", name, *files):
-                changed.append(f"{'/'.join(files)} of {name}")
+                changes.append(f"{'/'.join(files)} of {name}")
             case ("sources", name):
-                changed.append(name)
+                changes.append(name)
             case ("code",):
-                changed.append(f"the code of {identity['stage']}")
-    what = "; ".join(changed) if "code" in before else "what they were made from is not known"
+                changes.append(f"the code of {identity['stage']}")
+    what = "; ".join(changes) if "code" in before else "what they were made from is not known"
     click.echo(f"{identity['stage']}: starts anew, {max(steps)} steps are lost. Changed: {what}", err=True)
 
 
 def leaves(value: Any, *key: str) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield whatever is no dict in nested dicts, with the keys that lead there."""
+    """Yield each value of nested dicts that is no dict, with the keys that lead there."""
     if isinstance(value, dict):
         for name, inside in value.items():
             yield from leaves(inside, *key, name)

@@ -1,6 +1,7 @@
-"""The manifest of an artifact: read, held against the files, written."""
+"""The manifest of an artifact: read, compared with the files, written."""
 
 import fnmatch
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,24 +12,24 @@ from stages.lib.artifact.digests import digest_of
 from stages.lib.errors import UserError
 
 MANIFEST = "manifest.json"
-IDENTITY = "identity.json"  # in an unfinished folder: what it will become; its presence says that a stage made it
-OUTSIDE = "outside"  # paths of what was read from outside, each ended by a NUL byte: make looks whether one changed
+IDENTITY = "identity.json"  # in an unfinished folder: the result's identity, and that a stage made the folder
+OUTSIDE = "outside"  # paths of the files read from outside, each ended by a NUL byte: make looks whether one changed
 CHECKPOINTS = "checkpoints"
-LOGS = "logs"  # curves for TensorBoard: every run writes other bytes, so no manifest states them
+LOGS = "logs"  # curves for TensorBoard, in no manifest: no two runs write the same bytes
 TEMPORARY = ".tmp"
 
 
 def read_manifest(folder: Path, stage: str, *reads: str) -> dict[str, Any]:
-    """Return the manifest of the finished artifact `folder`, its files checked for presence and size.
+    """Return the manifest of the finished artifact `folder`, when all its files are there with their sizes.
 
-    `reads` are patterns of the names of files that the caller goes on to read: the content of these is checked as well.
-    Raises `UserError` when the folder is not finished, is another stage's, or lost or changed a file since.
+    `reads` are patterns of the files that the caller will read, whose content is checked as well. Raises `UserError`
+    when the folder is not finished, is another stage's, or lost or changed a file since.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        unfinished = folder.with_name(folder.name + ".unfinished").is_dir()
-        found = "it was started and not finished" if unfinished else "there is none"
-        raise UserError(f"{folder}: {found}; expected the finished output of {stage} there. Run: make {stage}")
+        is_unfinished = folder.with_name(folder.name + ".unfinished").is_dir()
+        state = "it was started and not finished" if is_unfinished else "there is none"
+        raise UserError(f"{folder}: {state}; expected the finished output of {stage} there. Run: make {stage}")
     owner = stage_of(path)
     if owner != stage:
         holds = f"holds the output of {owner!r}" if owner else f"its {MANIFEST} is not one that a stage wrote"
@@ -37,9 +38,8 @@ def read_manifest(folder: Path, stage: str, *reads: str) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(path.read_text())
     if not isinstance(manifest.get("files"), dict):
         raise UserError(f"{path}: lists no files, so {stage} did not write it. Delete {folder} and run: make {stage}")
-    wrong = next(faults(folder, manifest["files"]), None)
-    wrong = wrong or next(faults(folder, files_read(manifest, reads), digest_of), None)
-    if wrong:
+    to_read = files_read(manifest, reads)
+    for wrong in itertools.chain(faults(folder, manifest["files"]), faults(folder, to_read, digest_of)):
         raise UserError(f"{wrong}, as {stage} wrote it. Delete {folder} and run: make {stage}")
     return manifest
 
@@ -56,9 +56,9 @@ def files_read(manifest: Mapping[str, Any], patterns: Iterable[str]) -> dict[str
 def faults(
     folder: Path, files: Mapping[str, Mapping[str, Any]], digest: Callable[[Path], str] | None = None
 ) -> Iterator[str]:
-    """Yield for each of the stated `files` that is not as stated: where, what was found, what was expected.
+    """Yield where, what was found and what was expected, for each file that is not as `files` states.
 
-    Sizes are compared, and the content too where `digest`, which gives a file's sha256, is named.
+    Sizes are compared; with `digest`, a function that gives a file's sha256, the content too.
     """
     for name, stated in files.items():
         file = folder / name
@@ -71,7 +71,7 @@ def faults(
 
 
 def stage_of(path: Path) -> str | None:
-    """Return the stage that the manifest or identity file `path` names; None when it is not there or names none."""
+    """Return the stage that a manifest or identity file names; None when it is not there or names none."""
     try:
         stated = json.loads(path.read_text())
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
@@ -80,34 +80,34 @@ def stage_of(path: Path) -> str | None:
 
 
 def is_emptied(path: Path) -> bool:
-    """Say whether the file `path` is there and holds nothing, or only NUL bytes: what a power cut leaves of a file."""
+    """Say whether the file `path` is empty or holds only NUL bytes, as after a power cut."""
     return path.is_file() and not path.read_bytes().strip(b"\0")
 
 
 def refuse_other_run(manifests: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> None:
-    """Raise `UserError` unless all artifacts come from one run: what one was made from is what is there now.
+    """Raise `UserError` unless all artifacts come from one run: each was made from the files that are there now.
 
-    `manifests` and `folders` are by stage. Of an input that is not among them, all who read a file read the same.
+    `manifests` and `folders` are by stage. Of an input that is not among them, all have read the same files.
     """
-    stated: dict[tuple[str, str], tuple[str | None, Path | str]] = {
-        (name, file): (described["sha256"], folders[name])
+    digests: dict[tuple[str, str], tuple[str | None, Path | str]] = {
+        (name, file): (entry["sha256"], folders[name])
         for name, manifest in manifests.items()
-        for file, described in manifest["files"].items()
+        for file, entry in manifest["files"].items()
     }
     for stage, manifest in manifests.items():
         for name, files in manifest["inputs"].items():
             place = folders.get(name, f"the one that {folders[stage]} was made from")
-            for file, claimed in files.items():
-                digest, where = stated.setdefault((name, file), (None if name in manifests else claimed, place))
-                if claimed != digest:
+            for file, source in files.items():
+                digest, where = digests.setdefault((name, file), (None if name in manifests else source, place))
+                if source != digest:
                     raise UserError(
-                        f"{folders[stage]}: was made from another {name} ({file}) than {where}. Its figures and files "
-                        f"would not be those of one model. Run: make {stage}"
+                        f"{folders[stage]}: was made from another {name} ({file}) than {where}, so figures and files "
+                        f"would be of different models. Run: make {stage}"
                     )
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return sha256 and size in bytes of every file under `folder` that is part of the result, by relative name."""
+    """Return sha256 and size in bytes of every file under `folder` that belongs to the result, by relative name."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {
         name: {"sha256": digest_of(folder / name), "bytes": (folder / name).stat().st_size}
@@ -135,8 +135,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def sync_files(folder: Path) -> None:
     """Return when all that `folder` holds is on the disk: first its files, then the folders that name them."""
-    inside = sorted(folder.rglob("*"), key=lambda path: len(path.parts), reverse=True)
-    for path in [*(path for path in inside if path.is_file()), *(path for path in inside if path.is_dir()), folder]:
+    inside = sorted(folder.rglob("*"), key=lambda path: (path.is_dir(), -len(path.parts)))
+    for path in (*(path for path in inside if path.exists()), folder):
         sync(path)
 
 

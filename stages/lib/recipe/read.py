@@ -22,20 +22,21 @@ def read_recipe(path: Path, base_model: Path | None = None) -> Recipe:
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        recipe: Recipe = build_table(Recipe, tables, "", given={"path": path, "model_folder": None})
+        try:
+            own_prompt = formats.get(recipe.format.name).system_prompt
+        except UserError as error:
+            raise UserError(f"[format] name: {error.message}") from error
+        answer_format = dataclasses.replace(recipe.format, system_prompt=recipe.format.system_prompt or own_prompt)
+        folder = folder_on_disk(recipe.model.name, base_model)
+        recipe = dataclasses.replace(recipe, format=answer_format, model_folder=folder)
+        check_recipe(recipe)
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such recipe. Run: make help") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not TOML: {error}") from error
-    recipe: Recipe = build_table(Recipe, tables, path, "", given={"path": path, "model_folder": None})
-    try:
-        own_prompt = formats.get(recipe.format.name).system_prompt
     except UserError as error:
-        raise UserError(f"{path}: [format] name: {error.message}") from error
-    answer_format = dataclasses.replace(recipe.format, system_prompt=recipe.format.system_prompt or own_prompt)
-    recipe = dataclasses.replace(
-        recipe, format=answer_format, model_folder=folder_on_disk(recipe.model.name, base_model)
-    )
-    check_recipe(recipe)
+        raise UserError(f"{path}: {error.message}") from error
     return recipe
 
 
@@ -46,65 +47,60 @@ def folder_on_disk(name: str, base_model: Path | None) -> Path | None:
     return None if is_hub_name(name) else Path(name)
 
 
-def build_table(kind: Any, table: dict[str, Any], path: Path, where: str, given: dict[str, Any] | None = None) -> Any:
+def build_table(kind: Any, table: dict[str, Any], where: str, given: dict[str, Any] | None = None) -> Any:
     """Return `kind`, a dataclass, from a TOML table; `where` is the table's dotted name, "" for the whole file."""
     given = given or {}
     fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in given}
     for key, value in table.items():
         if key not in fields:
             name = f"[{where}] {key}" if where else f"[{key}]" if isinstance(value, dict) else key
-            raise UserError(f"{path}: {name} is not known{nearest(key, fields)}; known: {', '.join(sorted(fields))}")
+            raise UserError(f"{name} is not known{nearest(key, fields)}; known: {', '.join(sorted(fields))}")
     hints = typing.get_type_hints(kind, include_extras=True)
     values = dict(given)
     for name, field in fields.items():
-        spelled = f"[{where}] {name}" if where else name if name == "save" else f"[{name}]"
+        spelling = f"[{where}] {name}" if where else name if name == "save" else f"[{name}]"
         if name in table:
-            values[name] = convert_value(table[name], hints[name], path, f"{where}.{name}".lstrip("."), spelled)
+            values[name] = convert_value(table[name], hints[name], f"{where}.{name}".lstrip("."), spelling)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{path}: {spelled} is missing")
+            raise UserError(f"{spelling} is missing")
     return kind(**values)
 
 
-def convert_value(value: Any, hint: Any, path: Path, where: str, spelled: str) -> Any:
+def convert_value(value: Any, hint: Any, where: str, spelling: str) -> Any:
     """Return `value` as the type `hint` asks for, within its bound, or raise `UserError`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    message = f"{spelling} = {value!r}; expected"
     if origin is Annotated:
         kind, bound = arguments
-        value = convert_value(value, kind, path, where, spelled)
+        value = convert_value(value, kind, where, spelling)
         if not bound.holds(value):
-            raise UserError(f"{path}: {spelled} = {value}; expected {bound.words}")
+            raise UserError(f"{message} {bound.words}")
         return value
     if origin in (typing.Union, types.UnionType):
-        return convert_value(value, next(kind for kind in arguments if kind is not type(None)), path, where, spelled)
+        return convert_value(value, next(kind for kind in arguments if kind is not type(None)), where, spelling)
     if origin is Literal:
         if value not in arguments:
-            close = nearest(str(value), arguments)
-            raise UserError(f"{path}: {spelled} = {value!r}; expected one of {', '.join(arguments)}{close}")
+            raise UserError(f"{message} one of {', '.join(arguments)}{nearest(str(value), arguments)}")
         return value
     if origin is list:
         if not isinstance(value, list):
-            raise UserError(f"{path}: {spelled} = {value!r}; expected a list")
-        return [
-            convert_value(item, arguments[0], path, where, f"{spelled}, item {n}") for n, item in enumerate(value, 1)
-        ]
-    if origin is dict:
+            raise UserError(f"{message} a list")
+        return [convert_value(item, arguments[0], where, f"{spelling}, item {n}") for n, item in enumerate(value, 1)]
+    if origin is dict or dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise UserError(f"{path}: {spelled} = {value!r}; expected a table [{where}]")
+            raise UserError(f"{message} a table [{where}]")
+        if origin is not dict:
+            return build_table(hint, value, where)
         return {
-            key: convert_value(item, arguments[1], path, f"{where}.{key}", f"[{where}] {key}")
-            for key, item in value.items()
+            key: convert_value(item, arguments[1], f"{where}.{key}", f"[{where}] {key}") for key, item in value.items()
         }
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: {spelled} = {value!r}; expected a table [{where}]")
-        return build_table(hint, value, path, where)
     if hint is float and type(value) is int:
         try:
             value = float(value)
         except OverflowError:
             value = math.inf
     if type(value) is not hint:
-        raise UserError(f"{path}: {spelled} = {value!r}; expected {hint.__name__}, found {type(value).__name__}")
+        raise UserError(f"{message} {hint.__name__}, found {type(value).__name__}")
     if hint is float and not math.isfinite(value):
-        raise UserError(f"{path}: {spelled} = {value!r}; expected a finite number")
+        raise UserError(f"{spelling} = {value!r}; expected a finite number")
     return value

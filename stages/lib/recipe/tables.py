@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-# Keys that change no result, so that no identity holds them: a run goes on from its checkpoint when they change.
+# Keys that change no result are in no identity: when one changes, a run goes on from its checkpoint.
 UNCHANGING = ("save_steps", "log_steps", "show_completions_steps")
 MAX_VLLM_RANK = 512  # of a LoRA (vllm/config/lora.py)
 
@@ -54,8 +54,11 @@ class Vllm:
 
     memory_share: Annotated[float, OVER_0_UNDER_1]  # of the GPU's memory, for the weights and the KV cache
     sequences: Annotated[int, FROM_1]  # completions decoded side by side
-    standby: bool = False  # in GRPO, give the KV cache's memory back while the trainer works; Unsloth then takes nine
-    #   tenths of the GPU while decoding, whatever memory_share says
+    standby: bool = False  # in GRPO, free the KV cache while the trainer works; while decoding, Unsloth then takes nine
+    #   tenths of the GPU, whatever memory_share says
+
+
+Check = Literal["nan", "constant_reward", "cut_off", "kl", "entropy"]
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,7 @@ class Health:
     max_kl: Annotated[float, OVER_0] | None = None  # nats; with beta = 0 none is measured
     min_entropy: Annotated[float, FROM_0] | None = None  # nats a token; not with engine unsloth, which measures none
     max_entropy: Annotated[float, OVER_0] | None = None
-    warn_only: list[Literal["nan", "constant_reward", "cut_off", "kl", "entropy"]] = dataclasses.field(
-        default_factory=list
-    )  # checks that only say so; the others stop the run
+    warn_only: list[Check] = dataclasses.field(default_factory=list)  # these only say so; the others stop the run
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ class BaseModel:
     max_position_tokens: Annotated[int, FROM_1]
     corpus_problems: Annotated[int, FROM_1]  # word problems in the corpus, each once as a conversation
     drill_share: Annotated[float, FROM_0_UNDER_1]  # of the corpus: documents of nine single steps, no conversation
-    eval_problems: Annotated[int, FROM_1]  # problems kept out of the corpus, for prepare-data to examine on
-    train_problems: Annotated[int, FROM_1]  # likewise, to train on
-    working_share: Annotated[float, FROM_0_TO_1]  # of train_problems, those whose solution shows its working
+    eval_problems: Annotated[int, FROM_1]  # problems kept out of the corpus, for the eval set
+    train_problems: Annotated[int, FROM_1]  # kept out of it, for the sft and grpo sets
+    working_share: Annotated[float, FROM_0_TO_1]  # of train_problems: their solutions show the working
     steps: Annotated[int, FROM_1]
     batch_size: Annotated[int, FROM_1]
     learning_rate: Annotated[float, OVER_0]
@@ -104,25 +105,23 @@ class Source:
     """One `[[data.sources]]`: where rows come from, which columns count and which sets they go to."""
 
     name: str  # a hub name (then `revision` is a must), a file, a folder, or "base-model": the problems it made
-    use: list[Literal["sft", "grpo", "eval"]]  # the sets its rows go to: to each of them, unless there are `shares`
+    use: list[Literal["sft", "grpo", "eval"]]  # the sets that its rows go to: each row to all, unless `shares` split
     question: str  # the column of the problem
     answer: str  # the column of the answer
     answers: Literal["number", "math", "text", "choice", "scored"] = "number"  # their kind (`docs/answers.md`)
-    decimal: Literal[".", ","] | None = None  # number: what the decimals follow; None: ".", and what
-    #   reads two ways is refused
-    tolerance: Annotated[float, FROM_0_UNDER_1] = 0.005  # number: how far a rounded answer may be from a float that
-    #   does not end, as a share
+    decimal: Literal[".", ","] | None = None  # number: the decimal mark; None: ".", and what reads two ways is refused
+    tolerance: Annotated[float, FROM_0_UNDER_1] = 0.005  # number: share that a rounded answer may be off a long float
     scorer: str = ""  # scored: the name of the scorer
     solution: str = ""  # the column of the worked solution, which sft needs; "": none, or within `answer` (gsm8k)
     style: Literal["plain", "gsm8k", "think"] = "plain"  # gsm8k: solution, "####" and answer are one column, with
-    #   calculator marks; think: the solution has <think> marks, and one without its end was cut off
+    #   calculator marks; think: the solution has <think> marks, and is truncated if </think> is missing
     revision: str = ""  # the hub commit, 40 hex digits
     config: str = ""  # the hub's name for a part of the dataset, such as "main" or "en"
     split: str = "train"
-    shares: list[float] = dataclasses.field(default_factory=list)  # one a set in `use`, together at most 1: each
-    #   problem then goes to one set, or to none, by the hash of its question
-    unreadable: Literal["refuse", "drop"] = "refuse"  # rows without question, answer or solution, or with one that
-    #   can't be read: end with an error that names the first, or leave them out and count them
+    shares: list[float] = dataclasses.field(default_factory=list)  # one a set in `use`, together at most 1: the hash
+    #   of a question decides its one set, or none
+    unreadable: Literal["refuse", "drop"] = "refuse"  # what a row does whose question, answer or solution is missing or
+    #   unreadable: end the stage with an error, or be left out and counted
     max_rows: int = 0  # read so many rows from the start; 0: all
 
 
@@ -132,11 +131,11 @@ class Data:
 
     sources: list[Source]
     max_prompt_tokens: Annotated[int, FROM_1]  # of the rendered prompt, chat markup included; longer ones are dropped
-    ngram_words: Annotated[int, FROM_1]  # questions are compared by their runs of so many words (a sign counts as one)
-    near_duplicate_jaccard: Annotated[float, OVER_0_TO_1]  # of two questions in a set that share so many n-grams one
+    ngram_words: Annotated[int, FROM_1]  # questions are compared by n-grams of so many words (a sign counts as one)
+    near_duplicate_jaccard: Annotated[float, OVER_0_TO_1]  # of two questions in a set whose n-grams are as similar, one
     #   stays; 1: only exact duplicates go
-    contamination_overlap: Annotated[float, OVER_0_TO_1]  # a training question goes when this share of its n-grams, or
-    #   of an eval question's (whichever has fewer), is in both
+    contamination_overlap: Annotated[float, OVER_0_TO_1]  # of the n-grams of a training or an eval question,
+    #   whichever has fewer: from this share in the other on, the training question goes
 
 
 @dataclass(frozen=True)
@@ -190,10 +189,10 @@ class Sft:
 
 @dataclass(frozen=True)
 class Rewards:
-    """`[rewards]`: what GRPO pays for; `stages/lib/rewards/` knows each."""
+    """`[rewards]`: what is rewarded in GRPO; `stages/lib/rewards/` knows each function."""
 
     functions: list[str]
-    weights: list[float]  # one a function; 0 logs without paying
+    weights: list[float]  # one a function; 0: logged, not rewarded
     length_cache_tokens: int | None = None  # length_penalty: the last so many completion tokens cost
     repetition_ngram_tokens: int | None = None  # repetition_penalty: the length of what is repeated
     repetition_max_penalty: float | None = None  # repetition_penalty: what nothing but repetition costs
@@ -213,15 +212,15 @@ class Grpo:
     temperature: Annotated[float, OVER_0]  # of sampling; 1.0: the model's own distribution
     top_p: Annotated[float, OVER_0_TO_1]  # 1.0: all tokens
     top_k: Annotated[int, FROM_0]  # 0: all
-    min_p: Annotated[float, FROM_0_TO_1]  # of the likeliest token's probability, what a token must have; 0.0: nothing
+    min_p: Annotated[float, FROM_0_TO_1]  # least probability of a token, as a share of the likeliest one's; 0.0: none
     repetition_penalty: Annotated[float, OVER_0]  # 1.0: none
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"]  # by what the sum over tokens is divided
-    scale_rewards: Literal["group", "batch", "none"]  # by whose standard deviation advantages are divided
-    beta: Annotated[float, FROM_0]  # weight of the KL divergence from the model before GRPO (engine unsloth: from
-    #   the base, so that it also pulls back what SFT taught); 0: it is not measured
-    epsilon: Annotated[float, OVER_0_UNDER_1]  # the probability ratio of a token counts down to 1 - epsilon
-    epsilon_high: Annotated[float, OVER_0]  # and up to 1 + epsilon_high
-    mask_truncated_completions: bool  # what was cut off teaches nothing
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"]  # what divides the sum over tokens
+    scale_rewards: Literal["group", "batch", "none"]  # whose standard deviation divides the advantages
+    beta: Annotated[float, FROM_0]  # weight of the KL divergence from the SFT model (engine unsloth: from the base,
+    #   which undoes what SFT taught); 0: not measured
+    epsilon: Annotated[float, OVER_0_UNDER_1]  # a token's probability ratio is clipped below 1 - epsilon
+    epsilon_high: Annotated[float, OVER_0]  # and above 1 + epsilon_high
+    mask_truncated_completions: bool  # a truncated completion teaches nothing
     learning_rate: Annotated[float, OVER_0]
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"]
     warmup_steps: Annotated[int, FROM_0]
@@ -234,24 +233,24 @@ class Grpo:
     save_steps: Annotated[int, FROM_1]  # a checkpoint every so many steps
     log_steps: Annotated[int, FROM_1]  # each step is logged; so many are an entry that [health] counts
     show_completions_steps: Annotated[int, FROM_1]  # every so many steps, a table of samples on the terminal
-    min_completion_tokens: int | None = None  # out of GPU memory, the last resort is completions down to this; None: no
+    min_completion_tokens: int | None = None  # out of GPU memory, completions shorten down to this; None: never
 
 
 @dataclass(frozen=True)
 class ScoreBase:
-    """`[score_base]`: what the rewards pay before GRPO, which it samples as `[grpo]` says. For the score-base stage."""
+    """`[score_base]`: the rewards before GRPO, of completions sampled as `[grpo]` says. For the score-base stage."""
 
     problems: Annotated[int, FROM_1]  # at most so many of the grpo set, drawn by the seed
     completions_per_problem: Annotated[int, GROUP]
     batch_size: Annotated[int, FROM_1]  # completions a batch, whole groups
     seed: Annotated[int, SEED]
-    min_pass_rate: Annotated[float, FROM_0_TO_1]  # problems with this share of right answers or more, and with
-    max_pass_rate: Annotated[float, FROM_0_TO_1]  #   this or less, are the subset for GRPO; 0.0 and 1.0: none is made
+    min_pass_rate: Annotated[float, FROM_0_TO_1]  # problems with a share of right answers from this one
+    max_pass_rate: Annotated[float, FROM_0_TO_1]  #   to this one are the subset for GRPO; 0.0 and 1.0: none is made
 
 
 @dataclass(frozen=True)
 class Infer:
-    """`[infer]`: the examination on held-out problems."""
+    """`[infer]`: the evaluation on held-out problems."""
 
     problems: Annotated[int, FROM_1]  # at most so many of the eval set
     batch_size: Annotated[int, FROM_1]
@@ -263,8 +262,8 @@ class Merge:
     """`[merge]`: the adapter folded into the base."""
 
     dtype: Literal["bfloat16", "float16"]
-    prompts: Annotated[int, FROM_1] = 50  # of the eval set, on which merged and adapter-on-base are compared
-    positions_per_prompt: Annotated[int, FROM_2] = 64  # at which next-token distributions are compared, over the prompt
+    prompts: Annotated[int, FROM_1] = 50  # of the eval set: there merged model and adapter on its base are compared
+    positions_per_prompt: Annotated[int, FROM_2] = 64  # of a prompt, at which next-token distributions are compared
     max_mean_kl: Annotated[float, OVER_0] = 1e-4  # nats
 
 
@@ -273,10 +272,10 @@ class Gguf:
     """`[gguf]`: the quantizations, and how far from the merged model each may be."""
 
     types: list[str]  # out of GGUF_TYPES, in any case
-    prompts: Annotated[int, FROM_1] = 200  # of the eval set, on which every file is held against the merged model
-    positions_per_prompt: Annotated[int, FROM_2] = 32  # likewise, over prompt and completion
-    max_mean_kl: dict[str, Annotated[float, OVER_0]] = dataclasses.field(default_factory=dict)  # nats, by type; for the
-    #   others GGUF_TYPES has it
+    prompts: Annotated[int, FROM_1] = 200  # of the eval set: there every file is compared with the merged model
+    positions_per_prompt: Annotated[int, FROM_2] = 32  # of prompt and completion, at which they are compared
+    max_mean_kl: dict[str, Annotated[float, OVER_0]] = dataclasses.field(default_factory=dict)  # nats, by type, where
+    #   GGUF_TYPES' own is not meant
     importance_prompts: Annotated[int, FROM_0] = 0  # of the sft set, for an importance matrix; 0: none
     max_lost_ends: Annotated[int, FROM_0] = 0  # prompts on which a file may run on though the merged model ends
 
@@ -302,8 +301,8 @@ class Recipe:
     path: Path  # the file it was read from
     model_folder: Path | None  # where its model lies on this disk; None: on the hub, or not made yet
     save: list[Literal["merged_16bit", "merged_4bit", "lora", "gguf"]]  # what is handed over (`make push`)
-    #   The merged model in 16 bits and the GGUF files are made in any case, these out of that; merged_4bit asks merge
-    #   for a copy in NF4 (NVIDIA GPU only), lora asks gguf for the adapter as a GGUF file
+    #   merged_16bit and gguf are made in any case; merged_4bit has merge make a copy in NF4 (NVIDIA GPU only), lora has
+    #   gguf make a GGUF file of the adapter
     model: Model
     data: Data
     format: Format
@@ -322,11 +321,8 @@ class Recipe:
 
     def tables(self, *names: str) -> dict[str, Any]:
         """Return the named tables as plain dicts, without `UNCHANGING`: what a stage's manifest states as used."""
-        tables = {name: dataclasses.asdict(getattr(self, name)) for name in names if getattr(self, name) is not None}
-        return {
-            name: {key: value for key, value in table.items() if key not in UNCHANGING}
-            for name, table in tables.items()
-        }
+        tables = {name: dataclasses.asdict(table) for name in names if (table := getattr(self, name)) is not None}
+        return {name: {key: table[key] for key in table if key not in UNCHANGING} for name, table in tables.items()}
 
 
 def is_hub_name(name: str) -> bool:

@@ -13,13 +13,13 @@ from stages.lib.train.checkpoints import mark_complete
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """Return the signals that end a run in good order: not one that is ignored, as HUP is under nohup."""
+    """Return the signals on which a run saves and stops; a signal that is ignored, as HUP under nohup, is not one."""
     ending = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     return [number for number in ending if signal.getsignal(number) != signal.SIG_IGN]
 
 
-def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tuple[Any, Any, Any]:
-    """Return the progress bar, the signal handler and the watch over the log, as callbacks of transformers' Trainer."""
+def make_callbacks(bar: tuple[str, ...], round_steps: int) -> tuple[Any, Any]:
+    """Return the progress bar and the signal handler, as callbacks of transformers' Trainer."""
     from tqdm import tqdm
     from transformers import TrainerCallback
 
@@ -62,14 +62,27 @@ def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tup
             for number, handler in self.before.items():
                 signal.signal(number, handler)
 
-    class Watch(TrainerCallback):
-        """Stop a run that would only waste GPU hours, or say so once, as the recipe's [health] says."""
+    return Progress(), StopOnSignal()
 
+
+def watch_health(knobs: Health) -> Any:
+    """Return a callback that logs each step, and stops a run that wastes GPU hours or says so once, as `knobs` say.
+
+    A log of each step depends neither on log_steps nor on the step at which a run was killed: the trainer keeps its
+    sums since the last entry in memory alone.
+    """
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
         def __init__(self):
             self.said: set[str] = set()
 
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.logging_steps, state.save_steps = 1, args.save_steps  # not those of the checkpoint it goes on from
+
         def on_log(self, args, state, control, **kwargs):
-            steps = replace(knobs, log_entries=knobs.log_entries * args.logging_steps)  # the trainer logs each step
+            steps = replace(knobs, log_entries=knobs.log_entries * args.logging_steps)
             for check, advice in health.find(state.log_history, steps, scaled=args.fp16).items():
                 if check not in knobs.warn_only:
                     raise UserError(f"stopped at step {state.global_step} by the {check} check: {advice}")
@@ -77,15 +90,15 @@ def make_callbacks(bar: tuple[str, ...], round_steps: int, knobs: Health) -> tup
                     self.said.add(check)
                     tqdm.write(f"step {state.global_step}, {check} check: {advice}")
 
-    return Progress(), StopOnSignal(), Watch()
+    return Watch()
 
 
 def settle_heap() -> Any:
-    """Return a callback that takes what lives after the first step out of the rounds of Python's garbage collector.
+    """Return a callback that hides all objects alive after the first step from Python's garbage collector.
 
-    Model, trainer and what torch compiled live to the end, and a step's completions are many small objects, which set
-    off a walk over all that lives: up to 0.7 s of a step of 12 s, as measured with nothing taken out. vLLM takes out
-    what there is when it starts, and Unsloth would before the first step, but not where somebody did already.
+    Model, trainer and compiled code live to the end. A step's completions are many small objects, which start a
+    collection over everything that lives: up to 0.7 s of a step of 12 s, measured without this callback. vLLM hides
+    what there is when it starts; Unsloth would before the first step, but not after vLLM did.
     """
     from transformers import TrainerCallback
 

@@ -1,4 +1,4 @@
-"""Checkpoints to trust: which are whole, and from which one a run is carried on."""
+"""Checkpoints: which are whole, and from which one a run goes on."""
 
 import json
 import shutil
@@ -12,9 +12,9 @@ COMPLETE = "complete"  # in a checkpoint: size and sha256 of all its other files
 
 
 def mark_complete(folder: Path, step: int) -> None:
-    """Write `complete` into the checkpoint of `step` under `folder`: transformers writes one file after another.
+    """Write `complete` into the checkpoint of `step` under `folder`, when its files are on the disk.
 
-    What lies beside it, such as the completions so far, is on the disk before that as well.
+    The files beside the checkpoint, such as the completions so far, are on the disk before that as well.
     """
     checkpoint = folder / f"checkpoint-{step}"
     sync_files(checkpoint)
@@ -26,7 +26,7 @@ def mark_complete(folder: Path, step: int) -> None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Say whether the files of a checkpoint are those that its `complete` states; after a power cut they may not be."""
+    """Say whether a checkpoint has the files that its `complete` states; after a power cut it may not."""
     try:
         stated = json.loads((checkpoint / COMPLETE).read_text())
     except ValueError:
@@ -38,17 +38,16 @@ def is_whole(checkpoint: Path) -> bool:
 def last_checkpoint(folder: Path, steps: int) -> str | None:
     """Return the newest whole checkpoint under `folder` for a run of `steps`, or None.
 
-    Deletes those that are of no use: what a crash left without its `complete`, and the checkpoint of the last step, as
-    transformers' Trainer, carried on from there, would take one step more. One that is complete and yet not whole is
-    renamed to `torn-STEP`, and a line says so.
+    Deletes a checkpoint without `complete`, which a crash left, and that of the last step, from which transformers'
+    Trainer would take one step more. One that is complete and yet not whole is renamed to `torn-STEP`, with a message.
     """
     usable = {}
     for path in folder.glob("checkpoint-*"):
-        if not path.name.removeprefix("checkpoint-").isdecimal():
+        name = path.name.removeprefix("checkpoint-")
+        if not name.isdecimal():
             continue  # somebody's own
-        step = int(path.name.removeprefix("checkpoint-"))
-        if (path / COMPLETE).is_file() and step < steps:
-            usable[step] = path
+        if (path / COMPLETE).is_file() and int(name) < steps:
+            usable[int(name)] = path
         else:
             shutil.rmtree(path)
     for step in sorted(usable, reverse=True):

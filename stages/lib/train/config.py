@@ -1,4 +1,4 @@
-"""The fields that TRL's SFTConfig and GRPOConfig share: every one that changes the result, none left to a default."""
+"""The fields that TRL's SFTConfig and GRPOConfig share: every one that changes the result is stated."""
 
 from pathlib import Path
 from typing import Any

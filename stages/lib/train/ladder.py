@@ -1,6 +1,6 @@
-"""What a trainer gives up, rung by rung, when the GPU's memory runs out, without changing what it learns.
+"""The memory ladder: what a trainer gives up, rung by rung, when the GPU's memory runs out, and learns the same.
 
-Out of memory, a process can seldom free what it holds: fragments, CUDA graphs and vLLM's cache stay. So the stage notes
+Out of memory, a process can seldom free its memory: fragments, CUDA graphs and vLLM's cache stay. So the stage writes
 the next rung beside its checkpoints and starts itself anew, from the last checkpoint.
 """
 
@@ -21,22 +21,22 @@ from stages.lib.recipe.tables import Recipe, Vllm
 
 FILE = "memory_ladder.json"
 MIN_MEMORY_SHARE = 0.2  # less would hold no useful KV cache beside the weights
-# What vLLM says when its share does not hold the weights and one sequence: less of it is no remedy.
+# vLLM's words when its share does not hold the weights and one sequence: a smaller share does not help.
 TOO_SMALL = ("No available memory for the cache blocks", "larger than the available KV cache")
-# torch's own error and CUDA's; vLLM's when others hold what it is to take, or its own step runs out.
+# In the errors of torch and CUDA; in vLLM's, when other programs hold its share, or its own step runs out.
 OUT_OF_MEMORY = ("out of memory", "Free memory on device")
-# TRL sets these to start vLLM; a process that is started with them takes itself for one of several.
+# TRL sets these to start vLLM. A process that starts with them would wait for others.
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-NOT_MEMORY = "NOT an out of memory error"  # Unsloth's word on two failures to start that more memory would not mend
+NOT_MEMORY = "NOT an out of memory error"  # in two of Unsloth's errors that more memory does not fix
 
 
 def lower(recipe: Recipe, stage: str, *, share_stays: bool = False) -> Recipe | None:
     """Return `recipe` one rung down for `stage`, "sft" or "grpo"; None when there is no rung left.
 
-    First vLLM's share shrinks by a quarter, down to MIN_MEMORY_SHARE: it costs speed only. With standby it takes a
-    share of its own, whatever it is told, so that a lower one would bring nothing; `share_stays` says the same of one
-    that was too small before. Then the micro-batch halves, and accumulation doubles. The completion length, which
-    changes what is learnt, halves last and never below `min_completion_tokens`; None: it does not.
+    First vLLM's share shrinks by a quarter, down to MIN_MEMORY_SHARE, which costs only speed; not with standby, which
+    takes its own share, nor with `share_stays`, for a share that was too small before. Then the micro-batch halves and
+    accumulation doubles. Last, the completion length halves, which changes what is learnt: only where
+    `min_completion_tokens` is set, and never below it.
     """
     table, vllm = getattr(recipe, stage), vllm_beside(recipe, stage)
     if vllm and not (vllm.standby or share_stays) and vllm.memory_share > MIN_MEMORY_SHARE:
@@ -57,7 +57,7 @@ def vllm_beside(recipe: Recipe, stage: str) -> Vllm | None:
 
 
 def values(recipe: Recipe, stage: str) -> dict[str, float]:
-    """Return what the ladder lowers for `stage`, by the recipe's keys."""
+    """Return the values that the ladder lowers for `stage`, by the recipe's keys."""
     found: dict[str, float] = {"micro_batch_size": getattr(recipe, stage).micro_batch_size}
     if vllm := vllm_beside(recipe, stage):
         found["memory_share"] = vllm.memory_share
@@ -67,7 +67,7 @@ def values(recipe: Recipe, stage: str) -> dict[str, float]:
 
 
 def with_values(recipe: Recipe, stage: str, found: dict[str, float]) -> Recipe:
-    """Return `recipe` with what `values` says in `found`."""
+    """Return `recipe` with the values `found`, as `values` gives them."""
     own = {key: value for key, value in found.items() if key != "memory_share"}
     recipe = replace(recipe, **{stage: replace(getattr(recipe, stage), **own)})
     if "memory_share" in found and (vllm := vllm_beside(recipe, stage)):
@@ -76,23 +76,23 @@ def with_values(recipe: Recipe, stage: str, found: dict[str, float]) -> Recipe:
 
 
 def read_steps(checkpoints: Path) -> list[Any]:
-    """Return the steps down that a run took so far, as its manifest will state them."""
+    """Return the steps down the ladder that a run took so far, as its manifest will state them."""
     path = checkpoints / FILE
     return json.loads(path.read_text()) if path.is_file() else []
 
 
 def lowered(recipe: Recipe, stage: str, checkpoints: Path) -> Recipe:
-    """Return `recipe` as far down as the run of `stage` has stepped."""
+    """Return `recipe` on the rung that the run of `stage` is on."""
     steps = read_steps(checkpoints)
     return with_values(recipe, stage, steps[-1]["to"]) if steps else recipe
 
 
 @contextlib.contextmanager
 def stepping_down(recipe: Recipe, stage: str, checkpoints: Path, trainer: Any = None) -> Iterator[None]:
-    """Around loading or training: when the GPU's memory runs out, start the process anew one rung under `recipe`."""
+    """Start the process anew, one rung under `recipe`, when the GPU runs out of memory in the body."""
     try:
         yield
-    # torch's OutOfMemoryError is the first, vLLM's refusal the second, Unsloth's while vLLM loads the third.
+    # The types of torch's OutOfMemoryError, of vLLM's refusal, and of Unsloth's error while vLLM loads.
     except (RuntimeError, ValueError, MemoryError) as error:
         if not (says(error, TOO_SMALL) or is_out_of_memory(error)):
             raise
@@ -100,10 +100,10 @@ def stepping_down(recipe: Recipe, stage: str, checkpoints: Path, trainer: Any = 
 
 
 def step_down(recipe: Recipe, stage: str, checkpoints: Path, step: int, error: Exception) -> None:
-    """Note the rung under `recipe` beside the checkpoints and start this process anew on it; it does not return.
+    """Write the rung under `recipe` beside the checkpoints and start this process anew on it; this does not return.
 
-    `step` is the optimizer step at which `error`, the lack of memory, came. A share of the GPU that turns out too small
-    for vLLM goes back to what it was before, and stays there. Raises `UserError` when no rung is left.
+    `error`, the lack of memory, came at the optimizer step `step`. Where vLLM's share is too small, it goes back to the
+    one before, and stays there. Raises `UserError` when no rung is left.
     """
     steps = read_steps(checkpoints)
     reason = str(error).splitlines()[0]
@@ -113,16 +113,16 @@ def step_down(recipe: Recipe, stage: str, checkpoints: Path, step: int, error: E
         shares = [share for each in steps if (share := each["from"]["memory_share"]) > before["memory_share"]]
         if not shares:
             raise UserError(
-                f"[vllm] memory_share = {before['memory_share']} of this GPU is too small for the model's weights and "
-                f"the KV cache of one completion. Raise it, or use a GPU with more memory, [model] load_in_4bit = true "
-                f"or a shorter max_completion_tokens. {reason}"
+                f"[vllm] memory_share = {before['memory_share']} of this GPU does not hold the model's weights and the "
+                f"KV cache of one completion. Raise it, or use a GPU with more memory, [model] load_in_4bit = true or "
+                f"a shorter max_completion_tokens. {reason}"
             ) from error
         start, stays = with_values(recipe, stage, {"memory_share": shares[-1]}), True
     below = lower(start, stage, share_stays=stays)
     if below is None:
-        held = ", ".join(f"{name} = {value}" for name, value in before.items())
+        lowest = ", ".join(f"{name} = {value}" for name, value in before.items())
         raise UserError(
-            f"out of GPU memory at step {step} with nothing left to give up: {held}. Use a GPU with more memory, "
+            f"out of GPU memory at step {step} with nothing left to give up: {lowest}. Use a GPU with more memory, "
             f"[model] load_in_4bit = true, a shorter max_completion_tokens or max_tokens, or a lower [lora] rank. "
             f"{reason}"
         ) from error
@@ -130,8 +130,8 @@ def step_down(recipe: Recipe, stage: str, checkpoints: Path, step: int, error: E
     steps.append({"at_step": step, "from": before, "to": after, "reason": reason})
     checkpoints.mkdir(parents=True, exist_ok=True)
     write_json(checkpoints / FILE, steps)
-    changed = ", ".join(f"{name} {old} -> {after[name]}" for name, old in before.items() if old != after[name])
-    click.echo(f"out of GPU memory at step {step}: {changed}, and on from the last checkpoint", err=True)
+    changes = ", ".join(f"{name} {old} -> {after[name]}" for name, old in before.items() if old != after[name])
+    click.echo(f"out of GPU memory at step {step}: {changes}, and on from the last checkpoint", err=True)
     sys.stdout.flush()
     sys.stderr.flush()
     for name in DISTRIBUTED:
@@ -141,9 +141,8 @@ def step_down(recipe: Recipe, stage: str, checkpoints: Path, step: int, error: E
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether `error` is the GPU's memory running out: torch's own error, CUDA's, or vLLM's refusal to start."""
-    return not says(error, (NOT_MEMORY,)) and (
-        says(error, OUT_OF_MEMORY) or any(type(each).__name__ == "OutOfMemoryError" for each in chain(error))
-    )
+    from_torch = any(type(each).__name__ == "OutOfMemoryError" for each in chain(error))
+    return (from_torch or says(error, OUT_OF_MEMORY)) and not says(error, (NOT_MEMORY,))
 
 
 def says(error: BaseException, texts: Iterable[str]) -> bool:

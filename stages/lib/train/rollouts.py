@@ -1,4 +1,4 @@
-"""The completions that GRPO samples: kept with what each was paid, and shown on the terminal."""
+"""The completions that GRPO samples: kept with their rewards, and shown on the terminal."""
 
 import json
 from pathlib import Path
@@ -17,26 +17,17 @@ def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
     class KeepCompletions(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lines_until(path, state.global_step))  # a run that is carried on repeats the rest
+            write_whole(path, lines_until(path, state.global_step))  # the run samples the rest again
 
         def on_step_end(self, args, state, control, **kwargs):
-            # TRL has no public way to a step's completions but a table on every log: these are its own records.
-            logs = trainer._logs
+            logs = trainer._logs  # TRL's own records: its public way to them is a table on every log
+            columns = {"prompt": logs["prompt"], "completion": logs["completion"]}
+            columns |= {"advantage": [round(value, 4) for value in logs["advantages"]], **logs["rewards"]}
             rows = [
-                {
-                    "step": state.global_step,
-                    "prompt": prompt,
-                    "completion": completion,
-                    "advantage": round(advantage, 4),
-                }
-                for prompt, completion, advantage in zip(
-                    logs["prompt"], logs["completion"], logs["advantages"], strict=True
-                )
+                {"step": state.global_step, **dict(zip(columns, values, strict=True))}
+                for values in zip(*columns.values(), strict=True)
             ]
-            for name, values in logs["rewards"].items():
-                for row, value in zip(rows, values, strict=True):
-                    row[name] = value
-            if (state.global_step - 1) % args.num_iterations == 0:  # the other steps go over the same ones again
+            if (state.global_step - 1) % args.num_iterations == 0:  # other steps train on the same completions again
                 with path.open("a") as file:
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             if state.global_step % show_steps == 0:
@@ -59,19 +50,11 @@ def lines_until(path: Path, step: int) -> bytes:
 
 
 def show(rows: list[dict[str, Any]], step: int) -> None:
-    """Show the completion of a step with the highest advantage and the one with the lowest, with what each was paid."""
+    """Show the completion of a step with the highest advantage and the one with the lowest, with their rewards."""
     from tqdm import tqdm
 
-    lines = []
-    for name, row in (
-        ("best", max(rows, key=lambda row: row["advantage"])),
-        ("worst", min(rows, key=lambda row: row["advantage"])),
-    ):
-        paid = "  ".join(
-            f"{key} {value:g}" for key, value in row.items() if key not in ("step", "prompt", "completion")
-        )
-        lines += [
-            f"step {step}, {name}: {paid}",
-            *("    " + line for line in row["completion"].strip().splitlines()[:12]),
-        ]
-    tqdm.write("\n".join(lines))
+    rows = sorted(rows, key=lambda row: row["advantage"])
+    for name, row in (("best", rows[-1]), ("worst", rows[0])):
+        rewards = [f"{key} {value:g}" for key, value in row.items() if key not in ("step", "prompt", "completion")]
+        lines = ["    " + line for line in row["completion"].strip().splitlines()[:12]]
+        tqdm.write("\n".join([f"step {step}, {name}: {'  '.join(rewards)}", *lines]))

@@ -1,4 +1,4 @@
-"""Ask the finished GGUF a question, as any llama.cpp program would, and print the answer as it is written."""
+"""Ask the finished GGUF a question by llama.cpp, and print the answer as it is generated."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from stages.lib.serve.setting import answer_with, open_model, read_setting
 def main(recipe: Path, ollama_modelfile: Path, question: str) -> None:
     max_tokens = read_recipe(recipe).infer.max_completion_tokens
     if not question.strip():
-        raise UserError('--question is empty; expected one, as in: make ask Q="What is 17 + 25?"')
-    if any("\ud800" <= sign <= "\udfff" for sign in question):  # how Python holds bytes that are no text
+        raise UserError('--question is empty; expected text. Run: make ask Q="What is 17 + 25?"')
+    if any("\ud800" <= sign <= "\udfff" for sign in question):  # Python's surrogates for bytes that are no text
         raise UserError("--question is not UTF-8; expected text in the terminal's encoding")
     setting = read_setting(ollama_modelfile)
     with open_model(setting) as file:

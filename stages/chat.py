@@ -1,4 +1,4 @@
-"""Talk to the finished GGUF in the terminal, turn by turn: /reset starts anew, /quit ends."""
+"""Chat with the finished GGUF in the terminal: /reset starts a new conversation, /quit ends."""
 
 import contextlib
 import sys
@@ -37,11 +37,7 @@ def main(recipe: Path, ollama_modelfile: Path) -> None:
 
 
 def converse(file: "Llama", setting: Setting, max_tokens: int, count: Callable[[list[Message]], int]) -> None:
-    """Read questions from standard input, a line each, and write answers of at most `max_tokens`, until the end of it.
-
-    `count` gives the tokens of a conversation's prompt. Ctrl-C ends an answer, which then is no part of the
-    conversation, or between answers everything.
-    """
+    """Answer each line of standard input in at most `max_tokens`. `count`: a prompt's tokens. Ctrl-C drops a turn."""
     turns: list[Message] = []
     while (question := ask_for_question()) is not None:
         if not question.strip():
@@ -54,49 +50,47 @@ def converse(file: "Llama", setting: Setting, max_tokens: int, count: Callable[[
             continue
         if question.startswith("/") and question[1:].isalpha():
             close = nearest(question, COMMANDS)
-            click.echo(f"({question} is no command{close}; {', '.join(COMMANDS)})", err=True)
+            click.echo(f"({question} is no command{close}; expected {' or '.join(COMMANDS)})", err=True)
             continue
-        asked = [*turns, {"role": "user", "content": question}]
+        messages = [*turns, {"role": "user", "content": question}]
         room = min(max_tokens, setting.context_tokens // 2)  # for the answer
-        kept = fitting(asked, setting.context_tokens - room, count)
-        if not kept:
+        prompt = fitting(messages, setting.context_tokens - room, count)
+        if not prompt:
             click.echo(
-                f"(too long: with room for {room:,} tokens of answer it does not fit into the context of "
+                f"(too long; expected a question that leaves {room:,} tokens for the answer in the context of "
                 f"{setting.context_tokens:,})",
                 err=True,
             )
             continue
-        if dropped := (len(asked) - len(kept)) // 2:
-            click.echo(f"(the context is full: without the oldest {dropped} of {len(asked) // 2} turns)", err=True)
-        written = ""
+        if left_out := (len(messages) - len(prompt)) // 2:
+            click.echo(f"(the context is full: the oldest {left_out} of {len(messages) // 2} turns are gone)", err=True)
+        answer = ""
         try:
-            for piece in answer_with(file, setting, kept, room):
-                written += piece
+            for piece in answer_with(file, setting, prompt, room):
+                answer += piece
                 click.echo(piece, nl=False)
         except KeyboardInterrupt:
             click.echo("\n(stopped; this turn is left out of the conversation)", err=True)
-            turns = kept[:-1]
+            turns = prompt[:-1]
             continue
         click.echo()
-        turns = [*kept, {"role": "assistant", "content": written}]
+        turns = [*prompt, {"role": "assistant", "content": answer}]
 
 
 def ask_for_question() -> str | None:
-    """Return the next line of standard input; None at its end, or at Ctrl-C."""
+    """Return the next line of standard input; None at its end and at Ctrl-C."""
     try:
         line = input("> " if sys.stdin.isatty() else "")
-        return line.encode(errors="surrogateescape").decode(errors="replace")  # what is not UTF-8 becomes "\ufffd"
+        return line.encode(errors="surrogateescape").decode(
+            errors="replace"
+        )  # bytes that are not UTF-8 become "\ufffd"
     except (EOFError, KeyboardInterrupt):
         click.echo(err=True)
         return None
 
 
 def fitting(messages: list[Message], most_tokens: int, count: Callable[[list[Message]], int]) -> list[Message]:
-    """Return `messages`, questions and answers in turn, without as many of the oldest turns as have to go.
-
-    `count` gives the tokens of a prompt, which is to have at most `most_tokens`. Nothing is returned when the last
-    question alone has more.
-    """
+    """Return `messages` without the oldest turns, in at most `most_tokens` by `count`, [] if none fit."""
     while messages and count(messages) > most_tokens:
         messages = messages[2:]
     return messages

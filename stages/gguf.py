@@ -20,7 +20,7 @@ from stages.lib.gguf.types import GGUF_TYPES
 from stages.lib.jsonl import first_rows
 from stages.lib.model.files import refuse_quantized, vocabulary_size, whole_model_folder
 from stages.lib.model.locate import local_model, locate_model
-from stages.lib.model.parity import examine, examine_adapter, refer
+from stages.lib.model.parity import evaluate_adapter, evaluate_file, refer
 from stages.lib.model.reference import load_reference
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Gguf, Recipe
@@ -66,91 +66,78 @@ def main(recipe: Path, merge: Path, prepare_data: Path, grpo: Path, base_model: 
 
 
 def kinds(gguf: Gguf) -> list[str]:
-    """Return the types asked for, in llama.cpp's spelling in lower case."""
+    """Return the recipe's types in lower case."""
     return [name.lower() for name in gguf.types]
 
 
 def limits(gguf: Gguf) -> dict[str, float]:
-    """Return the largest mean KL divergence (nats) allowed by type: the recipe's, or else `GGUF_TYPES`'."""
+    """Return the largest mean KL divergence (nats) by type: the recipe's, else that of `GGUF_TYPES`."""
     return GGUF_TYPES | {name.lower(): limit for name, limit in gguf.max_mean_kl.items()}
 
 
 def room_bytes(gguf: Gguf, parameters: int, model: Path, lora: Path | None = None) -> int:
-    """Return what the stage writes at most for a model of so many `parameters` in the folder `model`.
+    """Return the bytes that the stage writes at most for a model of `parameters` in the folder `model`.
 
-    `lora` is the adapter's folder where it is made too: that takes the base in 16 bits for a while. A type's digit
-    understates its bits: scales, embeddings in a finer type, and rows that are no multiple of 256 and so fall back to
-    one. 3 bits more cover all of them.
+    3 bits more than a type's digit cover its scales and finer types. An adapter, in `lora`, takes the base in 16 bits.
     """
     tokenizer = sum(path.stat().st_size for path in model.iterdir() if path.suffix != ".safetensors")
-    kept = [name for name in kinds(gguf) if name != source_kind(gguf)]
-    digits = {name: int(re.findall(r"\d+", name)[0]) for name in kept}
+    quantizations = [name for name in kinds(gguf) if name != source_kind(gguf)]
+    digits = {name: int(re.findall(r"\d+", name)[0]) for name in quantizations}
     bits = [digit if digit > 8 else min(digit + 3, 9) for digit in digits.values()]
     files = parameters * 2 + sum(parameters * count // 8 for count in bits)
     reference = gguf.prompts * gguf.positions_per_prompt * vocabulary_size(model) * 4
     if lora and lora.is_dir():
         files += parameters * 2 + sum(path.stat().st_size for path in lora.iterdir()) + tokenizer + 1_000_000
-    return files + reference + (len(kept) + 1) * (tokenizer + 1_000_000)
+    return files + reference + (len(quantizations) + 1) * (tokenizer + 1_000_000)
 
 
 def source_kind(gguf: Gguf) -> str:
-    """Return the 16-bit type all others are made from: f16, or bf16 where that alone is asked for.
-
-    A bfloat16 weight fits in float16 to the last bit but for the very smallest and largest (under 6e-5, over 65504).
-    """
+    """Return the 16-bit type that the others are made from: f16, or bf16 where the recipe names only that."""
     return "bf16" if "bf16" in kinds(gguf) and "f16" not in kinds(gguf) else "f16"
 
 
 def make_files(model: Path, training: Path, recipe: Recipe, run: Run) -> dict[str, Path]:
-    """Convert the model in the folder `model` to 16 bits once, and that to every type asked for. Return paths by type.
+    """Convert the model in the folder `model` to 16 bits, and quantize that to every type. Return paths by type.
 
-    `training` is prepare-data's sft.jsonl, for the importance matrix where the recipe asks for one. The 16-bit file
-    stays only where it was asked for: else it lies with the checkpoints, which go at the end.
+    `training`: sft.jsonl, for the importance matrix. A 16-bit file not in the recipe lies with the checkpoints.
     """
-    wanted, source = kinds(recipe.gguf), source_kind(recipe.gguf)
-    paths = {kind: run.folder / f"model.{kind}.gguf" for kind in wanted}
+    types, source = kinds(recipe.gguf), source_kind(recipe.gguf)
+    paths = {kind: run.folder / f"model.{kind}.gguf" for kind in types}
     source_path = paths.get(source, run.checkpoints / f"model.{source}.gguf")
-    started = time.monotonic()
+    start = time.monotonic()
     convert_model(model, source_path, source, name_of(recipe), run.checkpoints / "convert.log")
-    run.seconds["convert"] = time.monotonic() - started
+    run.seconds["convert"] = time.monotonic() - start
     importance = None
     if recipe.gguf.importance_prompts:
-        started = time.monotonic()
+        start = time.monotonic()
         rows = first_rows(training, recipe.gguf.importance_prompts, "[gguf] importance_prompts")
         importance = weigh(model, source_path, rows)
-        run.seconds["importance"] = time.monotonic() - started
-    for kind in wanted:
+        run.seconds["importance"] = time.monotonic() - start
+    for kind in types:
         if kind != source:
-            started = time.monotonic()
+            start = time.monotonic()
             quantize(source_path, paths[kind], kind, importance)
-            run.seconds[f"quantize {kind}"] = time.monotonic() - started
+            run.seconds[f"quantize {kind}"] = time.monotonic() - start
     return paths
 
 
 def name_of(recipe: Recipe) -> str:
-    """Return what a GGUF file calls itself.
-
-    llama.cpp reads Phi-3's control tokens rightly only where general.name says Phi-3 (src/llama-vocab.cpp), so the
-    base's name has to be in it.
-    """
+    """Return general.name: llama.cpp knows Phi-3's control tokens by the base's name in it (src/llama-vocab.cpp)."""
     return f"{Path(recipe.model.name).name} {recipe.path.stem}"
 
 
 def make_adapter(base: Path, lora: Path, recipe: Recipe, run: Run) -> tuple[Path, Path]:
-    """Convert the adapter in the folder `lora`, and for its proof the model in the folder `base`; return both files.
-
-    The base's, which comes first, lies with the checkpoints, which go at the end.
-    """
-    started = time.monotonic()
+    """Convert the model in `base`, among the checkpoints, and its adapter in `lora`; return both GGUF files."""
+    start = time.monotonic()
     base_path = run.checkpoints / "base.f16.gguf"
     convert_model(base, base_path, "f16", name_of(recipe), run.checkpoints / "convert-base.log")
     convert_lora(lora, base, run.folder / ADAPTER, run.checkpoints / "convert-lora.log")
-    run.seconds["convert lora"] = time.monotonic() - started
+    run.seconds["convert lora"] = time.monotonic() - start
     return base_path, run.folder / ADAPTER
 
 
 def weigh(model: Path, source: Path, rows: Sequence[dict]) -> dict[str, Any]:
-    """Return the importance matrix of the model in the folder `model`, and in the 16-bit GGUF `source`, over `rows`."""
+    """Return the importance matrix of the model in the folder `model`, whose 16-bit GGUF is `source`, over `rows`."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
@@ -168,14 +155,14 @@ def prove(
     run: Run,
     adapter: tuple[Path, Path] | None = None,
 ) -> GgufFigures:
-    """Hold every GGUF file against the merged model; write parity.json and parity.png; return what they say.
+    """Compare every GGUF file with the merged model; write parity.json and parity.png; return their figures.
 
-    `adapter` is the base's GGUF file and the LoRA's, which together are held against it as well. Raises `UserError`
-    when a file reads a prompt as other tokens, is farther away than its limit, or does not end.
+    `adapter` is the base's GGUF file and the LoRA's, compared as one model. Raises `UserError` for a file that reads a
+    prompt as other tokens, is over its limit, or does not end its completions.
     """
-    started = time.monotonic()
+    start = time.monotonic()
     reference = refer(model, rows, recipe, run.checkpoints)
-    run.seconds["reference"] = time.monotonic() - started
+    run.seconds["reference"] = time.monotonic() - start
     figures: GgufFigures = {
         "reference": {
             "prompts": len(rows),
@@ -185,42 +172,42 @@ def prove(
         },
         "files": {},
     }
-    allowed = limits(recipe.gguf)
+    max_kl = limits(recipe.gguf)
     for kind, path in paths.items():
-        started = time.monotonic()
-        figures["files"][kind] = cast(GgufFile, examine(path, reference) | {"max_mean_kl": allowed[kind]})
-        run.seconds[f"examine {kind}"] = time.monotonic() - started
+        start = time.monotonic()
+        figures["files"][kind] = cast(GgufFile, evaluate_file(path, reference) | {"max_mean_kl": max_kl[kind]})
+        run.seconds[f"examine {kind}"] = time.monotonic() - start
     if adapter:
-        started = time.monotonic()
-        # The merged model is the sum rounded to its type, and these are two files rounded to float16.
-        limit = allowed["f16"] + recipe.merge.max_mean_kl
-        figures["lora"] = cast(AdapterFile, examine_adapter(*adapter, reference) | {"max_mean_kl": limit})
-        run.seconds["examine lora"] = time.monotonic() - started
+        start = time.monotonic()
+        # The merged model is a sum rounded once, these are two files rounded to float16 each.
+        limit = max_kl["f16"] + recipe.merge.max_mean_kl
+        figures["lora"] = cast(AdapterFile, evaluate_adapter(*adapter, reference) | {"max_mean_kl": limit})
+        run.seconds["examine lora"] = time.monotonic() - start
     reference.logits.unlink()
     write_json(run.folder / "parity.json", figures)
     draw_parity(figures["files"], run.folder / "parity.png")
     click.echo(terminal.gguf(figures))
-    missed = [line for kind in paths for line in misses(kind, figures, recipe.gguf.max_lost_ends)]
-    missed += adapter_misses(figures["lora"]) if adapter else []
-    if missed:
-        raise UserError("the files do not answer like the merged model:\n  " + "\n  ".join(missed))
+    failures = [line for kind in paths for line in misses(kind, figures, recipe.gguf.max_lost_ends)]
+    failures += adapter_misses(figures["lora"]) if adapter else []
+    if failures:
+        raise UserError("the files do not answer like the merged model:\n  " + "\n  ".join(failures))
     return figures
 
 
 def adapter_misses(lora: AdapterFile) -> list[str]:
-    """Return a line with figure, limit and likely causes when the LoRA is farther from merged than it may be."""
+    """Return a line with figure, limit and likely causes when the LoRA is over its limit."""
     if lora["mean_kl"] <= lora["max_mean_kl"]:
         return []
     return [
-        f"lora: the base with {ADAPTER} is a mean KL of {lora['mean_kl']:.2e} nats from the merged model; limit "
+        f"lora: mean KL {lora['mean_kl']:.2e} nats of the base with {ADAPTER} from the merged model; limit "
         f"{lora['max_mean_kl']:.2e}, that of f16 and [merge] max_mean_kl together. Likely causes: another base or "
-        "revision; a scale other than lora_alpha / r, which is all that the file can state (rank-stabilized LoRA, a "
-        "pattern of ranks); an adapter on an embedding that the base ties to another; weights beyond float16's range"
+        "revision; a scale other than lora_alpha / r, the only one that the file can hold (rank-stabilized LoRA, a "
+        "pattern of ranks); an adapter on a tied embedding; weights beyond float16's range"
     ]
 
 
 def misses(kind: str, figures: GgufFigures, max_lost_ends: int) -> list[str]:
-    """Return one line for each limit that the file of type `kind` misses, with figure, limit and likely causes."""
+    """Return a line with figure, limit and likely causes for each limit that the file of type `kind` misses."""
     file, lines = figures["files"][kind], []
     if not file["mean_kl"] <= file["max_mean_kl"]:
         if kind in ("f32", "f16", "bf16"):
@@ -230,7 +217,7 @@ def misses(kind: str, figures: GgufFigures, max_lost_ends: int) -> list[str]:
             )
         else:
             causes = (
-                "too few bits for this model; see whether the 16-bit file is close, then take a larger type, or raise "
+                "too few bits for this model: if the 16-bit file is close, take a larger type, or raise "
                 f"[gguf.max_mean_kl] {kind}"
             )
         lines.append(
@@ -241,7 +228,7 @@ def misses(kind: str, figures: GgufFigures, max_lost_ends: int) -> list[str]:
         lines.append(
             f"{kind}: {file['ended']} of {figures['reference']['prompts']} completions end by themselves, against "
             f"{figures['reference']['ended']} in transformers; limit [gguf] max_lost_ends = {max_lost_ends}. Likely "
-            f"causes: an end token that the file does not mark as one, or too few bits for this model"
+            f"causes: an end token that the file does not mark, or too few bits for this model"
         )
     return lines
 

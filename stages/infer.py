@@ -16,7 +16,7 @@ from stages.lib.model.locate import local_model
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
 from stages.lib.report import terminal
-from stages.lib.report.figures import Examination, InferFigures, Step
+from stages.lib.report.figures import Evaluation, InferFigures, Step
 
 ROOM_BYTES = 100_000_000
 MODELS = ("base", "sft", "grpo")
@@ -100,7 +100,7 @@ def evaluate(rows: list[dict[str, Any]]) -> InferFigures:
     return {"base": base, "sft": sft, "grpo": grpo, "steps": steps}
 
 
-def evaluate_model(rows: list[dict[str, Any]]) -> Examination:
+def evaluate_model(rows: list[dict[str, Any]]) -> Evaluation:
     """Return the figures of one model, whose answers are `rows`."""
     right, total = sum(row["right"] for row in rows), len(rows)
     return {

@@ -1,4 +1,4 @@
-"""Fold the adapter into the base model, as 16-bit safetensors, and prove that the result is the model trained."""
+"""Fold the adapter into the base model, as 16-bit safetensors, and prove that the result is the trained model."""
 
 import json
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 SHARD_SIZE = "5GB"
-REFERENCE = "adapter-on-base.npy"  # among the checkpoints: the logits that merged is held against
+REFERENCE = "adapter-on-base.npy"  # among the checkpoints: the logits to compare with
 
 
 @click.command(help=__doc__)
@@ -60,29 +60,25 @@ def main(recipe: Path, grpo: Path, prepare_data: Path, base_model: Path | None, 
             require_nf4(recipe)
         rows = first_rows(prepare_data / "eval.jsonl", knobs.prompts, "[merge] prompts")
         base = model_folder(name, revision)
-        if revision and not any(base.glob("*.safetensors")):  # trained on another machine, or the cache was emptied
+        if revision and not any(base.glob("*.safetensors")):  # trained on another machine, or the cache is empty
             base = whole_model_folder(name, revision)
         refuse_quantized(base, "merge")
         fold(base, grpo, knobs.dtype, run.folder / "model")
         run.checkpoints.mkdir(exist_ok=True)
         figures = verify(base, grpo, run.folder / "model", rows, knobs, run.checkpoints)
-        compared = run.checkpoints / REFERENCE, texts_of(run.folder / "model", rows, knobs.positions_per_prompt)
+        reference = run.checkpoints / REFERENCE, texts_of(run.folder / "model", rows, knobs.positions_per_prompt)
         if run_recipe.model.load_in_4bit and not nf4_lacks():
-            cost = training_cost(base, grpo / "adapter", knobs.dtype, *compared)
+            cost = training_cost(base, grpo / "adapter", knobs.dtype, *reference)
             figures["trained_in_4bit"] = cast(FourBitDistance, cost)
         if four_bits:
             write_nf4(run.folder / "model", run.folder / "model-4bit", knobs.dtype, SHARD_SIZE)
-            figures["merged_4bit"] = cast(FourBitDistance, verify_nf4(run.folder / "model-4bit", *compared))
+            figures["merged_4bit"] = cast(FourBitDistance, verify_nf4(run.folder / "model-4bit", *reference))
         run.metrics.update(figures)
     click.echo(terminal.merge(figures))
 
 
 def room_bytes(base: Path | None, knobs: Merge, *, four_bits: bool = False) -> int:
-    """Return what merging the model in the folder `base` writes at most; 0 when there are no weights yet to count.
-
-    That is its weights in 16 bits, the tokenizer, and two sets of logits for the comparison; with `four_bits` a second
-    model, which is smaller than the first.
-    """
+    """Return the bytes that a merge writes at most: weights (2 x for `four_bits`), tokenizer, logits; 0: unknown."""
     if base is None or not any(base.glob("*.safetensors")):
         return 0
     tokenizer = sum(path.stat().st_size for path in base.iterdir() if path.is_file() and path.suffix != ".safetensors")
@@ -92,10 +88,7 @@ def room_bytes(base: Path | None, knobs: Merge, *, four_bits: bool = False) -> i
 
 
 def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
-    """Write to `out` the model in the folder `base` with the adapter of `grpo` folded in, and its tokenizer.
-
-    The sum is made in float32 and rounded once, to `dtype`.
-    """
+    """Write to `out` the base with the adapter folded in (in float32, rounded once to `dtype`), and its tokenizer."""
     import torch
     from peft import PeftModel
     from transformers import AutoTokenizer
@@ -112,26 +105,28 @@ def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
 
 
 def savable(stated: "GenerationConfig") -> "GenerationConfig":
-    """Return `stated`, or no more than its token ids where it contradicts itself, which transformers does not save.
+    """Return `stated`, or only its token ids where transformers refuses to save it.
 
-    Such as a temperature without do_sample: bases were published with it when transformers took it.
+    It refuses contradictions such as a temperature without do_sample; older bases were published with these.
     """
     from transformers import GenerationConfig
 
     try:
         stated.validate(strict=True)
     except ValueError as error:
-        click.echo(f"generation_config.json of the base contradicts itself; its token ids are kept. {error}", err=True)
+        click.echo(
+            f"generation_config.json of the base contradicts itself; only its token ids are kept. {error}", err=True
+        )
         ids = {name: getattr(stated, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return GenerationConfig(**{name: of for name, of in ids.items() if isinstance(of, list) or (of or 0) >= 0})
     return stated
 
 
 def verify(base: Path, grpo: Path, merged: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> MergeFigures:
-    """Return how far the model saved in `merged` is from the adapter on its base, and the base from that.
+    """Return the distances of the model saved in `merged`, and of the base, from the adapter on its base.
 
-    Next-token distributions are compared at positions spread over the prompts of `rows`, and over their completions
-    where they have one. Raises `UserError`, with the cause, when merged is not the model that was trained.
+    Next-token distributions are compared at positions spread over the prompts of `rows` and their completions. Raises
+    `UserError`, with the cause, when merged is not the trained model.
     """
     from peft import PeftModel
     from transformers import AutoTokenizer, GenerationConfig
@@ -141,28 +136,28 @@ def verify(base: Path, grpo: Path, merged: Path, rows: Sequence[dict], knobs: Me
     verify_end(tokenizer, end_ids(GenerationConfig.from_pretrained(merged)), str(merged / "generation_config.json"))
     texts = texts_of(merged, rows, knobs.positions_per_prompt)
     if cause := untied_cause(base, merged):
-        raise UserError(f"{merged}: is not the model that was trained. Cause: {cause}")
+        raise UserError(f"{merged}: is not the trained model. Cause: {cause}")
 
-    stored = scratch / REFERENCE
-    adapted = PeftModel.from_pretrained(load_reference(base), grpo / "adapter").eval()
-    store_logits(stored, texts, adapted.config.get_text_config().vocab_size, model_logits(adapted, texts))
-    with adapted.disable_adapter():
-        from_base = compare_logits(stored, texts, model_logits(adapted, texts))
-    del adapted  # before the next one is loaded: together they may not fit
-    difference = compare_logits(stored, texts, model_logits(load_reference(merged), texts))  # as any user loads it
+    logits = scratch / REFERENCE
+    model = PeftModel.from_pretrained(load_reference(base), grpo / "adapter").eval()
+    store_logits(logits, texts, model.config.get_text_config().vocab_size, model_logits(model, texts))
+    with model.disable_adapter():
+        from_base = compare_logits(logits, texts, model_logits(model, texts))
+    del model  # both models may not fit in memory
+    difference = compare_logits(logits, texts, model_logits(load_reference(merged), texts))  # loaded as by a user
 
     limit = knobs.max_mean_kl
     if not from_base["mean_kl"] > limit:
         raise UserError(
-            f"{grpo / 'adapter'}: does next to nothing: with it the base differs from itself by a mean KL of "
-            f"{from_base['mean_kl']:.2e} nats, not above [merge] max_mean_kl = {limit:.2e}, so merging can't be told "
-            f"from not merging. Look at the training's loss and reward, or lower the limit"
+            f"{grpo / 'adapter'}: does next to nothing: mean KL {from_base['mean_kl']:.2e} nats between the base with "
+            f"it and without; expected more than [merge] max_mean_kl = {limit:.2e}, or a merge can't be proven. Look "
+            f"at the training's loss and reward, or lower the limit"
         )
     if not difference["mean_kl"] <= limit:
         cause = find_cause(base, grpo, merged, texts, limit, scratch)
         raise UserError(
-            f"{merged}: is not the model that was trained: mean KL {difference['mean_kl']:.2e} nats from the adapter "
-            f"on its base over {difference['positions']:,} positions; expected at most [merge] max_mean_kl = "
+            f"{merged}: is not the trained model: mean KL {difference['mean_kl']:.2e} nats from the adapter on its "
+            f"base over {difference['positions']:,} positions; expected at most [merge] max_mean_kl = "
             f"{limit:.2e}. Cause: {cause}"
         )
     return {
@@ -178,10 +173,7 @@ def verify(base: Path, grpo: Path, merged: Path, rows: Sequence[dict], knobs: Me
 
 
 def texts_of(model: Path, rows: Sequence[dict], positions: int) -> list[Text]:
-    """Return the prompts of eval rows, with completions where they have one, in the tokenizer in the folder `model`.
-
-    Each has at most so many positions.
-    """
+    """Return the prompts of `rows`, with completions if any, as tokens, with at most `positions` positions each."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
@@ -196,36 +188,35 @@ def texts_of(model: Path, rows: Sequence[dict], positions: int) -> list[Text]:
 
 
 def verify_tokenizer(base: Any, merged: Any, folder: Path) -> None:
-    """Raise `UserError` when a token of the base has another id, and so another embedding, in the merged model."""
+    """Raise `UserError` when a token of the base has another id, so another embedding, in the merged model."""
     ids = merged.get_vocab()
     for token, number in base.get_vocab().items():
         if ids.get(token) != number:
             raise UserError(
-                f"{folder}: its tokenizer has a shifted id: {token!r} is {ids.get(token, 'missing')}, and {number} in "
-                f"the base, whose embedding the model was trained with. Delete the grpo and sft artifacts' tokenizer "
-                f"and run: make sft grpo merge"
+                f"{folder}: its tokenizer has a shifted id: {token!r} is {ids.get(token, 'missing')}; expected "
+                f"{number}, as in the base. Delete the grpo and sft artifacts' tokenizer and run: make sft grpo merge"
             )
 
 
 def find_cause(base: Path, grpo: Path, merged: Path, texts: Sequence[Text], limit: float, scratch: Path) -> str:
-    """Say why `merged` is not the adapter on its base, by trying what usually goes wrong."""
+    """Return why `merged` is not the adapter on its base, by trying the usual faults."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
     if cause := touched_cause(base, grpo):
         return cause
-    stored = scratch / "merged.npy"
+    logits = scratch / "merged.npy"
     model = load_reference(merged)
-    store_logits(stored, texts, model.config.get_text_config().vocab_size, model_logits(model, texts))
+    store_logits(logits, texts, model.config.get_text_config().vocab_size, model_logits(model, texts))
     del model
-    adapted = PeftModel.from_pretrained(load_reference(base), grpo / "adapter").eval()
-    with adapted.disable_adapter():
-        if compare_logits(stored, texts, model_logits(adapted, texts))["mean_kl"] <= limit:
+    adapter_model = PeftModel.from_pretrained(load_reference(base), grpo / "adapter").eval()
+    with adapter_model.disable_adapter():
+        if compare_logits(logits, texts, model_logits(adapter_model, texts))["mean_kl"] <= limit:
             return "the adapter was not applied: merged equals the base"
-    for module in adapted.modules():
+    for module in adapter_model.modules():
         if isinstance(module, LoraLayer):
             module.scaling = {name: 2 * scale for name, scale in module.scaling.items()}
-    if compare_logits(stored, texts, model_logits(adapted, texts))["mean_kl"] <= limit:
+    if compare_logits(logits, texts, model_logits(adapter_model, texts))["mean_kl"] <= limit:
         return "the adapter was applied twice"
     return (
         "unknown; likely an adapter trained on another base or revision, a base trained in 4 bits and merged in 16, or "
@@ -234,35 +225,32 @@ def find_cause(base: Path, grpo: Path, merged: Path, texts: Sequence[Text], limi
 
 
 def untied_cause(base: Path, merged: Path) -> str | None:
-    """Say how input and output embedding, which are one matrix in the base, came apart; None if they did not.
-
-    Looked at in the files: transformers may tie them again when it loads, and llama.cpp's converter does not.
-    """
+    """Return how the base's tied embeddings came apart, or None; by the files, as transformers may tie them again."""
     if has_output_layer(base) or not model_config(base).get("tie_word_embeddings", True):
         return None
     if has_output_layer(merged) or not model_config(merged).get("tie_word_embeddings", True):
         return (
-            "tied embeddings broken: the base has one matrix for input and output embedding, and merged an output "
+            "tied embeddings broken: the base has one matrix for input and output embedding, merged has an output "
             "layer of its own"
         )
     return None
 
 
 def touched_cause(base: Path, grpo: Path) -> str | None:
-    """Say that the adapter changes one use of an embedding that the base ties to another; None if it does not."""
+    """Return that the adapter changes one of two tied embeddings, None if it does not."""
     settings = json.loads((grpo / "adapter" / "adapter_config.json").read_text())
     named = {*(settings.get("target_modules") or []), *(settings.get("modules_to_save") or [])}
     touched = sorted(name for name in named if name.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens"))
     if not touched or has_output_layer(base):
         return None
     return (
-        f"tied embeddings broken: the adapter changes {', '.join(touched)}, and folding it into one changes the other, "
-        f"which is the same matrix in the base. Leave them out of [lora] target_modules"
+        f"tied embeddings broken: the adapter changes {', '.join(touched)}, and in the base input and output embedding "
+        f"are one matrix. Leave them out of [lora] target_modules"
     )
 
 
 def has_output_layer(folder: Path) -> bool:
-    """Say whether the weights in `folder` hold an output layer of their own."""
+    """Return whether the weights in `folder` have an output layer of their own."""
     return any(name.endswith("lm_head.weight") for name in weight_shapes(folder))
 
 

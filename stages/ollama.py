@@ -1,4 +1,4 @@
-"""Hand the model to Ollama and ask it one question; where Ollama is not installed, say what to run."""
+"""Give the model to Ollama and ask it one question; where Ollama is not installed, print the commands."""
 
 import shlex
 import shutil
@@ -18,7 +18,7 @@ QUESTION = "A baker makes 12 rolls a tray and fills 7 trays. She sells 50 rolls.
 @click.command(help=__doc__)
 @options.recipe
 @options.reads("ollama-modelfile")
-@click.option("--question", default=QUESTION, show_default=True, help="What to ask it.")
+@click.option("--question", default=QUESTION, show_default=True, help="The question.")
 def main(recipe: Path, ollama_modelfile: Path, question: str) -> None:
     read_recipe(recipe)
     read_manifest(ollama_modelfile, "ollama-modelfile", "*")
@@ -26,13 +26,10 @@ def main(recipe: Path, ollama_modelfile: Path, question: str) -> None:
 
 
 def create_and_ask(name: str, folder: Path, question: str) -> None:
-    """Create the model `name` from `folder`/Modelfile and show its answer to `question`.
-
-    Raises `UserError` when Ollama fails, as it does when its server is not running.
-    """
+    """Create the model `name` from `folder`/Modelfile and print its answer. Raises `UserError` when Ollama fails."""
     steps = (["ollama", "create", name, "-f", "Modelfile"], ["ollama", "run", name, question])
     if shutil.which("ollama") is None:
-        click.echo("ollama is not installed here (https://ollama.com/download). Where it is, run:")
+        click.echo("ollama is not installed here (https://ollama.com/download). On a machine with it, run:")
         click.echo(f"  cd {shlex.quote(str(folder))}")
         for step in steps:
             click.echo(f"  {shlex.join(step)}")
@@ -40,8 +37,8 @@ def create_and_ask(name: str, folder: Path, question: str) -> None:
     for step in steps:
         done = subprocess.run(step, cwd=folder, stdin=subprocess.DEVNULL, check=False)
         if done.returncode:
-            failed = " ".join(step[:3])
-            raise UserError(f"{failed} failed in {folder} with exit code {done.returncode}. Run: ollama serve")
+            command = " ".join(step[:3])
+            raise UserError(f"{command} failed in {folder} with exit code {done.returncode}. Run: ollama serve")
 
 
 if __name__ == "__main__":

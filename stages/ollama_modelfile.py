@@ -42,10 +42,10 @@ def main(recipe: Path, merge: Path, gguf: Path, out: Path) -> None:
 
 
 def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> OllamaModelfileFigures:
-    """Write `folder`/Modelfile for the merged `model`, with the recommended file of `gguf` beside it; return metrics.
+    """Write `folder`/Modelfile for the merged `model`, with the recommended file of `gguf` beside it; return figures.
 
-    Raises `UserError` when the chat template can't be said in Go, or when anything read back out of the written
-    Modelfile differs from what the tokenizer, the generation config, the format and the recipe ask for.
+    Raises `UserError` for a chat template that Go can't follow, and when the written Modelfile differs from tokenizer,
+    generation config, format or recipe.
     """
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -54,7 +54,11 @@ def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> OllamaModelfi
         raise UserError(
             f"{gguf}: holds {len(files)} files of the type {recipe.ollama.quantization!r}; expected one. Run: make gguf"
         )
-    place(files[0], folder / files[0].name)
+    beside = folder / files[0].name
+    try:
+        os.link(files[0], beside)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(files[0], beside)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     render, derived = of_tokenizer(tokenizer, model)
     check_gguf(files[0], tokenizer.chat_template, derived)
@@ -68,53 +72,40 @@ def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> OllamaModelfi
 
 
 def recommended(gguf: Path, quantization: str) -> list[Path]:
-    """Give the files of the type `quantization` in the gguf artifact."""
+    """Return the files of the type `quantization` in the gguf artifact."""
     return sorted(gguf.glob(f"*.{quantization.lower()}.gguf"))
 
 
-def place(file: Path, beside: Path) -> None:
-    """Put `file` beside the Modelfile: a second name for it on the same file system, else a copy."""
-    try:
-        os.link(file, beside)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(file, beside)
-
-
 def check_gguf(file: Path, chat_template: str, derived: Derived) -> None:
-    """Raise `UserError` unless the GGUF carries this chat template and gets a BOS exactly where the template wrote one.
-
-    Ollama puts the BOS before the prompt itself if the GGUF asks for one, so that the Go template must not hold it.
-    """
+    """Raise `UserError` unless the GGUF has this chat template, and adds BOS exactly where the template writes it."""
     with contextlib.closing(Vocabulary(file)) as vocabulary:
-        carried = (vocabulary.llama_cpp.llama_model_chat_template(vocabulary.model, None) or b"").decode()
+        file_template = (vocabulary.llama_cpp.llama_model_chat_template(vocabulary.model, None) or b"").decode()
         adds_bos = vocabulary.adds_bos
-    if carried != chat_template:
+    if file_template != chat_template:
         raise UserError(
-            f"{file}: carries another chat template than the merged model's tokenizer; "
-            f"{first_difference(carried, chat_template)}. "
-            "One of the two was changed after training. Run: make merge gguf"
+            f"{file}: has another chat template than the merged model's tokenizer: one of them changed after training; "
+            f"{first_difference(file_template, chat_template)}. Run: make merge gguf"
         )
     if adds_bos != bool(derived.bos):
         has = {True: "one BOS", False: "no BOS"}
         raise UserError(
-            f"{file}: makes Ollama begin a prompt with {has[adds_bos]}; the chat template of training begins with "
-            f"{has[bool(derived.bos)]}. The model would read a prompt it was not trained on. Mend add_bos_token of the "
-            "tokenizer, then run: make merge gguf"
+            f"{file}: makes Ollama begin a prompt with {has[adds_bos]}; expected {has[bool(derived.bos)]}, as in the "
+            "chat template of training. Fix add_bos_token of the tokenizer, then run: make merge gguf"
         )
 
 
 def stop_strings(ends: Iterable[str], answers: formats.Format) -> list[str]:
-    """Give the texts of the end tokens and the format's stops, less what belongs to an answer.
+    """Return the texts of the end tokens and the format's stops, without parts of an answer.
 
-    Ollama cuts the text before the stop string. A format's stop that is a part of the answer, such as a closing tag,
-    would make every answer unreadable; the model has learnt to write its end token after it.
+    Ollama ends the text before the stop string. With a closing tag as a stop no answer could be read; the model has
+    learnt to write its end token after it.
     """
     answer = answers.write(formats.Answer("1 + 1 = 2", "2"))
     return [stop for stop in dict.fromkeys([*ends, *answers.stops]) if stop not in answer]
 
 
 def written(file: str, template: str, system: str, stops: Sequence[str], knobs: Ollama) -> str:
-    """Give the text of the Modelfile. Raises `UserError` for a value that a Modelfile can't hold."""
+    """Return the text of the Modelfile. Raises `UserError` for a value that a Modelfile can't hold."""
     text = "# In this folder: ollama create NAME -f Modelfile\n"
     text += f"FROM ./{file}\n"
     text += modelfile.command("TEMPLATE", template)
@@ -130,47 +121,40 @@ def written(file: str, template: str, system: str, stops: Sequence[str], knobs: 
 
 
 def prove(path: Path, render: Render, derived: Derived, stops: Sequence[str], recipe: Recipe) -> OllamaModelfileFigures:
-    """Read the written Modelfile back as Ollama does and hold it against what it was made from; return metrics.
-
-    Raises `UserError`, naming the cause, for the first thing that is not as it should be.
-    """
+    """Compare the Modelfile, read back, with its sources; return figures. Raises `UserError` for a difference."""
     answers, system, knobs = formats.get(recipe.format.name), recipe.format.system_prompt, recipe.ollama
     commands = modelfile.read(path)
     (file,) = modelfile.values(commands, "from")
     if not (path.parent / file).is_file():
         raise UserError(f"{path}: FROM {file} names no file beside it")
-    found = modelfile.values(commands, "parameter stop")
+    file_stops = modelfile.values(commands, "parameter stop")
     for stop in stops:
-        if stop not in found:
+        if stop not in file_stops:
             raise UserError(
-                f"{path}: the stop {stop!r} is missing, so that generation could run on past the end of an answer; "
-                f"found {found}"
+                f"{path}: the stop {stop!r} is missing, and a model in Ollama might never stop; found {file_stops}"
             )
-    for stop in found:
+    for stop in file_stops:
         if stop in answers.write(formats.Answer("1 + 1 = 2", "2")):
-            raise UserError(f"{path}: the stop {stop!r} is a part of every answer, and Ollama would cut it off")
+            raise UserError(f"{path}: the stop {stop!r} is a part of every answer, which Ollama would lose")
     systems = modelfile.values(commands, "system")
     if systems != ([system] if system else []):
         raise UserError(f"{path}: SYSTEM is {systems!r}; expected the format's: {system!r}")
     refuse_unused_system(derived, system, answers.name, path)
     for name in PARAMETERS:
         if modelfile.values(commands, f"parameter {name}") != [str(getattr(knobs, name))]:
-            raise UserError(f"{path}: PARAMETER {name} is not {getattr(knobs, name)}, as the recipe has it")
+            raise UserError(f"{path}: PARAMETER {name} is not {getattr(knobs, name)}; expected the recipe's value")
     (template,) = modelfile.values(commands, "template")
     return {
         "file": file.removeprefix("./"),
         "conversations": compare_renderings(path, template, render, derived.bos),
-        "stops": found,
+        "stops": file_stops,
         "system_prompt": bool(system),
         "earlier_answers_as_trained": earlier_answers_agree(template, render, derived.bos, answers),
     }
 
 
 def earlier_answers_agree(template: str, render: Render, bos: str, answers: formats.Format) -> bool:
-    """Say whether an answer of an earlier turn, with its reasoning, is written as the chat template writes it.
-
-    Some chat templates cut the reasoning out of earlier turns, which a Go template can't do.
-    """
+    """Return whether an earlier answer is rendered with its reasoning, as by the chat template: Go can't drop it."""
     turns = ("1 + 1?", answers.write(formats.Answer("1 + 1 = 2", "2")), "2 + 2?")
     roles = ("user", "assistant", "user")
     conversation = [{"role": role, "content": content} for role, content in zip(roles, turns, strict=True)]

@@ -1,4 +1,4 @@
-"""Upload the finished model to the hub, with a card written from the manifests, and check what arrived."""
+"""Upload the finished model to the hub, with a card made from the manifests, and check what arrived."""
 
 import contextlib
 import hashlib
@@ -24,12 +24,11 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 TOKEN = "HF_TOKEN"
-LEFT_BY_THE_HUB = (".gitattributes",)
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One repository and all that goes into it, the card last."""
+    """One repository and its files, the card last."""
 
     repository: str
     files: tuple[File, ...]
@@ -37,7 +36,7 @@ class Upload:
 
 @click.command(help=__doc__)
 @options.recipe
-@click.option("--hub", required=True, metavar="USER/NAME", help="The repository; what is beside it adds to its name.")
+@click.option("--hub", required=True, metavar="USER/NAME", help="The repository; other kinds add a suffix to its name.")
 @options.reads("prepare-data")
 @options.reads("sft")
 @options.reads("grpo")
@@ -46,8 +45,8 @@ class Upload:
 @options.reads("gguf")
 @options.reads("ollama-modelfile")
 @click.option("--what", help="What to upload, with commas between, instead of the recipe's save: merged_16bit,gguf.")
-@click.option("--public", is_flag=True, help="Let everyone see it, once all of it is there; asks before.")
-@click.option("--yes", is_flag=True, help="Do not ask before something becomes public.")
+@click.option("--public", is_flag=True, help="Make it public once all of it is there; asks first.")
+@click.option("--yes", is_flag=True, help="Do not ask before anything becomes public.")
 def main(recipe: Path, hub: str, what: str | None, public: bool, yes: bool, **folders: Path) -> None:
     run_recipe = read_recipe(recipe)
     kinds = chosen(run_recipe.save if what is None else what.split(","))
@@ -58,10 +57,7 @@ def main(recipe: Path, hub: str, what: str | None, public: bool, yes: bool, **fo
 
 
 def prepare(names: Mapping[str, str], folders: Mapping[str, Path], recipe: Recipe) -> list[Upload]:
-    """Return what goes into each repository of `names` (by kind), out of the finished artifacts in `folders`.
-
-    Raises `UserError` when they are not of one run of this recipe, or hold what is not to be uploaded.
-    """
+    """Return the uploads, by repository of `names`. Raises `UserError` unless the artifacts are of one run."""
     manifests = {stage: read_manifest(folder, stage) for stage, folder in folders.items()}
     refuse_other_run(manifests, folders)
     verify_recipe(recipe, manifests)
@@ -74,7 +70,7 @@ def prepare(names: Mapping[str, str], folders: Mapping[str, Path], recipe: Recip
 
 
 def chosen(kinds: Sequence[str]) -> list[str]:
-    """Return what to upload, in the order of `KINDS`. Raises `UserError` for an unknown word."""
+    """Return the kinds to upload, in the order of `KINDS`. Raises `UserError` for an unknown one."""
     known = tuple(KINDS)
     for kind in kinds:
         if kind not in known:
@@ -93,7 +89,7 @@ def checked_name(name: str) -> str:
 
 
 def read_token() -> str:
-    """Return the hub's token out of the environment, its only source. Raises `UserError` when it is not there."""
+    """Return the hub's token from the environment, its only source. Raises `UserError` without one."""
     token = os.environ.get(TOKEN, "").strip()
     if not token:
         raise UserError(
@@ -104,25 +100,22 @@ def read_token() -> str:
 
 
 def verify_recipe(recipe: Recipe, manifests: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `UserError` when a value of the recipe is not the one that an artifact was made with: the card shows it."""
+    """Raise `UserError` when a value of the recipe, which the card shows, is not the one of an artifact."""
     for stage, manifest in manifests.items():
         for table, used in manifest["recipe"].items():
-            if table == "save":  # what was made besides; whether it is there is looked at by name
+            if table == "save":  # `collect` looks whether each kind is there
                 continue
             now = recipe.tables(table).get(table, {})
             for key, value in used.items():
                 if now.get(key) != value:
                     raise UserError(
-                        f"{recipe.path}: [{table}] {key} = {now.get(key)!r}, and {stage} was made with {value!r}. "
-                        f"The card shows the recipe, which has to be that of the model. Run: make all"
+                        f"{recipe.path}: [{table}] {key} = {now.get(key)!r}; expected {value!r}, with which {stage} "
+                        f"was made: the card shows the recipe of the model. Run: make all"
                     )
 
 
 def push(uploads: Sequence[Upload], token: str, *, public: bool, yes: bool) -> None:
-    """Upload to private repositories, check what arrived, and only then make them public if that was asked for.
-
-    Raises `UserError` for whatever the hub or the way to it refuses, and when the user says no.
-    """
+    """Upload privately, check what arrived, then publish if `public`. Raises `UserError` on a failure and on a no."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -139,7 +132,7 @@ def push(uploads: Sequence[Upload], token: str, *, public: bool, yes: bool) -> N
 
 
 def is_private(api: "HfApi", repository: str) -> bool | None:
-    """Say whether a repository is private; None when there is none, or none that this token may see."""
+    """Return whether a repository is private; None when this token sees none."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     with explained(repository):
@@ -150,23 +143,25 @@ def is_private(api: "HfApi", repository: str) -> bool | None:
 
 
 def confirm(private: Mapping[str, bool | None], *, public: bool, yes: bool) -> None:
-    """Ask before anything can be seen by everyone. Raises `UserError` on a no, and when there is nobody to ask."""
+    """Ask before anything becomes public. Raises `UserError` on a no, and without a terminal to ask on."""
     already = [repository for repository, state in private.items() if state is False]
     becomes = [repository for repository, state in private.items() if public and state is not False]
     for names, text in ((already, "public already"), (becomes, "to become public")):
         for name in names:
-            click.echo(f"{name}: {text}; everyone will see and be able to download what is uploaded")
+            click.echo(f"{name}: {text}; everyone will be able to see and download the upload")
     if not (already or becomes) or yes:
         return
     if not sys.stdin.isatty():
-        raise UserError("this would be public, and there is no terminal to ask on. If that is meant, add YES=1 (--yes)")
+        raise UserError(
+            "the upload would be public, and there is no terminal to ask on. To allow it, add YES=1 (--yes)"
+        )
     if not click.confirm("Upload it?"):
         raise UserError("nothing was uploaded")
 
 
 @contextlib.contextmanager
 def explained(repository: str) -> Iterator[None]:
-    """Turn what the hub's client raises into a `UserError` that says what to do, with no signed address in it."""
+    """Turn errors of the hub's client into a `UserError` that says what to do, without signed addresses."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -174,25 +169,25 @@ def explained(repository: str) -> Iterator[None]:
     try:
         yield
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
-        # LFS uploads wrap what they met. Their addresses are signed, and whoever has one may write there.
-        met = error if isinstance(error, HfHubHTTPError) else error.__cause__
-        if not isinstance(met, HfHubHTTPError):
+        # LFS uploads wrap the error. Their addresses are signed: whoever has one may write there.
+        cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if not isinstance(cause, HfHubHTTPError):
             text = re.sub(r"(https?://[^\s?'\"]*)\?\S*", r"\1", str(error)).strip()
             raise UserError(f"{repository}: {text}. {again}") from error
-        status = met.response.status_code
-        said = f"the hub answered {status}: {met.server_message or met.response.reason_phrase}"
+        status = cause.response.status_code
+        reason = f"the hub answered {status}: {cause.server_message or cause.response.reason_phrase}"
         todo = {
             401: f"Is {TOKEN} right, and still valid? https://huggingface.co/settings/tokens",
             403: f"May the token in {TOKEN} write there, and is the name yours?",
         }
-        raise UserError(f"{repository}: {said}. {todo.get(status, again)}") from error
+        raise UserError(f"{repository}: {reason}. {todo.get(status, again)}") from error
 
 
 def send(api: "HfApi", upload: Upload, *, new: bool) -> None:
-    """Upload what is not in the repository yet, in one commit, and list what is there then against the manifests.
+    """Upload the files that are not in the repository yet, in one commit, and check all that are there then.
 
-    Content goes first, a file at a time, and what has arrived stays with the hub: only the file that was on its way
-    when an upload broke off is sent again. Raises `UserError` when a file that arrived is not the one that was sent.
+    Contents go first, a file at a time, and stay with the hub: after an interruption only the file on its way is sent
+    again. Raises `UserError` when a file that arrived is not the one that was sent.
     """
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.utils import build_hf_headers, get_session
@@ -201,7 +196,7 @@ def send(api: "HfApi", upload: Upload, *, new: bool) -> None:
     card = {"content": upload.files[-1].content.decode(), "repoType": "model"}
     headers = build_hf_headers(token=api.token)
     answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=card, headers=headers)
-    if answer.status_code == 400:  # create_commit asks the same, hours later
+    if answer.status_code == 400:  # create_commit asks this too, hours later
         raise ValueError(f"the hub refuses the card: {answer.json().get('errors')}")
     if new:
         api.create_repo(name, private=True, repo_type="model")
@@ -221,12 +216,12 @@ def send(api: "HfApi", upload: Upload, *, new: bool) -> None:
 
 
 def remote_files(api: "HfApi", name: str) -> dict[str, Any]:
-    """Return what the hub says of every file in a repository, by path."""
+    """Return the hub's entry of every file in a repository, by path."""
     return {entry.path: entry for entry in api.list_repo_tree(name, recursive=True) if hasattr(entry, "size")}
 
 
 def is_same(file: File, remote: Any) -> bool:
-    """Say whether what the hub says of a file is this one: sha256 of large files, git's own hash of small ones."""
+    """Return whether the hub's entry is of this file: by sha256 for large files, by git's hash for small ones."""
     if remote is None or remote.size != file.size:
         return False
     if remote.lfs is not None:
@@ -238,10 +233,7 @@ def is_same(file: File, remote: Any) -> bool:
 
 
 def verify_remote(upload: Upload, there: Mapping[str, Any]) -> None:
-    """Print every file with its size and sha256, and say of others that they are not of this run.
-
-    Raises `UserError` when the hub has not what was uploaded.
-    """
+    """Print every file, its size and sha256, and name others. Raises `UserError` when the hub has another content."""
     for file in upload.files:
         if not is_same(file, there.get(file.name)):
             raise UserError(
@@ -250,9 +242,9 @@ def verify_remote(upload: Upload, there: Mapping[str, Any]) -> None:
             )
         click.echo(f"  {file.sha256[:16]}  {file.size:>15,}  {file.name}")
     click.echo(f"{upload.repository}: all {len(upload.files)} files are on the hub as they are here, by size and hash")
-    for name in sorted(set(there) - {file.name for file in upload.files} - set(LEFT_BY_THE_HUB)):
+    for name in sorted(set(there) - {file.name for file in upload.files} - {".gitattributes"}):  # the hub's own
         click.echo(
-            f"{upload.repository}: also holds {name}, which is not of this run. Delete it there if it is not wanted"
+            f"{upload.repository}: also holds {name}, which is not of this run. Delete it there if you do not want it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Serve the finished GGUF on this machine, by llama-cpp-python's server, which speaks OpenAI's HTTP API."""
+"""Serve the finished GGUF on this machine with OpenAI's HTTP API, by llama-cpp-python's server."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import click
 from stages.lib import options
 from stages.lib.errors import UserError
 from stages.lib.recipe.read import read_recipe
-from stages.lib.serve.server import ANY_HOST, HOST, leave, listening, serve_app
+from stages.lib.serve.server import ANY_HOST, HOST, leave, open_listener, serve_app
 from stages.lib.serve.setting import read_setting
 
 
@@ -21,7 +21,7 @@ from stages.lib.serve.setting import read_setting
     type=click.Choice([HOST, ANY_HOST]),
     default=HOST,
     show_default=True,
-    help=f"The address to listen at. {ANY_HOST} is for a container, whose port is published to this machine alone.",
+    help=f"The address to listen on. {ANY_HOST} is for a container, whose port is published to this machine alone.",
 )
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port; 0: any that is free."
@@ -30,13 +30,13 @@ def main(recipe: Path, ollama_modelfile: Path, host: str, port: int) -> None:
     read_recipe(recipe)
     if host == ANY_HOST and "TEMPER_IMAGE_ID" not in os.environ:  # which docker/run sets
         raise UserError(
-            f"--host {ANY_HOST}: would offer the model to the whole network, with no log-in and no encryption; "
-            f"expected {HOST} outside a container. Run: make serve"
+            f"--host {ANY_HOST}: would offer the model to the whole network, without log-in or encryption; expected "
+            f"{HOST} outside a container. Run: make serve"
         )
     setting = read_setting(ollama_modelfile)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
-    with listening(host, port) as listener:
+    with open_listener(host, port) as listener:
         serve_app(setting, recipe.stem, listener)
 
 

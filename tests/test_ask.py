@@ -30,7 +30,9 @@ def test_the_answer_is_greedy_whatever_the_modelfile_samples_with():
 def test_a_question_longer_than_the_context_is_refused():
     result = asked("What is 17 + 25? " * 400)
     assert result.exit_code == 1
-    assert re.search(r"Error: too long for .*gguf, whose context is \[ollama\] num_ctx = \d+: ", result.output)
+    assert re.search(
+        r"Error: .*gguf: the messages are too long: .*; expected at most \[ollama\] num_ctx = \d+", result.output
+    )
 
 
 def test_bytes_that_are_no_text_are_refused():

@@ -41,7 +41,7 @@ def test_each_line_is_answered_and_the_end_of_the_input_ends_the_chat():
 def test_quit_ends_the_chat_and_a_mistyped_command_is_no_question():
     result = typed("/qiut", "/quit", "What is 2 + 3?")
     assert result.stdout == ""
-    assert "(/qiut is no command (did you mean '/quit'?); /reset, /quit)" in result.stderr
+    assert "(/qiut is no command (did you mean '/quit'?); expected /reset or /quit)" in result.stderr
 
 
 class Recorded:
@@ -92,7 +92,7 @@ def test_reset_forgets():
 def test_the_oldest_turns_go_when_the_context_is_full_and_it_is_said():
     file, shown = conversation(["a b c", "d e f", "g h i", "j"], context=12)
     assert file.prompts == [["a b c"], ["a b c", "yes", "d e f"], ["d e f", "yes", "g h i"], ["g h i", "yes", "j"]]
-    assert shown.count("(the context is full: without the oldest 1 of ") == 2
+    assert shown.count("(the context is full: the oldest 1 of ") == 2
     assert all(words([{"content": text} for text in prompt]) + 4 <= 12 for prompt in file.prompts)
 
 
@@ -104,7 +104,7 @@ def test_half_of_the_context_at_most_is_kept_for_the_answer(context, max_tokens,
 def test_a_question_longer_than_the_context_is_not_asked_and_what_was_said_stays():
     file, shown = conversation(["one", "a b c d e f g h i", "two"], context=12)
     assert file.prompts == [["one"], ["one", "yes", "two"]]
-    assert "(too long: with room for 4 tokens of answer it does not fit into the context of 12)" in shown
+    assert "(too long; expected a question that leaves 4 tokens for the answer in the context of 12)" in shown
 
 
 def test_an_answer_that_is_stopped_is_no_part_of_the_conversation():

@@ -1,5 +1,6 @@
 """The gguf stage, on a tiny model that was trained for it: the files, the gate's figures and what is refused."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -206,7 +207,7 @@ def test_the_smallest_types_can_be_made_with_an_importance_matrix(tmp_path):
     model, source = tiny_models.merged() / "model", tiny_models.quantized() / "model.f16.gguf"
     importance = gguf.weigh(model, source, tiny_models.rows(20, seed=2))
     quantize(source, tmp_path / "model.iq2_xs.gguf", "iq2_xs", importance)
-    with Loaded(tmp_path / "model.iq2_xs.gguf", context_tokens=64) as file:
+    with contextlib.closing(Loaded(tmp_path / "model.iq2_xs.gguf", context_tokens=64)) as file:
         assert file.metadata("general.architecture") == "gemma3"
     assert (tmp_path / "model.iq2_xs.gguf").stat().st_size < (
         tiny_models.quantized() / "model.q4_k_m.gguf"

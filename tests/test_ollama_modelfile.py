@@ -161,12 +161,12 @@ CHATML = derive_template(jinja_render(chat_templates.CHATML, {})).template
         ('{{template "trim-all-all" .Content}}<end', "{{.Content}}<end", "conversation:"),
         ("{{range .Messages}}{{if", "<bos>{{range .Messages}}{{if", "it has 'bos>"),
         ("TEMPLATE", "CHATML", "does not prompt as the chat template of training does; from character 2"),
-        ("{{end}}{{end}}{{end}}", "{{end}}{{end}}", "the TEMPLATE can't be rendered"),
+        ("{{end}}{{end}}{{end}}", "{{end}}{{end}}", "Go can't render the TEMPLATE"),
         ('PARAMETER stop "<end_of_turn>"\n', "", "the stop '<end_of_turn>' is missing"),
         ('PARAMETER stop "<eos>"\n', "", "the stop '<eos>' is missing"),
         ("PARAMETER num_ctx", 'PARAMETER stop "</answer>"\nPARAMETER num_ctx', "'</answer>' is a part of every answer"),
         ("Respond in the following", "Answer in the following", "SYSTEM is .* expected the format's"),
-        ("PARAMETER temperature 0.5\n", "", "PARAMETER temperature is not 0.5, as the recipe has it"),
+        ("PARAMETER temperature 0.5\n", "", "PARAMETER temperature is not 0.5; expected the recipe's value"),
         ("PARAMETER top_k 40", "PARAMETER top_k 4", "PARAMETER top_k is not 40"),
         ("FROM ./model", "FROM ./other", "FROM ./other.q4_k_m.gguf names no file beside it"),
         ('"""\nSYSTEM', "\nSYSTEM", "SYSTEM is"),
@@ -204,7 +204,7 @@ def test_a_difference_is_shown_with_the_conversation_and_both_texts(made):
     ("chat_template", "message"),
     [
         (GEMMA.replace("<start_of_turn>user\n", "<start_of_turn>user \n"), "from character 243 on it has"),
-        (chat_templates.CHATML, "carries another chat template than the merged model's tokenizer"),
+        (chat_templates.CHATML, "has another chat template than the merged model's tokenizer"),
     ],
 )
 def test_a_chat_template_changed_after_the_gguf_was_made_is_caught(gemma, chat_template, message):
@@ -216,7 +216,7 @@ def test_a_chat_template_changed_after_the_gguf_was_made_is_caught(gemma, chat_t
 def test_a_bos_that_the_chat_template_does_not_write_is_caught(tmp_path):
     bare = GEMMA.replace("{{ bos_token }}", "")
     given = inputs(tmp_path, bare)
-    with pytest.raises(UserError, match="a prompt with one BOS; the chat template of training begins with no BOS"):
+    with pytest.raises(UserError, match="a prompt with one BOS; expected no BOS, as in the chat template of training"):
         ollama_modelfile.make(RECIPE, given.model, given.gguf, tmp_path)
 
 
@@ -348,7 +348,7 @@ def test_without_ollama_it_is_said_what_to_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     ollama.create_and_ask("tiny", Path("artifacts/tiny/ollama-modelfile"), "What's 6 * 7?")
     assert capsys.readouterr().out.splitlines() == [
-        "ollama is not installed here (https://ollama.com/download). Where it is, run:",
+        "ollama is not installed here (https://ollama.com/download). On a machine with it, run:",
         "  cd artifacts/tiny/ollama-modelfile",
         "  ollama create tiny -f Modelfile",
         "  ollama run tiny 'What'\"'\"'s 6 * 7?'",

@@ -894,7 +894,7 @@ def test_a_chat_template_that_puts_a_thought_before_each_completion_is_refused(t
     (tmp_path / "model" / "chat_template.jinja").write_text(thought)
     result = stage(tmp_path, tmp_path / "model", gsm8k_sources(), "--data", DATA / "gsm8k")
     assert result.exit_code == 1
-    assert "shows a completion otherwise than the model is to write it" in result.output
+    assert "changes a completion, and SFT would teach the change" in result.output
     assert r"it has '<think>\n\n</think>\n\n<reasoning>" in result.output
 
 

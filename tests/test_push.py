@@ -239,7 +239,7 @@ def test_nothing_becomes_public_unasked(hub, run, more, exists):
         assert result.exit_code == 0
         return
     message = is_refused(result)
-    assert "this would be public, and there is no terminal to ask on. If that is meant, add YES=1 (--yes)" in message
+    assert "the upload would be public, and there is no terminal to ask on. To allow it, add YES=1 (--yes)" in message
     assert ("ann/tiny-LoRA: public already" in message) == exists
     assert ("ann/tiny: to become public" in message) == bool(more)
     assert {method for method, _ in hub.requests} == {"GET"}
@@ -280,7 +280,7 @@ def test_on_a_terminal_it_asks_and_takes_no_for_an_answer(hub, run, tmp_path, ty
     for end in (ours, theirs):
         os.close(end)
     assert process.returncode == code, output
-    assert "ann/tiny-GGUF: to become public; everyone will see" in output
+    assert "ann/tiny-GGUF: to become public; everyone will be able to see" in output
     assert "Upload it? [y/N]" in output
     assert TOKEN not in output
     if code:
@@ -332,7 +332,7 @@ SPOILT = [
     ),
     (
         lambda run: (run / "tiny.toml").write_text((run / "tiny.toml").read_text().replace("rank = 16", "rank = 8")),
-        r"\[lora\] rank = 8, and sft was made with 16",
+        r"\[lora\] rank = 8; expected 16, with which sft was made",
     ),
 ]
 
@@ -401,5 +401,5 @@ def test_a_kind_that_was_not_made_is_refused_with_what_makes_it(run):
     shutil.rmtree(run / "merge/model-4bit")
     files = manifests["merge"]["files"]
     manifests["merge"]["files"] = {name: file for name, file in files.items() if not name.startswith("model-4bit/")}
-    with pytest.raises(UserError, match=r"there is no merged_4bit there; .* NVIDIA GPU\)\. .* run: make merge"):
+    with pytest.raises(UserError, match=r"holds no merged_4bit; .* NVIDIA GPU\)\. .* run: make merge"):
         collect("merged_4bit", {"merge": run / "merge"}, manifests, read_recipe(run / "tiny.toml"))

@@ -168,7 +168,7 @@ def test_a_base_model_that_is_not_given(finished, tmp_path):
     arguments = micro.arguments("sft", finished, tmp_path / "out")
     place = arguments.index("--base-model")
     result = CliRunner().invoke(micro.command_of("sft"), arguments[:place] + arguments[place + 2 :])
-    is_refused(result, r"the recipe's model is the one that base-model makes; name it with --base-model FOLDER")
+    is_refused(result, r"\[model\] name = 'base-model': expected the folder of that stage\. Add --base-model FOLDER")
     assert not (tmp_path / "out").exists()
 
 

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from stages import serve
-from stages.lib.serve.server import AsModelfile, application, completed
+from stages.lib.serve.server import AsModelfile, application, complete_request
 from stages.lib.serve.setting import Setting, read_setting
 from tests.support import tiny_models
 
@@ -295,7 +295,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path):
     path = tmp_path / "model.q8_0.gguf"
     path.write_bytes((tiny_models.quantized() / "model.q8_0.gguf").read_bytes()[:100_000])
     setting = Setting(path, "", [], 64, {})
-    with pytest.raises(serve.UserError, match=r"llama.cpp can't load it; delete its folder and run: make gguf"):
+    with pytest.raises(serve.UserError, match=r"llama.cpp can't load it. Delete its folder and run: make gguf"):
         application(setting, "tiny")
 
 
@@ -316,7 +316,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path):
     ],
 )
 def test_a_request_gets_what_it_does_not_state_from_the_modelfile(request_body, expected):
-    made = completed(json.dumps(request_body).encode(), SETTING)
+    made = complete_request(json.dumps(request_body).encode(), SETTING)
     assert {key: made[key] for key in expected} == expected
 
 
@@ -335,7 +335,7 @@ def test_a_request_gets_what_it_does_not_state_from_the_modelfile(request_body, 
 )
 def test_what_is_no_request_is_refused(body, said):
     with pytest.raises(ValueError, match=said):
-        completed(body, SETTING)
+        complete_request(body, SETTING)
 
 
 def test_messages_that_the_chat_template_can_not_render_are_refused():

@@ -24,7 +24,7 @@ from stages.lib.artifact.folder import Run
 from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
 from stages.lib.model.engine import import_engine
-from stages.lib.model.lora import adapted_modules
+from stages.lib.model.lora import lora_settings
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import BitsandbytesOptimizer, Sft, TorchOptimizer
 from stages.lib.report.figures import GrpoFigures, SftFigures, figures_of
@@ -207,9 +207,10 @@ def test_the_bounds_of_the_health_checks_are_no_part_of_what_was_trained(finishe
 
 
 def test_all_linear_is_pefts_word_and_a_list_stays_one(tmp_path):
-    assert adapted_modules(read_recipe(micro.write_recipe(tmp_path))) == "all-linear"
+    assert lora_settings(read_recipe(micro.write_recipe(tmp_path)))["target_modules"] == "all-linear"
     changes = {"lora": {"target_modules": ["q_proj", "v_proj"]}}
-    assert adapted_modules(read_recipe(micro.write_recipe(tmp_path, **changes))) == ["q_proj", "v_proj"]
+    settings = lora_settings(read_recipe(micro.write_recipe(tmp_path, **changes)))
+    assert settings["target_modules"] == ["q_proj", "v_proj"]
 
 
 # --- killed and carried on --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stages.lib.answers.formats import THINK, XML, Answer
 from stages.lib.answers.grade import SCORERS, Kind, canonical, grade, mark, read_kind, shown_answer
 from stages.lib.errors import UserError
-from stages.lib.model.parity import completed
+from stages.lib.model.parity import grade_completions
 from tests.answers.test_answers import CASES
 from tests.support.rewards import load_rewards
 
@@ -32,7 +32,8 @@ def scores(kind: str, answer: str, given: str, tmp_path) -> dict[str, float]:
         said[f"{answer_format.name} mark"] = float(mark(answer_format, completion, answer, kind)["right"])
         rows = [{"answer": answer, "kind": kind}]
         tokenizer = SimpleNamespace(decode=lambda tokens, text=completion, **_: text)
-        said[f"{answer_format.name} gguf"] = float(completed([[1]], [2], tokenizer, rows, answer_format.name).right[0])
+        found = grade_completions([[1]], [2], tokenizer, rows, answer_format.name)
+        said[f"{answer_format.name} gguf"] = float(found.right[0])
     return said
 
 

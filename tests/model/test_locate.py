@@ -28,7 +28,7 @@ def test_the_model_that_base_model_made_is_in_its_folder(tmp_path):
 def test_a_model_that_base_model_is_to_make_is_asked_for_when_it_is_needed_and_not_before(tmp_path):
     read = recipe(tmp_path)
     assert read.model_folder is None
-    with pytest.raises(UserError, match="the one that base-model makes; name it with --base-model FOLDER"):
+    with pytest.raises(UserError, match=r"expected the folder of that stage\. Add --base-model FOLDER"):
         locate_model(read)
 
 

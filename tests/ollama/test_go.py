@@ -84,6 +84,6 @@ def test_without_the_helper_it_is_said_what_to_run(tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         render_by_go("", [[]])
     assert caught.value.message == (
-        "temper-gotemplate, which renders a Modelfile's template as Go does, is neither in "
+        "temper-gotemplate, which renders a Modelfile's template by Go, is neither in "
         f"{tmp_path}/bin nor on PATH; expected it beside the packages. Run: make setup"
     )

@@ -40,7 +40,7 @@ def test_a_modelfile_is_read_as_ollama_reads_it(tmp_path, text, commands):
     [
         ("TEMPLATE x\n", "has no FROM line"),
         ("FROM a\nTEMPLAT x\n", "line 2: 'TEMPLAT' is not a command"),
-        ('FROM a\nSYSTEM """open\n\n', "line 2: the value of system does not end"),
+        ('FROM a\nSYSTEM """open\n\n', "line 2: the value of system has no end; expected closing marks"),
         ('FROM a\nSYSTEM """cut"""\nrest"""\n', 'line 3: \'rest"""\' is not a command'),
     ],
 )

@@ -35,7 +35,7 @@ def test_a_chat_template_that_takes_too_few_of_them_is_refused():
     ("template", "message"),
     [
         ("{{range .Messages}}{{.Content}}{{end}}", "from character 1 on it has 'What is 6 times 7.' instead of '<|im_"),
-        ("{{range .Messages}}", "here: the TEMPLATE can't be rendered: .*unexpected EOF"),
+        ("{{range .Messages}}", "here: Go can't render the TEMPLATE: .*unexpected EOF"),
     ],
 )
 def test_a_template_that_prompts_otherwise_or_not_at_all_is_refused(template, message):

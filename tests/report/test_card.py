@@ -166,11 +166,11 @@ def test_each_card_states_the_fidelity_of_its_own_files(recipe, manifests):
     assert (
         "| q8_0 | 0.1 | 3.5e-04 | 3.5e-03 | 3.5e-02 | 97.21% | 92.5% | 73.5% | 68.5% to 78.5% | 7 / 3 | 198 of 200 |"
     ) in gguf  # fmt: skip
-    assert "The merged model answers 74.0% of them (68.0% to 80.0%) rightly" in gguf
+    assert "The merged model answers 74.0% of the prompts (68.0% to 80.0%) rightly" in gguf
     assert "mean KL divergence of 4.6e-07 nats (at most 1.2e-05)" in written("merged_16bit", recipe, manifests)
     four = written("merged_4bit", recipe, manifests)
     assert "mean KL divergence of 3.4e-02 nats (at most 4.6e-01)" in four
-    assert "Its accuracy was not examined." in four
+    assert "Its accuracy was not measured." in four
     assert "mean KL divergence of 6.7e-05 nats (at most 8.9e-04)" in written("lora", recipe, manifests)
 
 
@@ -186,7 +186,7 @@ def test_a_training_that_ran_short_of_memory_says_so(recipe, manifests):
     step = {"at_step": 12, "from": rung, "to": rung | {"max_completion_tokens": 32}, "reason": "CUDA out of memory"}
     text = written("gguf", recipe, with_figures(manifests, "grpo", memory_ladder=[step]))
     assert (
-        "Memory was short, and training went on with less than the recipe below says:\n\n"
+        "Memory was short: training went on with other values than the recipe's:\n\n"
         "- grpo, step 12: max_completion_tokens went from 64 to 32\n\n<details>"
     ) in text
     assert "Memory was short" not in written("gguf", recipe, manifests)
@@ -308,7 +308,7 @@ def test_sections_are_apart_by_one_blank_line_in_every_card(recipe, manifests):
         text = re.sub(r"(?ms)^```toml\n.*?^```\n", "toml\n", written(kind, recipe, manifests))
         assert "\n\n\n" not in text
         assert not re.search(r"[^\n]\n#+ |[^\n]\n```\w|\n```\n[^\n]", text.replace("---\n", "", 1))
-        assert text.endswith("made from them.\n")
+        assert text.endswith("of the data apply.\n")
 
 
 def test_versions_are_said_once_or_stage_by_stage_and_a_dirty_tree_is_said_to_be_one(recipe, manifests):

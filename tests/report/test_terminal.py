@@ -20,17 +20,17 @@ sft   7,999             61       93  2 duplicate, 122 too close to eval
 from base-model (train): 8,123 rows; dropped: none
 from base-model (eval): 1,517 rows; dropped: 3 no answer""",
     "score_base": """\
-3 problems, 2 completions each, of the sft model: 50.0% right, 83.3% well formed, 16.7% cut off, 4.0 tokens
+3 problems, 2 completions each, of the sft model: 50.0% right, 83.3% well formed, 16.7% truncated, 4.0 tokens
 1 problems never right, 1 always
               weight   mean  spread  least   most  groups with zero variance
 correct          0.5  1.000   1.095  0.000  2.000                      66.7%
 weighted sum          1.000   1.095  0.000  2.000                      66.7%
-2 problems are within the bounds, for GRPO to use""",
+2 problems are within the bounds: GRPO trains on these""",
     "infer": """\
-      accuracy    95% interval  well formed  tokens  cut off
-base      3.1%    1.1% to 5.1%        98.7%    87.2     1.3%
-sft      25.2%  23.2% to 27.2%        98.7%    87.2     1.3%
-grpo     74.3%  72.3% to 76.3%        98.7%    87.2     1.3%
+      accuracy    95% interval  well formed  tokens  truncated
+base      3.1%    1.1% to 5.1%        98.7%    87.2       1.3%
+sft      25.2%  23.2% to 27.2%        98.7%    87.2       1.3%
+grpo     74.3%  72.3% to 76.3%        98.7%    87.2       1.3%
 base to sft: 301 problems gained, 9 lost, McNemar p = 1.5e-76
 sft to grpo: 655 problems gained, 7 lost, McNemar p = 2.5e-158""",
     "merge": """\

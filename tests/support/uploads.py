@@ -12,7 +12,7 @@ from stages.lib.recipe.read import read_recipe
 from stages.lib.report.figures import (
     AdapterFile,
     BaseModelFigures,
-    Examination,
+    Evaluation,
     GgufFigures,
     GgufFile,
     GrpoFigures,
@@ -96,8 +96,8 @@ def gguf_file(accuracy: float, mean_kl: float, size: int) -> GgufFile:
     }  # fmt: skip
 
 
-def examined(accuracy: float) -> Examination:
-    """Return the figures of one examination."""
+def evaluation(accuracy: float) -> Evaluation:
+    """Return the figures of one evaluation."""
     bounds = [round(accuracy - 0.02, 3), round(accuracy + 0.02, 3)]
     return {
         "accuracy": accuracy, "accuracy_interval": bounds, "cut_off": 0.013, "problems": 1319, "tokens": 87.25,
@@ -137,7 +137,7 @@ METRICS: dict[str, Mapping[str, Any]] = {
     ),
     "grpo": GrpoFigures(first=rewarded(0.5), last=rewarded(0.875), memory_ladder=[]),
     "infer": InferFigures(
-        base=examined(0.031), sft=examined(0.252), grpo=examined(0.743),
+        base=evaluation(0.031), sft=evaluation(0.252), grpo=evaluation(0.743),
         steps={
             "base to sft": {"gained": 301, "lost": 9, "p": 1.5e-76},
             "sft to grpo": {"gained": 655, "lost": 7, "p": 2.5e-158},

@@ -18,36 +18,28 @@ HOME = Path(sys.prefix) / "llama.cpp"
 
 
 def convert_model(model: Path, out: Path, kind: str, name: str, log: Path) -> None:
-    """Convert the safetensors model in the folder `model` to the GGUF file `out` of `kind`, "f16" or "bf16".
-
-    `name` is what the file calls itself (general.name). The converter's output goes to the file `log`. Raises
-    `UserError` with its last lines when it fails.
-    """
+    """Convert the model in the folder `model` to the GGUF `out` of `kind`, called `name`: see `run_converter`."""
     run_converter([str(model), "--outfile", str(out), "--outtype", kind, "--model-name", name], log)
 
 
 def convert_lora(adapter: Path, base: Path, out: Path, log: Path) -> None:
-    """Convert the PEFT adapter in the folder `adapter`, of the model in the folder `base`, to the GGUF file `out`.
-
-    Its matrices are stored as float16. The converter's output goes to the file `log`. Raises `UserError` with its last
-    lines when it fails.
-    """
+    """Convert the PEFT adapter in `adapter`, of the model in `base`, to the float16 GGUF `out`: see `run_converter`."""
     arguments = [str(adapter), "--base", str(base), "--outfile", str(out), "--outtype", "f16"]
     run_converter(arguments, log, "convert_lora_to_gguf.py")
 
 
 def run_converter(arguments: list[str], log: Path, name: str = "convert_hf_to_gguf.py") -> None:
-    """Run llama.cpp's converter with `arguments`. Raises `UserError` with the end of its output when it fails."""
+    """Run llama.cpp's converter, its output in the file `log`. Raises `UserError` with the last lines when it fails."""
     program = HOME / name
     if not program.is_file():
         raise UserError(f"{program}: llama.cpp's converter is not installed. Run: make setup")
-    # A clean path: on ours, a gguf.py would shadow the converter's gguf package.
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSTARTUP")}
+    # Without PYTHONPATH: a gguf.py on it would shadow the converter's gguf package.
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSTARTUP")}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("w") as file:
         done = subprocess.run(
             [sys.executable, str(program), *arguments],
-            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=kept | offline, check=False,
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment | offline, check=False,
         )  # fmt: skip
     if done.returncode:
         lines = log.read_text(errors="replace").strip().splitlines()[-12:]
@@ -55,10 +47,9 @@ def run_converter(arguments: list[str], log: Path, name: str = "convert_hf_to_gg
 
 
 def quantize(source: Path, out: Path, kind: str, importance: Mapping[str, "np.ndarray"] | None = None) -> None:
-    """Quantize the 16-bit GGUF `source` to `out`, of llama.cpp's type `kind` ("q4_k_m").
+    """Quantize the 16-bit GGUF `source` to `out`, of llama.cpp's type `kind` ("q4_k_m"), with a matrix of `collect`.
 
-    `importance` is the importance matrix, by tensor name, as `imatrix.collect` gives it. Raises `UserError` with what
-    llama.cpp said when it refuses, as it does for some types of few bits without such a matrix (`NEED_IMPORTANCE`).
+    Raises `UserError` with llama.cpp's reason, such as a type in `NEED_IMPORTANCE` without a matrix.
     """
     llama_cpp = llama_library()
     parameters = llama_cpp.llama_model_quantize_default_params()

@@ -1,10 +1,10 @@
-"""A GGUF file at work: token ids in, logits and greedy completions out."""
+"""A loaded GGUF file: logits and greedy completions of token ids."""
 
 import ctypes
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from stages.lib.distance import Text
 from stages.lib.errors import UserError
@@ -14,16 +14,16 @@ from stages.lib.gguf.tokens import Vocabulary
 if TYPE_CHECKING:
     import numpy as np
 
-BATCH_TOKENS = 256  # a decode call; with a row of logits each it is 156 MB at a vocabulary of 152k
+BATCH_TOKENS = 256  # a decode call; their logits take 156 MB at a vocabulary of 152k
 
 
 class Loaded(Vocabulary):
-    """A GGUF file at work on the CPU: token ids in, logits and greedy completions out."""
+    """A GGUF file, loaded on the CPU: logits and greedy completions of token ids."""
 
     def __init__(self, path: Path, context_tokens: int, sequences: int = 1, adapter: Path | None = None) -> None:
-        """Load `path` with room for `sequences` texts at once of `context_tokens` each, and the GGUF LoRA `adapter`.
+        """Load `path`, with the GGUF LoRA `adapter`, for `sequences` texts at once of `context_tokens` each.
 
-        Raises `UserError` as `Vocabulary` does, and when the adapter does not fit the file.
+        Raises `UserError` as `Vocabulary` does, without memory for the context, and for an adapter that does not fit.
         """
         super().__init__(path, with_weights=True)
         parameters = self.llama_cpp.llama_context_default_params()
@@ -39,22 +39,15 @@ class Loaded(Vocabulary):
             super().close()
             raise UserError(f"{path}: no room for {context_tokens:,} x {sequences} tokens of context:\n{llama_said()}")
         self.batch = self.llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
-        if adapter:
-            try:
-                self.apply(adapter)
-            except UserError:
-                self.close()
-                raise
-
-    def apply(self, adapter: Path) -> None:
-        """Put the GGUF LoRA `adapter` on the model, at its full strength; it is freed with the model."""
-        loaded = self.llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(adapter))
-        adapters = (self.llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded)
-        strength = (ctypes.c_float * 1)(1.0)
-        if not loaded or self.llama_cpp.llama_set_adapters_lora(self.context, adapters, 1, strength):
+        if not adapter:
+            return
+        lora = self.llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(adapter))  # freed with the model
+        adapters, scales = (self.llama_cpp.llama_adapter_lora_p_ctypes * 1)(lora), (ctypes.c_float * 1)(1.0)
+        if not lora or self.llama_cpp.llama_set_adapters_lora(self.context, adapters, 1, scales):
+            self.close()
             raise UserError(
                 f"{adapter}: llama.cpp can't put it on {self.path.name}; expected an adapter of that very base, on "
-                f"none of its tied embeddings ([lora] target_modules). Take 'lora' out of save to go on without it. "
+                f"none of its tied embeddings ([lora] target_modules). To go on without it, take 'lora' out of save. "
                 f"llama.cpp said:\n{llama_said(1)}"
             )
 
@@ -64,30 +57,24 @@ class Loaded(Vocabulary):
         self.llama_cpp.llama_free(self.context)
         super().close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def decode(self, items: Sequence[tuple[int, int, int, bool]]) -> "np.ndarray":
-        """Run `items` (token, position, sequence, whether its logits are wanted), at most `batch_tokens` of them.
+        """Run at most `batch_tokens` `items`: (token, position, sequence, whether to return its logits).
 
-        Returns the wanted logits, float32, (rows, vocabulary). They are llama.cpp's memory: gone at the next call.
+        Returns these logits, float32, (rows, vocabulary), in llama.cpp's memory: the next call overwrites them.
         """
         import numpy as np
 
-        for number, (token, position, sequence, wanted) in enumerate(items):
+        for number, (token, position, sequence, with_logits) in enumerate(items):
             self.batch.token[number] = token
             self.batch.pos[number] = position
             self.batch.n_seq_id[number] = 1
             self.batch.seq_id[number][0] = sequence
-            self.batch.logits[number] = wanted
+            self.batch.logits[number] = with_logits
         self.batch.n_tokens = len(items)
         code = self.llama_cpp.llama_decode(self.context, self.batch)
         if code:
-            raise UserError(f"{self.path}: llama.cpp could not run {len(items)} tokens (code {code}):\n{llama_said()}")
-        rows = sum(wanted for *_, wanted in items)
+            raise UserError(f"{self.path}: llama.cpp failed on {len(items)} tokens (code {code}):\n{llama_said()}")
+        rows = sum(with_logits for *_, with_logits in items)
         if not rows:
             return np.empty((0, self.size), np.float32)
         return np.ctypeslib.as_array(self.llama_cpp.llama_get_logits(self.context), shape=(rows, self.size))
@@ -97,7 +84,7 @@ class Loaded(Vocabulary):
         self.llama_cpp.llama_memory_clear(self.llama_cpp.llama_get_memory(self.context), False)
 
     def logits(self, texts: Iterable[Text]) -> Iterator["np.ndarray"]:
-        """Yield the logits at each text's positions, in order, in chunks that are valid until the next."""
+        """Yield the logits at each text's positions, in order, in chunks; the next chunk overwrites one."""
         for text in texts:
             self.forget()
             wanted = set(text.positions)
@@ -106,10 +93,7 @@ class Loaded(Vocabulary):
                 yield self.decode(items[start : start + self.batch_tokens])
 
     def greedy(self, prompts: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
-        """Return the greedy completion of each prompt as token ids, with the end token if it was reached.
-
-        A generation ends at a token that the file itself marks as an end, or after `max_tokens`.
-        """
+        """Return greedy completions as token ids, up to an end token of the file (included) or `max_tokens`."""
         completions: list[list[int]] = [[] for _ in prompts]
         by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         for start in range(0, len(by_length), self.sequences):

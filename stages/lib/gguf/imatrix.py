@@ -1,8 +1,4 @@
-"""An importance matrix for llama.cpp's quantizer: how large the inputs of each weight matrix are, column by column.
-
-It is what llama.cpp's tools/imatrix collects, the mean square of every input channel over a text, taken here from the
-merged model in transformers, so that no second program is needed. The quantizer weighs its rounding errors by it.
-"""
+"""The importance matrix, by which llama.cpp's quantizer weighs rounding errors; its tools/imatrix makes the same."""
 
 import sys
 from collections.abc import Iterable
@@ -16,10 +12,9 @@ if TYPE_CHECKING:
 
 
 def collect(model: Any, texts: Iterable[list[int]], architecture: str) -> dict[str, "np.ndarray"]:
-    """Return the mean squared input of every linear layer of a transformers model over `texts`, lists of token ids.
+    """Return the mean squared input of every linear layer over `texts` (token ids): float32, (inputs,), by GGUF name.
 
-    Keys are tensor names as in a GGUF file of `architecture` (general.architecture), values float32, (inputs,).
-    Raises `UserError` when no layer's name is one that llama.cpp knows.
+    Raises `UserError` when llama.cpp knows no layer of a model of `architecture` (general.architecture).
     """
     import torch
 
@@ -34,12 +29,12 @@ def collect(model: Any, texts: Iterable[list[int]], architecture: str) -> dict[s
 
         return add
 
-    watched = [layers[name].register_forward_hook(watch(name)) for name in names]
+    hooks = [layers[name].register_forward_hook(watch(name)) for name in names]
     for tokens in texts:
         with torch.inference_mode():
             model(input_ids=torch.tensor([tokens], device=model.device))
         rows += len(tokens)
-    for hook in watched:
+    for hook in hooks:
         hook.remove()
     return {names[name]: (total / rows).float().cpu().numpy() for name, total in sums.items()}
 
@@ -51,12 +46,12 @@ def gguf_names(layers: Iterable[str], architecture: str, blocks: int) -> dict[st
     import gguf
 
     kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
-    known = gguf.get_tensor_name_map(kind, blocks) if kind is not None else None
-    names = {layer: known.get_name(layer) for layer in layers} if known else {}
-    found = {layer: f"{name}.weight" for layer, name in names.items() if name}
-    if not found:
+    name_map = gguf.get_tensor_name_map(kind, blocks) if kind is not None else None
+    names = {layer: name_map.get_name(layer) for layer in layers} if name_map else {}
+    tensors = {layer: f"{name}.weight" for layer, name in names.items() if name}
+    if not tensors:
         raise UserError(
-            f"[gguf] importance_prompts: no layer of a {architecture!r} model has a name that the converter in "
-            f"{HOME} knows; set it to 0"
+            f"[gguf] importance_prompts: the converter in {HOME} knows no layer of a {architecture!r} model by its "
+            f"name; set it to 0"
         )
-    return found
+    return tensors

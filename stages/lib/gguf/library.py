@@ -10,7 +10,7 @@ from typing import Any
 
 SMALL_BYTES = 50_000_000
 CGROUP = Path("/sys/fs/cgroup")
-LOG: deque[str] = deque(maxlen=200)  # what llama.cpp said last, for the message when it fails
+LOG: deque[str] = deque(maxlen=200)  # llama.cpp's last words, for the message when it fails
 
 
 def llama_library() -> Any:
@@ -23,7 +23,7 @@ def llama_library() -> Any:
 
 @functools.cache
 def log_callback() -> Any:
-    """Return the function that llama.cpp logs to. It is called as long as the process lives, so it is kept here."""
+    """Return the function that llama.cpp logs to; the cache keeps it alive as long as the process."""
     import llama_cpp
 
     @llama_cpp.llama_log_callback
@@ -40,10 +40,10 @@ def llama_said(lines: int = 8) -> str:
 
 
 def threads_for(path: Path) -> int:
-    """Return how many threads to run the file `path` with: all that can run at once, 1 for a small model.
+    """Return the number of threads for the file `path`: as many as run at once, 1 for a small model.
 
-    llama.cpp's threads wait for each other by spinning, after each of a hundred small steps a token. So one more than
-    can run costs more than it brings, as in a container that sees a host's processors and may use few of their time.
+    llama.cpp's threads spin while they wait for each other, a hundred times a token. One thread too many costs more
+    than it brings, as in a container that sees all processors and may use a few.
     """
     if path.stat().st_size <= SMALL_BYTES:
         return 1
@@ -51,10 +51,10 @@ def threads_for(path: Path) -> int:
 
 
 def processor_quota() -> float:
-    """Return how many processors' time this container may use; `sys.maxsize` where it has no limit.
+    """Return the processors that this container may use, in processor time; `sys.maxsize` without a limit.
 
-    Where the kernel says so: https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files,
-    and https://docs.kernel.org/scheduler/sched-bwc.html for version 1.
+    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files, and for version 1
+    https://docs.kernel.org/scheduler/sched-bwc.html.
     """
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         with contextlib.suppress(OSError):

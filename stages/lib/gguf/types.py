@@ -1,8 +1,7 @@
 """The GGUF types: how far from the merged model each may be, and which need an importance matrix."""
 
-# llama.cpp's types (LLAMA_FTYPE in llama.h, less NVFP4, which its quantizer does not make) and the mean KL divergence
-# (nats) that a file of each may have from the merged model, where [gguf.max_mean_kl] says nothing else:
-# docs/fidelity.md.
+# The largest mean KL divergence (nats) from the merged model, by llama.cpp's type, unless [gguf.max_mean_kl] sets one:
+# docs/fidelity.md. The types are LLAMA_FTYPE of llama.h without NVFP4, which the quantizer does not make.
 GGUF_TYPES = {
     "f32": 1e-4, "f16": 1e-4, "bf16": 1e-3,
     "q8_0": 1e-2, "q6_k": 2e-2,
@@ -12,5 +11,5 @@ GGUF_TYPES = {
     "q2_k": 1.0, "q2_k_s": 1.0, "q2_0": 1.0, "iq2_m": 1.0, "iq2_s": 1.0, "iq2_xs": 1.0, "iq2_xxs": 1.0, "tq2_0": 1.0,
     "iq1_m": 2.0, "iq1_s": 2.0, "q1_0": 2.0, "tq1_0": 2.0,
 }  # fmt: skip
-# Of these, those that llama.cpp refuses to make without an importance matrix.
+# llama.cpp refuses to make these without an importance matrix.
 NEED_IMPORTANCE = ("iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")

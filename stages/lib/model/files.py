@@ -1,4 +1,4 @@
-"""What a folder of safetensors holds, read from the files' headers and config.json without loading a weight."""
+"""A model's folder: found, fetched, and read from config.json and the headers of its safetensors alone."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from stages.lib.errors import UserError
 def model_folder(name: str, revision: str | None) -> Path:
     """Return the folder that holds the model `name`: itself, or the hub cache's snapshot of `revision`.
 
-    config.json and, where the model has one, tokenizer.model are there after this; the weights once they were loaded.
+    It holds config.json and, where the model has one, tokenizer.model; weights only where they were loaded before.
     """
     from transformers.utils import cached_file
 
@@ -24,7 +24,7 @@ def model_folder(name: str, revision: str | None) -> Path:
 
 
 def whole_model_folder(name: str, revision: str | None) -> Path:
-    """Return the folder with the whole model `name`, fetched if need be: safetensors, tokenizer, configuration."""
+    """Return the folder of the whole model `name`, fetched if need be: safetensors, tokenizer, configuration."""
     if revision is None:
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -36,34 +36,31 @@ def whole_model_folder(name: str, revision: str | None) -> Path:
 
 @contextlib.contextmanager
 def fetching_model(name: str, revision: str | None) -> Iterator[None]:
-    """Around what may fetch the model `name` from the hub: raise `UserError` when the hub does not give it."""
+    """Guard what may fetch the model `name`: raise `UserError` when the hub does not give it."""
     try:
         yield
-    except OSError as error:  # what transformers and huggingface_hub make of no network, no such revision, no licence
+    except OSError as error:  # of transformers and huggingface_hub: no network, no such revision, no licence
         if revision is None:
             raise
-        said = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{name} at {revision}: the hub did not give it: {said}. Run: make doctor RECIPE=..., which says what is "
-            f"amiss (network, revision, licence, token); or give a local folder as [model] name"
+            f"{name} at {revision}: the hub did not give it: {reason}. Run: make doctor RECIPE=...  It names the cause "
+            f"(network, revision, licence, token). Or give a local folder as [model] name"
         ) from error
 
 
 def local_model_folder(name: str, revision: str | None) -> Path | None:
-    """Return the folder of the model `name` if it is on this disk, without fetching anything; None if it is not."""
+    """Return the folder of the model `name` on this disk, None if it is not there; fetch nothing."""
     if revision is None:
         return Path(name) if Path(name).is_dir() else None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(path).parent if isinstance(path, str) else None
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """Return dtype (as safetensors spells it: "BF16") and shape of every tensor in `folder`, by name.
-
-    Raises `UserError` when there is no safetensors file or one is cut short.
-    """
+    """Return dtype ("BF16") and shape of each tensor in `folder`. Raises `UserError` for files missing or cut short."""
     tensors: dict[str, tuple[str, list[int]]] = {}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -98,20 +95,17 @@ def model_config(folder: Path) -> dict:
 
 
 def vocabulary_size(folder: Path) -> int:
-    """Return the rows of a model's embedding, of its text part where it has others."""
+    """Return the number of rows of a model's embedding; of its text part where it has others."""
     configuration = model_config(folder)
     return configuration.get("text_config", configuration)["vocab_size"]
 
 
-# What a quantized copy's name ends with: "-unsloth-bnb-4bit", "-GPTQ-Int4", "-FP8".
+# The end of a quantized copy's name: "-unsloth-bnb-4bit", "-GPTQ-Int4", "-FP8".
 QUANTIZED_NAME = re.compile(r"[-_.]((unsloth[-_])?bnb[-_]4bit|4bit|8bit|int[48]|fp8|awq|gptq|nf4|mxfp4)\b.*", re.I)
 
 
 def refuse_quantized_base(folder: Path, name: str) -> None:
-    """Raise `UserError` when config.json in `folder` says that the base `name` is stored in a few bits.
-
-    For before training: it reads no weight, and a base that is still on the hub has none here.
-    """
+    """Raise `UserError` when config.json says that the base `name` is quantized; its weights may be on the hub."""
     settings = model_config(folder).get("quantization_config")
     if settings is None:
         return
@@ -120,13 +114,13 @@ def refuse_quantized_base(folder: Path, name: str) -> None:
     method = settings.get("quant_method", "quantization_config")
     raise UserError(
         f"{name}: its weights are quantized ({method} in its config.json); merge needs the 16-bit model, or the "
-        f"rounding counts twice. Name that in [model] name{example}; with engine = 'unsloth' and load_in_4bit = true "
-        f"it is trained on in 4 bits all the same"
+        f"rounding counts twice. Name that in [model] name{example}. With engine = 'unsloth' and load_in_4bit = true "
+        f"training still loads it in 4 bits"
     )
 
 
 def refuse_quantized(folder: Path, purpose: str) -> None:
-    """Raise `UserError` for a model stored in a few bits: what was rounded once is never `purpose`'s source."""
+    """Raise `UserError` for a quantized model in `folder`: `purpose` starts from 16-bit weights only."""
     settings = model_config(folder).get("quantization_config")
     dtypes = sorted({dtype for dtype, _ in weight_shapes(folder).values()} - {"F64", "F32", "F16", "BF16"})
     if settings is None and not dtypes:

@@ -15,13 +15,13 @@ from stages.lib.model.locate import locate_model
 from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.tables import MAX_VLLM_RANK, Recipe
 
-Batch = Callable[[Sequence[list[int]]], list[list[int]]]  # from prompts to what is generated after each, token ids
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, MAX_VLLM_RANK)  # for which vLLM makes room (vllm/config/lora.py)
+Batch = Callable[[Sequence[list[int]]], list[list[int]]]  # from prompts to their completions, token ids
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, MAX_VLLM_RANK)  # the values of max_lora_rank (vllm/config/lora.py)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy, and the fields after it are then without effect."""
+    """How tokens are drawn. Temperature 0 is greedy: top_p, top_k and min_p then have no effect."""
 
     max_completion_tokens: int
     temperature: float = 0.0
@@ -30,10 +30,15 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
+    @property
+    def drawn(self) -> dict[str, float]:
+        """All but the limit, by the names that transformers and vLLM share."""
+        return {name: value for name, value in vars(self).items() if name != "max_completion_tokens"}
+
 
 @dataclass(frozen=True)
 class Generator:
-    """The base model, loaded once, with saved adapters at hand by name."""
+    """The base model, loaded once, and saved adapters by name."""
 
     model: Any  # a transformers or PEFT model, or vLLM's LLM
     tokenizer: Any
@@ -45,7 +50,7 @@ class Generator:
 def open_generator(
     recipe: Recipe, adapters: dict[str, Path], max_completion_tokens: int, seed: int
 ) -> Iterator[Generator]:
-    """Give the recipe's base model, ready to complete prompts with each of `adapters` or none."""
+    """Yield the recipe's base model, ready to complete prompts with each of `adapters` or none."""
     require_engine(recipe)
     tokenizer = load_tokenizer(recipe)
     if recipe.model.engine == "unsloth":
@@ -60,7 +65,7 @@ def open_generator(
 
 
 def load_transformers(recipe: Recipe, adapters: dict[str, Path], tokenizer: Any, seed: int) -> Generator:
-    """Return the base, and every adapter on it, on the GPU if there is one."""
+    """Return the base with every adapter on it, on the GPU if there is one."""
     import torch
     from peft import PeftModel
 
@@ -76,13 +81,13 @@ def load_transformers(recipe: Recipe, adapters: dict[str, Path], tokenizer: Any,
 
 
 def load_vllm(recipe: Recipe, adapters: dict[str, Path], tokenizer: Any, max_tokens: int, seed: int) -> Generator:
-    """Return vLLM with the base as it was in training, in this process, for sequences of up to `max_tokens`."""
+    """Return vLLM, in this process, with the base as in training, for sequences of up to `max_tokens`."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process of its own could outlive this one
     from transformers import GenerationConfig
     from vllm import LLM
 
     folder = whole_model_folder(*locate_model(recipe))
-    stated = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    configuration = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
     model = LLM(
         model=str(folder),
         dtype=recipe.model.dtype,
@@ -96,7 +101,7 @@ def load_vllm(recipe: Recipe, adapters: dict[str, Path], tokenizer: Any, max_tok
         seed=seed,
         trust_remote_code=False,
     )
-    return Generator(model, tokenizer, end_ids(stated, tokenizer), adapters)
+    return Generator(model, tokenizer, end_ids(configuration, tokenizer), adapters)
 
 
 def generate_completions(
@@ -110,21 +115,20 @@ def generate_completions(
 ) -> list[list[int]]:
     """Return one completion a prompt, as token ids up to the one that ends it, that one included.
 
-    `prompts` are token ids, with the generation prompt; `adapter` is a name out of `generator.adapters`, None the base
-    model. They go to the model `batch_size` at a time, and `advance` is told the number done after each batch.
+    `prompts`: token ids with the generation prompt; `adapter`: None for the base; `advance`: told each batch's size.
     """
     vllm = hasattr(generator.model, "llm_engine")
     batch = (vllm_batch if vllm else transformers_batch)(generator, sampling, adapter)
-    made = []
+    completions = []
     for first in range(0, len(prompts), batch_size):
         part = prompts[first : first + batch_size]
-        made += [cut_after(ids, generator.ends) for ids in batch(part)]
+        completions += [cut_after(ids, generator.ends) for ids in batch(part)]
         advance(len(part))
-    return made
+    return completions
 
 
 def transformers_batch(generator: Generator, sampling: Sampling, adapter: str | None) -> Batch:
-    """Return a function from a batch of prompts to what transformers' generate() adds to each, padding included."""
+    """Return a function from a batch of prompts to transformers' completions of them, padding included."""
     import torch
     from peft import PeftModel
     from transformers import GenerationConfig
@@ -134,18 +138,12 @@ def transformers_batch(generator: Generator, sampling: Sampling, adapter: str | 
         model.base_model.enable_adapter_layers() if adapter else model.base_model.disable_adapter_layers()
         if adapter:
             model.set_adapter(adapter)
-    drawn = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-    }
-    # Given to generate() instead, what is not said here would be the model's own: its publisher's favourite sampling.
+    greedy = {"repetition_penalty": sampling.repetition_penalty}
+    # Not arguments of generate(): for those left out it takes the values that the model's publisher chose.
     model.generation_config = GenerationConfig(
         max_new_tokens=sampling.max_completion_tokens,
         do_sample=sampling.temperature > 0,
-        **(drawn if sampling.temperature > 0 else {}),
-        repetition_penalty=sampling.repetition_penalty,
+        **(sampling.drawn if sampling.temperature > 0 else greedy),
         eos_token_id=generator.ends,
         pad_token_id=pad,
         disable_compile=True,
@@ -153,10 +151,10 @@ def transformers_batch(generator: Generator, sampling: Sampling, adapter: str | 
 
     def generate(prompts: Sequence[list[int]]) -> list[list[int]]:
         width = max(map(len, prompts))
-        padded = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device)
+        inputs = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
         with torch.inference_mode():
-            return model.generate(input_ids=padded, attention_mask=mask)[:, width:].tolist()
+            return model.generate(input_ids=inputs, attention_mask=mask)[:, width:].tolist()
 
     return generate
 
@@ -168,11 +166,7 @@ def vllm_batch(generator: Generator, sampling: Sampling, adapter: str | None) ->
 
     parameters = SamplingParams(
         max_tokens=sampling.max_completion_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
+        **sampling.drawn,
         stop_token_ids=generator.ends,
         detokenize=False,
     )

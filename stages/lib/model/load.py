@@ -5,7 +5,7 @@ from typing import Any
 
 from stages.lib.model.files import fetching_model
 from stages.lib.model.locate import SAFE, locate_model
-from stages.lib.model.lora import adapted_modules, require_modules
+from stages.lib.model.lora import lora_settings, require_modules
 from stages.lib.model.unsloth import load_unsloth
 from stages.lib.recipe.tables import Recipe
 
@@ -22,10 +22,9 @@ def load_model(recipe: Recipe) -> Any:
 
 
 def load_trainable(recipe: Recipe, adapter: Path | None) -> Any:
-    """Return the base model with a LoRA adapter to train: a new one for SFT, or for GRPO that saved in `adapter`.
+    """Return the base model with a LoRA adapter to train: the one saved in `adapter` (GRPO), or a new one (SFT).
 
-    `import_engine` comes first. Engine "unsloth" makes the model for sequences as long as the stage trains on and, for
-    GRPO, with a vLLM engine on the same weights, as its attribute `vllm_engine`.
+    Call `import_engine` first. For GRPO, Unsloth's model has a vLLM engine on the same weights, its `vllm_engine`.
     """
     if recipe.model.engine == "unsloth":
         return load_unsloth(recipe, adapter)
@@ -35,13 +34,4 @@ def load_trainable(recipe: Recipe, adapter: Path | None) -> Any:
     if adapter is not None:
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
     require_modules(recipe, model)
-    settings = LoraConfig(
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
-        target_modules=adapted_modules(recipe),
-        bias="none",
-        use_rslora=False,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, settings)
+    return get_peft_model(model, LoraConfig(**lora_settings(recipe), task_type="CAUSAL_LM"))

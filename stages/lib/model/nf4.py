@@ -1,4 +1,4 @@
-"""The merged model in bitsandbytes' NF4: what it needs, how it is made, and how far four bits are from sixteen."""
+"""The merged model in bitsandbytes' NF4: what it needs, how it is made, and its distance from 16 bits."""
 
 import importlib.util
 import shutil
@@ -53,43 +53,37 @@ def load_nf4(folder: Path, dtype: str) -> Any:
 
 
 def write_nf4(merged: Path, out: Path, dtype: str, shard_size: str) -> None:
-    """Write to `out` the model in the folder `merged` as `load_nf4` gives it.
-
-    That is for loading in transformers or vLLM with less memory; it is never the source of anything else.
-    """
+    """Write the model in the folder `merged` in NF4 to `out`, for transformers and vLLM with less memory."""
     load_nf4(merged, dtype).save_pretrained(out, max_shard_size=shard_size)
-    for path in merged.iterdir():  # the tokenizer's files, as they are
+    for path in merged.iterdir():  # the tokenizer's files
         if path.suffix != ".safetensors" and not (out / path.name).exists() and "index" not in path.name:
             shutil.copyfile(path, out / path.name)
 
 
-def training_cost(base: Path, adapter: Path, dtype: str, stored: Path, texts: Sequence[Text]) -> dict[str, float]:
-    """Return how far the adapter on its base in 4 bits, as it was trained, is from the logits `stored` of `texts`."""
+def training_cost(base: Path, adapter: Path, dtype: str, reference: Path, texts: Sequence[Text]) -> dict[str, float]:
+    """Return the distance of the adapter on its 4-bit base, as in training, from the logits `reference` of `texts`."""
     from peft import PeftModel
 
-    return difference(PeftModel.from_pretrained(load_nf4(base, dtype), adapter).eval(), stored, texts)
+    return difference(PeftModel.from_pretrained(load_nf4(base, dtype), adapter).eval(), reference, texts)
 
 
-def verify_nf4(folder: Path, stored: Path, texts: Sequence[Text]) -> dict[str, float]:
-    """Return how far the 4-bit model saved in `folder`, loaded as any user would, is from the logits `stored`.
-
-    Raises `UserError` when it is too far.
-    """
+def verify_nf4(folder: Path, reference: Path, texts: Sequence[Text]) -> dict[str, float]:
+    """Return the distance of the saved 4-bit model from the logits `reference`. Raises `UserError` over MAX_MEAN_KL."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         folder, device_map={"": 0}, trust_remote_code=False, use_safetensors=True
     ).eval()
-    found = difference(model, stored, texts)
-    if not found["mean_kl"] <= MAX_MEAN_KL:
+    distance = difference(model, reference, texts)
+    if not distance["mean_kl"] <= MAX_MEAN_KL:
         raise UserError(
-            f"{folder}: mean KL {found['mean_kl']:.2e} nats from the adapter on its base; limit {MAX_MEAN_KL:.2e}. "
-            f"Four bits are too few for this model: take 'merged_4bit' out of save"
+            f"{folder}: mean KL {distance['mean_kl']:.2e} nats from the adapter on its base; expected at most "
+            f"{MAX_MEAN_KL:.2e}. Four bits are too few for this model: take 'merged_4bit' out of save"
         )
-    return {"bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")), **found}
+    return {"bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")), **distance}
 
 
-def difference(model: Any, stored: Path, texts: Sequence[Text]) -> dict[str, float]:
+def difference(model: Any, reference: Path, texts: Sequence[Text]) -> dict[str, float]:
     """Return `mean_kl` and `max_kl` (nats) and `same_top` of `compare_logits` for a transformers model."""
-    found = compare_logits(stored, texts, model_logits(model, texts))
-    return {name: found[name] for name in ("mean_kl", "max_kl", "same_top")}
+    distance = compare_logits(reference, texts, model_logits(model, texts))
+    return {name: distance[name] for name in ("mean_kl", "max_kl", "same_top")}

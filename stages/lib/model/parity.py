@@ -1,5 +1,6 @@
-"""A GGUF file held against the merged model in transformers: how it reads prompts, its distributions, its answers."""
+"""A GGUF file compared with the merged model in transformers: its prompts, distributions and answers."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,11 @@ SEQUENCES = 8  # completions at once
 
 @dataclass(frozen=True)
 class Completions:
-    """What a model writes after each prompt, most likely token by most likely token."""
+    """A model's greedy completion of each prompt."""
 
     texts: list[str]  # without the end token
     right: list[bool]
-    ended: int  # those that ended by themselves
+    ended: int  # in number: those with an end token
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -35,7 +36,7 @@ class Completions:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the merged model does in transformers: every file is held against it."""
+    """The merged model in transformers, with which every file is compared."""
 
     recipe: Recipe
     tokenizer: Any
@@ -47,84 +48,77 @@ class Reference:
 
     @property
     def context_tokens(self) -> int:
-        """The longest text, or prompt with a completion, in tokens."""
+        """The longest text, or prompt with room for a completion, in tokens."""
         longest = max(map(len, self.prompts)) + self.recipe.infer.max_completion_tokens
         return max(longest, *(len(text.tokens) for text in self.texts))
 
 
-def refer(model: Path, rows: list[dict], recipe: Recipe, scratch: Path) -> Reference:
-    """Run the merged model in the folder `model` in transformers on `rows`; keep its logits under `scratch`."""
+def refer(folder: Path, rows: list[dict], recipe: Recipe, scratch: Path) -> Reference:
+    """Run the merged model in `folder` on `rows` in transformers; store its logits under `scratch`."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    loaded = load_reference(model)
-    ends = end_ids(loaded.generation_config)
-    verify_end(tokenizer, ends, str(model / "generation_config.json"))
-    asked = [row["prompt"] for row in rows]
-    prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    network = load_reference(folder)
+    ends = end_ids(network.generation_config)
+    verify_end(tokenizer, ends, str(folder / "generation_config.json"))
+    conversations = [row["prompt"] for row in rows]
+    prompts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
     sampling = Sampling(recipe.infer.max_completion_tokens)
-    generated = generate_completions(Generator(loaded, tokenizer, ends, {}), prompts, sampling, SEQUENCES)
+    token_ids = generate_completions(Generator(network, tokenizer, ends, {}), prompts, sampling, SEQUENCES)
     texts = []
-    for row, prompt, tokens in zip(rows, prompts, generated, strict=True):
+    for row, prompt, tokens in zip(rows, prompts, token_ids, strict=True):
         if "completion" in row:
             whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
         else:
             whole = prompt + tokens
         texts.append(Text(whole, spread_positions(len(whole), recipe.gguf.positions_per_prompt)))
     logits = scratch / "merged.npy"
-    store_logits(logits, texts, loaded.config.get_text_config().vocab_size, model_logits(loaded, texts))
-    completions = completed(generated, ends, tokenizer, rows, recipe.format.name)
+    store_logits(logits, texts, network.config.get_text_config().vocab_size, model_logits(network, texts))
+    completions = grade_completions(token_ids, ends, tokenizer, rows, recipe.format.name)
     return Reference(recipe, tokenizer, rows, prompts, texts, logits, completions)
 
 
-def completed(
-    generated: list[list[int]], ends: Sequence[int], tokenizer: Any, rows: list[dict], format_name: str
+def grade_completions(
+    token_ids: list[list[int]], ends: Sequence[int], tokenizer: Any, rows: list[dict], format_name: str
 ) -> Completions:
-    """Return what was `generated`, token ids a prompt, as texts, each held against the answer of its row."""
-    ended = [tokens[-1] in ends for tokens in generated]
+    """Return completions, `token_ids` a prompt, as texts, each graded by the answer of its row."""
+    ended = [tokens[-1] in ends for tokens in token_ids]
     texts = [
         tokenizer.decode(tokens[:-1] if end else tokens, skip_special_tokens=False)
-        for tokens, end in zip(generated, ended, strict=True)
+        for tokens, end in zip(token_ids, ended, strict=True)
     ]
     answer_format = formats.get(format_name)
-    marked = zip(texts, rows, strict=True)
-    right = [mark(answer_format, text, row["answer"], row.get("kind", "number"))["right"] for text, row in marked]
+    pairs = zip(texts, rows, strict=True)
+    right = [mark(answer_format, text, row["answer"], row.get("kind", "number"))["right"] for text, row in pairs]
     return Completions(texts, right, sum(ended))
 
 
-def examine(path: Path, reference: Reference) -> dict[str, Any]:
-    """Return the figures of one GGUF file against the reference.
-
-    Raises `UserError` when it can't be loaded or does not read the prompts as the tokens the model was trained with.
-    """
+def evaluate_file(path: Path, reference: Reference) -> dict[str, Any]:
+    """Return the figures of a GGUF file. Raises `UserError` when it can't be loaded or reads other tokens."""
     recipe, tokenizer, rows = reference.recipe, reference.tokenizer, reference.rows
-    with Loaded(path, reference.context_tokens, SEQUENCES) as file:
+    with contextlib.closing(Loaded(path, reference.context_tokens, SEQUENCES)) as file:
         for row in rows:
             verify_prompt(file, tokenizer, row["prompt"], f"{path}, problem {row['id']}")
         verify_end(tokenizer, file.ends, str(path))
         difference = compare_logits(reference.logits, reference.texts, file.logits(reference.texts))
-        generated = file.greedy(reference.prompts, recipe.infer.max_completion_tokens)
-        found = completed(generated, file.ends, tokenizer, rows, recipe.format.name)
-    expected = reference.completions
-    pairs = list(zip(expected.right, found.right, strict=True))
-    same = sum(ours == theirs for ours, theirs in zip(expected.texts, found.texts, strict=True))
+        token_ids = file.greedy(reference.prompts, recipe.infer.max_completion_tokens)
+        completions = grade_completions(token_ids, file.ends, tokenizer, rows, recipe.format.name)
+    pairs = list(zip(reference.completions.right, completions.right, strict=True))
+    same = sum(one == other for one, other in zip(reference.completions.texts, completions.texts, strict=True))
     return {
         "bytes": path.stat().st_size,
         **difference,
         "same_text": same / len(pairs),
-        **found.accuracy,
+        **completions.accuracy,
         "flipped_to_wrong": pairs.count((True, False)),
         "flipped_to_right": pairs.count((False, True)),
-        "ended": found.ended,
-        "answer": found.texts[0],
+        "ended": completions.ended,
+        "answer": completions.texts[0],
     }
 
 
-def examine_adapter(base: Path, adapter: Path, reference: Reference) -> dict[str, Any]:
-    """Return how far the GGUF file `base` with the LoRA `adapter` on it is from the merged model.
-
-    Only distributions are compared: the base has the chat template and the end tokens that it had before training.
-    """
-    with Loaded(base, reference.context_tokens, adapter=adapter) as file:
+def evaluate_adapter(base: Path, adapter: Path, reference: Reference) -> dict[str, Any]:
+    """Return the distance of the GGUF `base` with the LoRA `adapter` from the merged model, by distributions alone."""
+    with contextlib.closing(Loaded(base, reference.context_tokens, adapter=adapter)) as file:
         difference = compare_logits(reference.logits, reference.texts, file.logits(reference.texts))
     return {"bytes": adapter.stat().st_size, **difference}

@@ -1,8 +1,8 @@
-"""How far one model's next-token distribution is from another's, and the reference side of that comparison.
+"""The reference model, with whose next-token distribution every other model is compared.
 
-The reference is a model in transformers, computed in float32 from the weights as they are stored. Its logits at chosen
-positions go once into a file on disk (`store`), and every other model is held against that file in chunks, so that
-memory is bounded by the model and by a chunk, never by prompts x positions x vocabulary.
+It runs in transformers, in float32 from its stored weights. Its logits at chosen positions are written once to a file
+on disk (`distance.store_logits`). Every other model is compared with that file in chunks: memory holds a model and a
+chunk, never prompts x positions x vocabulary.
 
 KL divergence is KL(reference || other) in nats, after llama.cpp's perplexity tool (its tools/perplexity/README.md).
 """
@@ -22,14 +22,14 @@ M_MMAP_THRESHOLD, LARGE_BYTES = -3, 4 << 20  # of glibc's malloc.h
 
 
 def load_reference(folder: str | Path, revision: str | None = None) -> Any:
-    """Return the causal language model at `folder` in float32, for comparison, on the GPU where there is one."""
+    """Return the causal language model at `folder` in float32, for comparison, on the GPU where it has room."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a tensor, and no line of its own
     give_back_freed_memory()
-    with weights_read():
+    with read_weights():
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             revision=revision,
@@ -42,10 +42,7 @@ def load_reference(folder: str | Path, revision: str | None = None) -> Any:
 
 
 def device_for(model: Any) -> str:
-    """Return "cuda" where a GPU has room for the float32 `model` and a quarter more, for what it computes; else "cpu".
-
-    An 8 B model trained on a 24 GB GPU takes 32 GB here.
-    """
+    """Return "cuda" where the GPU has room for the float32 `model` and a quarter more for activations; else "cpu"."""
     import torch
 
     if not torch.cuda.is_available():
@@ -55,41 +52,38 @@ def device_for(model: Any) -> str:
 
 
 def give_back_freed_memory() -> None:
-    """Let weights that are freed go back to the system at once, where the C library is glibc.
+    """Have glibc give freed weights back to the system at once.
 
-    It keeps blocks of up to 32 MB for the next use, and with so many of them a model that is gone can take as much
-    memory as one that is there. Blocks of LARGE_BYTES and more are then mapped one by one (mallopt(3)).
+    By default it keeps blocks of up to 32 MB: a freed model can take as much memory as a loaded one. This maps each
+    block of LARGE_BYTES or more by itself (mallopt(3)).
     """
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 @contextlib.contextmanager
-def weights_read() -> Iterator[None]:
-    """Let transformers read weights instead of mapping their files, as it does on Windows.
+def read_weights() -> Iterator[None]:
+    """Have transformers read the weights' files instead of mapping them, as it does on Windows.
 
-    Mapped, every page of the files stays resident until the last tensor is loaded: half as much again as the model
-    itself in float32.
+    Every page of a mapped file stays resident until the last tensor is loaded: half as much again as the model in
+    float32.
     """
     from transformers import modeling_utils
 
-    mapped = modeling_utils.safe_open
+    safe_open = modeling_utils.safe_open
 
     def read(file: str, **options: Any) -> Any:
-        return mapped(file, **options | {"backend": "pread"})
+        return safe_open(file, **options | {"backend": "pread"})
 
     modeling_utils.safe_open = read
     try:
         yield
     finally:
-        modeling_utils.safe_open = mapped
+        modeling_utils.safe_open = safe_open
 
 
 def model_logits(model: Any, texts: Iterable[Text]) -> Iterator["np.ndarray"]:
-    """Yield the logits of a transformers model at each text's positions: float32, (positions, vocabulary).
-
-    Only the chosen positions go through the output layer: one text at a time, with no padding to get wrong.
-    """
+    """Yield the logits at each text's positions, float32, (positions, vocabulary), one text at a time, unpadded."""
     import torch
 
     for text in texts:

@@ -1,4 +1,4 @@
-"""What merge, gguf and ollama-modelfile would refuse after all the training, tried before it in seconds."""
+"""The refusals of merge, gguf and ollama-modelfile, tried in seconds before the training."""
 
 import os
 from pathlib import Path
@@ -15,10 +15,7 @@ from stages.lib.recipe.tables import Recipe
 
 
 def refuse_base(recipe: Recipe) -> None:
-    """Raise `UserError` if the base is stored in a few bits, which merge would refuse after all the training.
-
-    Or, where the recipe names a folder on this disk, if its weights are no safetensors or not whole.
-    """
+    """Raise `UserError` if merge would refuse the base: quantized, or a local folder without whole safetensors."""
     name, revision = locate_model(recipe)
     refuse_quantized_base(model_folder(name, revision), recipe.model.name)
     if recipe.model.name != "base-model" and revision is None:
@@ -26,10 +23,7 @@ def refuse_base(recipe: Recipe) -> None:
 
 
 def check_chat_template(recipe: Recipe, tokenizer: Any) -> None:
-    """Raise `UserError` if ollama-modelfile would refuse the chat template after all the training.
-
-    It is derived and compared here as it is there.
-    """
+    """Raise `UserError` if ollama-modelfile would refuse the chat template: derive and compare it as there."""
     name = recipe.model.name
     render, derived = of_tokenizer(tokenizer, name)
     refuse_unused_system(derived, recipe.format.system_prompt, recipe.format.name, name)
@@ -37,26 +31,25 @@ def check_chat_template(recipe: Recipe, tokenizer: Any) -> None:
 
 
 def check_completion(recipe: Recipe, tokenizer: Any) -> None:
-    """Raise `UserError` if the chat template puts something between the generation prompt and a completion.
+    """Raise `UserError` if the chat template writes anything between the generation prompt and a completion.
 
-    Qwen3's own puts an empty thought there: SFT would teach the model to write it first, in every completion, and none
-    would be well formed.
+    Qwen3's writes an empty thought there. SFT would teach the model to begin with it: no completion is well formed.
     """
     turns = [{"role": "system", "content": recipe.format.system_prompt}, {"role": "user", "content": "1 + 1?"}]
-    written = formats.get(recipe.format.name).write(formats.Answer("1 + 1 = 2", "2")).strip()
-    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    told = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": written}], tokenize=False)
-    if not told.startswith(asked + written):
-        at = len(asked) if told.startswith(asked) else len(os.path.commonprefix([told, asked]))
+    completion = formats.get(recipe.format.name).write(formats.Answer("1 + 1 = 2", "2")).strip()
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    conversation = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": completion}], tokenize=False)
+    if not conversation.startswith(prompt + completion):
+        at = len(prompt) if conversation.startswith(prompt) else len(os.path.commonprefix([conversation, prompt]))
         raise UserError(
-            f"{recipe.path}: the chat template of {recipe.model.name} shows a completion otherwise than the model is "
-            f"to write it: after {told[:at][-30:]!r} it has {told[at : at + 40]!r}, expected "
-            f"{(asked + written)[at : at + 40]!r}. SFT would teach to write that first. Choose a model without it, or "
-            f"[format] name = 'think', which brings a template"
+            f"{recipe.path}: the chat template of {recipe.model.name} changes a completion, and SFT would teach the "
+            f"change: after {conversation[:at][-30:]!r} it has {conversation[at : at + 40]!r}, expected "
+            f"{(prompt + completion)[at : at + 40]!r}. Choose another model, or [format] name = 'think', which has its "
+            f"own template"
         )
 
 
 def check_tokenizer(recipe: Recipe, tokenizer: Any) -> None:
-    """Raise `UserError` if llama.cpp's converter would refuse or misread the tokenizer, after all the training."""
+    """Raise `UserError` if llama.cpp's converter would refuse or misread the tokenizer."""
     name, revision = locate_model(recipe)
     check_conversion(tokenizer, model_folder(name, revision), recipe.model.name)

@@ -1,4 +1,4 @@
-"""Unsloth's model with a LoRA adapter, and the scoring pass that its GRPO can do without."""
+"""Unsloth's model with a LoRA adapter, and its GRPO without the scoring pass."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from stages.lib.errors import UserError
 from stages.lib.model.files import whole_model_folder
 from stages.lib.model.locate import SAFE, locate_model
-from stages.lib.model.lora import adapted_modules, require_modules
+from stages.lib.model.lora import lora_settings, require_modules
 from stages.lib.recipe.tables import Recipe
 
 
@@ -17,11 +17,11 @@ def load_unsloth(recipe: Recipe, adapter: Path | None) -> Any:
     from transformers import GenerationConfig
     from unsloth import FastLanguageModel  # isort: skip  (`import_engine` imported it before transformers)
 
-    # A folder, not a hub name: vLLM can't be given a revision, and Unsloth puts other repositories in a name's place.
+    # A folder, not a hub name: vLLM takes no revision, and Unsloth replaces a name by another repository's.
     folder = whole_model_folder(*locate_model(recipe))
     vllm = adapter is not None  # for GRPO, which samples
     max_tokens = recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens if vllm else recipe.sft.max_tokens
-    sequences = recipe.vllm.sequences + (recipe.vllm.sequences == 256)  # Unsloth takes 256 for "not said"
+    sequences = recipe.vllm.sequences + (recipe.vllm.sequences == 256)  # Unsloth reads 256 as "not given"
     checkpointing = "unsloth" if (recipe.grpo if vllm else recipe.sft).gradient_checkpointing else False
     model, _ = FastLanguageModel.from_pretrained(
         model_name=str(folder),
@@ -37,17 +37,12 @@ def load_unsloth(recipe: Recipe, adapter: Path | None) -> Any:
         random_state=recipe.sft.seed,
         **SAFE,
     )
-    if (folder / "generation_config.json").is_file():  # the model that is rebuilt from vLLM's weights has none
+    if (folder / "generation_config.json").is_file():  # the model rebuilt from vLLM's weights has none
         model.generation_config = GenerationConfig.from_pretrained(folder)
     require_modules(recipe, model)
     model = FastLanguageModel.get_peft_model(
         model,
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
-        target_modules=adapted_modules(recipe),
-        bias="none",
-        use_rslora=False,
+        **lora_settings(recipe),
         use_gradient_checkpointing=checkpointing,
         random_state=recipe.sft.seed,
         max_seq_length=max_tokens,
@@ -58,7 +53,7 @@ def load_unsloth(recipe: Recipe, adapter: Path | None) -> Any:
 
 
 def load_adapter(model: Any, adapter: Path) -> None:
-    """Give the adapter on `model` the weights saved in `adapter`. Raises `UserError` when they don't fit it."""
+    """Load the weights saved in `adapter` into the adapter on `model`. Raises `UserError` when they don't fit it."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -66,32 +61,28 @@ def load_adapter(model: Any, adapter: Path) -> None:
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
         raise UserError(
-            f"{adapter}: is not an adapter for this recipe's [lora]: it lacks {len(missing)} of the weights and has "
+            f"{adapter}: is not an adapter for this recipe's [lora]: it lacks {len(missing)} expected weights and has "
             f"{len(result.unexpected_keys)} others, such as {[*missing, *result.unexpected_keys][0]}. Run: make sft"
         )
 
 
 def needs_scoring_pass(recipe: Recipe) -> bool:
-    """Return whether GRPO needs a pass that scores completions before it trains on them.
-
-    A second round over the same completions (`num_iterations`) and a pull to the base model (`beta`) do.
-    """
+    """Return whether GRPO has to score completions: for a second round (`num_iterations`), a KL penalty (`beta`)."""
     return recipe.grpo.num_iterations > 1 or recipe.grpo.beta > 0
 
 
 def skip_scoring_pass(recipe: Recipe, trainer: Any) -> None:
-    """Spare Unsloth's GRPO `trainer` the pass that scores completions before training on them, unless it is needed.
+    """Take the scoring pass out of Unsloth's GRPO `trainer`, unless it is needed.
 
-    The importance-sampling correction holds vLLM's log-probabilities against the trainer's own. While one optimizer
-    step takes all that was generated for it, those are what the training pass computes anyway: a quarter of its
-    arithmetic saved.
+    The importance-sampling correction compares vLLM's log-probabilities with the trainer's. While one optimizer step
+    takes all its completions, the training pass computes these anyway: that saves a quarter of the arithmetic.
     """
     if recipe.model.engine != "unsloth" or needs_scoring_pass(recipe):
         return
     module: Any = sys.modules[type(trainer).__module__]
     loss = module.UnslothEfficientGRPO
 
-    class OnPolicy(loss):  # type: ignore[misc, valid-type]  # a class that Unsloth writes
+    class OnPolicy(loss):  # type: ignore[misc, valid-type]  # a class written by Unsloth
         @staticmethod
         def forward(ctx, new, old, *rest):
             return loss.forward(ctx, new, new if old is None else old, *rest)

@@ -1,15 +1,15 @@
-"""Derive Ollama's Go TEMPLATE from a Jinja chat template, by watching what the chat template does.
+"""Ollama's Go TEMPLATE, derived from what a Jinja chat template renders.
 
-The chat template is rendered on short conversations whose contents are marker characters. What stands between two
-markers is what the template puts there, and what is missing around a marker that had white space beside it is what the
-template trims. No name of a model and no part of the Jinja source is looked at: a template may be written in any way.
+The chat template is rendered on short conversations whose contents are marker characters. The text between two markers
+is the template's own; white space that is gone from beside a marker was trimmed. Neither the model's name nor the Jinja
+source is read, so a template may be written in any way.
 
-A gap between two contents is split into the end of one message and the opening of the next, and each of these may
-depend on three facts: whether the user message is the first, whether it is the last, and whether there is a system
-prompt. That covers concatenation by role, a system prompt folded into the first or the last user turn, a default system
-prompt, trimming, and text after the generation prompt such as `<think>`. Whatever does not fit is refused.
+A gap between two contents is split into the end of one message and the opening of the next. Each may depend on three
+facts: the user message is the first, it is the last, there is a system prompt. That covers concatenation by role, a
+system prompt in the first or the last user turn, a default system prompt, trimming, and text after the generation
+prompt such as `<think>`. Anything else is refused.
 
-A derived template is a claim; the proof is that both render `stages.lib.ollama.proof.CONVERSATIONS` alike.
+A derived template is a claim. Its proof: both templates render `stages.lib.ollama.proof.CONVERSATIONS` alike.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ Render = Callable[[Conversation, bool], str]
 SYSTEM, USER, ASSISTANT = "\ue000", "\ue100", "\ue200"  # markers: the n-th content of a role is marked chr(ord + n)
 MARKER = re.compile("([\ue000-\ue2ff])")
 TURNS = (1, 2, 3, 4, 5)
-PLACE = ("$first", "$last", "$system")  # what a user message's surroundings may depend on
+PLACE = ("$first", "$last", "$system")  # what the text around a user message may depend on
 
 
 class Rejected(Exception):
@@ -38,22 +38,22 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Derived:
-    """A Go template, and what was seen of the chat template on the way."""
+    """A Go template, and facts about the chat template."""
 
     template: str
-    bos: str  # the BOS token that the chat template writes at the start, "" if it writes none; Ollama's tokenizer does
+    bos: str  # the BOS token if the chat template begins with it, else ""; Ollama's tokenizer adds it
     takes_system: bool
-    turn_end: str  # what the template puts right after an assistant's content, before the next turn
+    turn_end: str  # the text between an assistant's content and the next turn
 
 
 def jinja_render(chat_template: str, special_tokens: dict[str, str]) -> Render:
-    """Give a renderer of `chat_template` by transformers itself. `special_tokens`: eos_token and the like, by name."""
+    """Return transformers' renderer of `chat_template`. `special_tokens`: eos_token and the like, by name."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def render(conversation: Conversation, generation_prompt: bool, **variables: Any) -> str:
         try:
-            rendered, _ = render_jinja_template(
+            texts, _ = render_jinja_template(
                 [[dict(message) for message in conversation]],
                 chat_template=chat_template,
                 add_generation_prompt=generation_prompt,
@@ -62,28 +62,25 @@ def jinja_render(chat_template: str, special_tokens: dict[str, str]) -> Render:
             )
         except (TemplateError, TypeError) as error:
             raise Rejected(f"{type(error).__name__}: {error}") from error
-        return rendered[0]
+        return texts[0]
 
     # A variable of the rendering hides the global function of the same name.
     def on(day: str) -> str:
         return render([{"role": "user", "content": "x"}], True, strftime_now=lambda _: day)
 
-    dated = False
-    with contextlib.suppress(Rejected):  # for another reason, which `derive_template` reports
-        dated = on("one day") != on("another day")
-    if dated:
+    has_date = False
+    with contextlib.suppress(Rejected):  # `derive_template` reports the reason
+        has_date = on("one day") != on("another day")
+    if has_date:
         raise UserError(
-            "the chat template writes today's date into the prompt; a Modelfile would repeat for ever the day it was "
-            "made on. Write a fixed date into the chat template before training"
+            "the chat template writes today's date into the prompt; a Modelfile would keep the day of its making. "
+            "Write a fixed date into the chat template before training"
         )
     return render
 
 
 def derive_template(render: Render, bos: str = "") -> Derived:
-    """Give the Go template that does what the chat template behind `render` does, BOS left out.
-
-    Raises `UserError` for a chat template that does something a Go template of this kind can't do.
-    """
+    """Return the Go template, without BOS, of `render`. Raises `UserError` for what such a template can't follow."""
     error = rejects(render, dialogue(1))
     takes_system = not rejects(render, dialogue(1, system=True))
     if error:
@@ -92,19 +89,19 @@ def derive_template(render: Render, bos: str = "") -> Derived:
     if bos and not render(dialogue(1), True).startswith(bos):
         bos = ""
     systems = (False, True) if takes_system else (False,)
-    seen = {(turns, system): gaps_of(render, bos, turns, system) for system in systems for turns in TURNS}
-    user, answer, turn_end = around(seen, tail_of(render, bos, dialogue(1)), tail_of(render, bos, dialogue(2)[:-1]))
-    start = beginnings(seen, systems, user.opening)
+    gaps = {(turns, system): gaps_of(render, bos, turns, system) for system in systems for turns in TURNS}
+    user, answer, turn_end = around(gaps, tail_of(render, bos, dialogue(1)), tail_of(render, bos, dialogue(2)[:-1]))
+    start = beginnings(gaps, systems, user.opening)
 
-    asked = go_written(user.opening, PLACE) + go_written(user.slot, PLACE) + go_written(user.close, PLACE)
-    asked += go_if("$last", go_written(user.prompt, ()))
-    answered = go_written(answer.opening, ()) + go_written(answer.slot, ())
-    answered += go_if("not $last", go_written(answer.close, ()))  # a last answer is one to be gone on with
+    user_text = go_written(user.opening, PLACE) + go_written(user.slot, PLACE) + go_written(user.close, PLACE)
+    user_text += go_if("$last", go_written(user.prompt, ()))
+    answer_text = go_written(answer.opening, ()) + go_written(answer.slot, ())
+    answer_text += go_if("not $last", go_written(answer.close, ()))  # the model goes on with a last answer
     text = go_written(start, ("$system",))
     text += "{{range $i, $_ := .Messages}}{{$last := eq (len (slice $.Messages $i)) 1}}"
-    text += f'{{{{if eq .Role "user"}}}}{asked}' + ("{{$first = false}}" if "$first" in asked else "")
-    text += f'{{{{else if eq .Role "assistant"}}}}{answered}{{{{end}}}}{{{{end}}}}'
-    if "$first" in asked:
+    text += f'{{{{if eq .Role "user"}}}}{user_text}' + ("{{$first = false}}" if "$first" in user_text else "")
+    text += f'{{{{else if eq .Role "assistant"}}}}{answer_text}{{{{end}}}}{{{{end}}}}'
+    if "$first" in user_text:
         text = "{{$first := true}}" + text
     if "$system" in text:
         mark = '{{range .Messages}}{{if eq .Role "system"}}{{$system = true}}{{end}}{{end}}'
@@ -115,12 +112,9 @@ def derive_template(render: Render, bos: str = "") -> Derived:
 
 
 def of_tokenizer(tokenizer: Any, where: Path | str) -> tuple[Render, Derived]:
-    """Give the renderer of a transformers tokenizer's chat template and the Go template derived from it.
-
-    `where` is what an error names. Raises `UserError` for no chat template, or one that can't be said in Go.
-    """
+    """Return a tokenizer's renderer and its Go template. Raises `UserError`, naming `where`, without a template."""
     if not isinstance(tokenizer.chat_template, str):
-        raise UserError(f"{where}: the tokenizer has no chat template; expected the one of training. Run: make merge")
+        raise UserError(f"{where}: the tokenizer has no chat template; expected that of training. Run: make merge")
     try:
         render = jinja_render(tokenizer.chat_template, tokenizer.special_tokens_map)
         return render, derive_template(render, tokenizer.bos_token or "")
@@ -138,19 +132,19 @@ def refuse_unused_system(derived: Derived, system: str, format_name: str, where:
 
 
 class Table(dict[tuple[bool, ...], Pieces]):
-    """Pieces by place; a place seen twice has to have held the same."""
+    """Pieces by place. Raises `UserError` when a place gets two different ones."""
 
     def __setitem__(self, place: tuple[bool, ...], pieces: Pieces) -> None:
         if self.setdefault(place, pieces) != pieces:
             raise UserError(
-                "the chat template writes something else around a message depending on its position: "
-                f"{self[place]!r} and {pieces!r}; only the first and the last user message may differ from the others"
+                f"the text that the chat template writes around a message depends on its position: {self[place]!r} and "
+                f"{pieces!r}; only the first and the last user message may differ from the others"
             )
 
 
 @dataclass(frozen=True)
 class Gaps:
-    """One conversation, seen: the pieces before, between and after the contents, and how each content is trimmed."""
+    """The pieces before, between and after the contents of one conversation, and how each content is trimmed."""
 
     gaps: list[Pieces]
     slots: list[Slot]
@@ -158,7 +152,7 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Turn:
-    """What stands around the contents of one role; a user's by place, an assistant's always the same."""
+    """The text around the contents of one role: of a user by place, of an assistant always the same."""
 
     opening: Table = field(default_factory=Table)
     slot: Table = field(default_factory=Table)
@@ -166,34 +160,34 @@ class Turn:
     prompt: Table = field(default_factory=Table)  # what follows the last user message: the generation prompt
 
 
-def around(seen: dict[tuple[int, bool], Gaps], end_of_user: str, end_of_answer: str) -> tuple[Turn, Turn, str]:
-    """Sort what was seen into a user's turn, without the first's opening, and an assistant's, and say how that ends."""
+def around(gaps: dict[tuple[int, bool], Gaps], end_of_user: str, end_of_answer: str) -> tuple[Turn, Turn, str]:
+    """Return a user's turn (without the first one's opening), an assistant's, and the text that ends the latter."""
     user, answer = Turn(), Turn()
-    for (turns, system), found in seen.items():
+    for (turns, system), each in gaps.items():
         for turn in range(turns):
             place = (turn == 0, turn == turns - 1, system)
-            user.slot[place] = (found.slots[2 * turn],)
-            user.close[place], opening = split_text(found.gaps[2 * turn + 1], end_of_user)
+            user.slot[place] = (each.slots[2 * turn],)
+            user.close[place], opening = split_text(each.gaps[2 * turn + 1], end_of_user)
             if turn == turns - 1:
                 user.prompt[()] = opening
                 continue
             answer.opening[()] = opening
-            answer.slot[()] = (found.slots[2 * turn + 1],)
-            answer.close[()], opening = split_text(found.gaps[2 * turn + 2], end_of_answer)
+            answer.slot[()] = (each.slots[2 * turn + 1],)
+            answer.close[()], opening = split_text(each.gaps[2 * turn + 2], end_of_answer)
             user.opening[False, turn + 1 == turns - 1, system] = opening
     return user, answer, "".join(str(piece) for piece in answer.close[()])
 
 
-def beginnings(seen: dict[tuple[int, bool], Gaps], systems: Sequence[bool], opening: Table) -> Table:
-    """Give what comes before the first message, with and without a system prompt; add the first user's to `opening`.
+def beginnings(gaps: dict[tuple[int, bool], Gaps], systems: Sequence[bool], opening: Table) -> Table:
+    """Return the text before the first message, by system prompt or none; add the first user's opening to `opening`.
 
-    Where the text before the first content ends as every user message opens, the rest of it is the beginning. Where it
-    does not, as with a system prompt folded into the first user turn, all of it opens that turn.
+    If the text before the first content ends with the usual opening, the rest of it is the beginning. If not, as with a
+    system prompt in the first user turn, all of it opens that turn.
     """
     usual = opening[False, False, False]
     start = Table()
     for system in systems:
-        heads = {turns: found.gaps[0] for (turns, with_system), found in seen.items() if with_system == system}
+        heads = {turns: each.gaps[0] for (turns, with_system), each in gaps.items() if with_system == system}
         rests = {without_end(head, usual) for head in heads.values()}
         apart = len(rests) == 1 and None not in rests
         start[(system,)] = (rests.pop() or ()) if apart else ()
@@ -203,7 +197,7 @@ def beginnings(seen: dict[tuple[int, bool], Gaps], systems: Sequence[bool], open
 
 
 def dialogue(turns: int, system: bool = False, left: str = "", right: str = "") -> list[Message]:
-    """Give a conversation of markers with `turns` user messages, the last of which is unanswered."""
+    """Return a conversation of markers with `turns` user messages, the last without an answer."""
     found = [{"role": "system", "content": left + SYSTEM + right}] if system else []
     for turn in range(turns):
         found.append({"role": "user", "content": left + chr(ord(USER) + turn) + right})
@@ -213,7 +207,7 @@ def dialogue(turns: int, system: bool = False, left: str = "", right: str = "") 
 
 
 def rejects(render: Render, conversation: Conversation) -> str:
-    """Give the error that the chat template raises on `conversation`, "" if it renders it."""
+    """Return the error of the chat template on `conversation`, "" if it renders it."""
     try:
         render(conversation, True)
     except Rejected as error:
@@ -231,11 +225,11 @@ def parts_of(render: Render, bos: str, conversation: Conversation, generation_pr
 
 
 def gaps_of(render: Render, bos: str, turns: int, system: bool) -> Gaps:
-    """Render one conversation of markers and give what is around them."""
+    """Render one conversation of markers; return what is around them."""
     base = parts_of(render, bos, dialogue(turns, system))
     markers = base[1::2]
-    wanted = [message["content"] for message in dialogue(turns)]
-    if [marker for marker in markers if marker != SYSTEM] != wanted:
+    contents = [message["content"] for message in dialogue(turns)]
+    if [marker for marker in markers if marker != SYSTEM] != contents:
         raise UserError(f"the chat template does not write every content once and in order ({turns} user messages)")
     left, right = [""] * len(markers), [""] * len(markers)
     for space in WHITESPACE:
@@ -246,20 +240,20 @@ def gaps_of(render: Render, bos: str, turns: int, system: bool) -> Gaps:
         for place in range(len(markers)):
             left[place] += space if trims_of(base[2 * place], before[2 * place], space, at_end=True) else ""
             right[place] += space if trims_of(base[2 * place + 2], after[2 * place + 2], space, at_end=False) else ""
-    found: list[list[Piece]] = [[base[0]]]
+    gaps: list[list[Piece]] = [[base[0]]]
     slots = []
     for place, marker in enumerate(markers):
         slot = Slot("$.System" if marker == SYSTEM else ".Content", left[place], right[place])
         if marker == SYSTEM:
-            found[-1] += [slot, base[2 * place + 2]]
+            gaps[-1] += [slot, base[2 * place + 2]]
         else:
             slots.append(slot)
-            found.append([base[2 * place + 2]])
-    return Gaps([tuple(piece for piece in gap if piece != "") for gap in found], slots)
+            gaps.append([base[2 * place + 2]])
+    return Gaps([tuple(piece for piece in gap if piece != "") for gap in gaps], slots)
 
 
 def trims_of(bare: str, beside: str, space: str, *, at_end: bool) -> bool:
-    """Say whether `space`, which stood between a content and the text `bare`, is gone; `beside` is that text now."""
+    """Return whether `space`, put between a content and the text `bare`, is trimmed; `beside` is the text it gave."""
     if beside == bare:
         return True
     if beside == (bare + space if at_end else space + bare):
@@ -268,7 +262,7 @@ def trims_of(bare: str, beside: str, space: str, *, at_end: bool) -> bool:
 
 
 def tail_of(render: Render, bos: str, conversation: Conversation) -> str:
-    """Give what the chat template writes after the last content when no answer is asked for, "" if it won't say."""
+    """Return the text after the last content without a generation prompt, "" where the chat template fails."""
     try:
         return parts_of(render, bos, conversation, generation_prompt=False)[-1]
     except UserError:
@@ -287,7 +281,7 @@ def split_text(gap: Pieces, end: str) -> tuple[Pieces, Pieces]:
 
 
 def without_end(gap: Pieces, opening: Pieces) -> Pieces | None:
-    """Give `gap` without the opening of a user message at its end; None if it does not end so."""
+    """Return `gap` without the opening of a user message at its end; None if it does not end with it."""
     if not opening:
         return gap
     if len(opening) != 1 or not gap or not isinstance(gap[-1], str) or not isinstance(opening[0], str):

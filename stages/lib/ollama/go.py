@@ -1,7 +1,7 @@
-"""Go's text/template, as Ollama uses it: templates written out of pieces, and rendered by Go itself.
+"""Go's text/template in Ollama's use: written from pieces, rendered by Go itself.
 
-Go's template language has no function that trims, so trimming is written as two recursive templates that drop a
-character at a time. How Ollama hands messages to a template: `collate` in template/template.go of ollama/ollama.
+Go's template language can't trim: two recursive templates drop a character at a time. Ollama gives messages to a
+template by `collate` in template/template.go of ollama/ollama.
 """
 
 import json
@@ -23,7 +23,7 @@ WHITESPACE = tuple(chr(code) for code in range(0x3001) if chr(code).isspace())  
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a content goes: Go's name of it, and which characters are trimmed off either end of it."""
+    """The place of a content: Go's name of it, and the characters trimmed off either end."""
 
     name: str  # ".Content" or "$.System"
     left: str = ""
@@ -35,15 +35,12 @@ Pieces = tuple[Piece, ...]
 
 
 def render_by_go(template: str, conversations: Sequence[Conversation]) -> list[str]:
-    """Render `template` on every conversation as Ollama does.
-
-    Raises `ValueError` with Go's message if the template fails, `UserError` if the helper is not installed.
-    """
+    """Render `template` as Ollama does. Raises `ValueError` with Go's message, `UserError` without the helper."""
     beside = f"{sys.prefix}/bin"
     program = shutil.which(HELPER, path=beside) or shutil.which(HELPER)
     if program is None:
         raise UserError(
-            f"{HELPER}, which renders a Modelfile's template as Go does, is neither in {beside} nor on PATH; expected "
+            f"{HELPER}, which renders a Modelfile's template by Go, is neither in {beside} nor on PATH; expected "
             f"it beside the packages. Run: make setup"
         )
     request = json.dumps({"template": template, "conversations": [list(each) for each in conversations]})
@@ -54,14 +51,14 @@ def render_by_go(template: str, conversations: Sequence[Conversation]) -> list[s
 
 
 def go_if(condition: str, text: str, otherwise: str = "") -> str:
-    """Write an `if`, none for no text."""
+    """Return a Go `if`; no `if` where there is no text."""
     if not text:
         return go_if(f"not {condition}", otherwise) if otherwise else ""
     return f"{{{{if {condition}}}}}{text}{f'{{{{else}}}}{otherwise}' if otherwise else ''}{{{{end}}}}"
 
 
 def go_written(table: dict[tuple[bool, ...], Pieces], facts: tuple[str, ...]) -> str:
-    """Write a table as Go text: what all places begin with, then one `if` a fact, none where it makes no difference."""
+    """Return a table as Go text: the common start of all places, then an `if` for each fact that makes a difference."""
     every = list(table.values())
     same = 0
     while every[0][same:] and all(pieces[same : same + 1] == every[0][same : same + 1] for pieces in every):
@@ -71,46 +68,44 @@ def go_written(table: dict[tuple[bool, ...], Pieces], facts: tuple[str, ...]) ->
         return "".join(map(go_text, every[0][:same])) + go_written(rest, facts)
     if not facts:
         return ""
-    held = {place[1:]: pieces for place, pieces in table.items() if place[0]}
-    not_held = {place[1:]: pieces for place, pieces in table.items() if not place[0]}
-    if all(held[place] == not_held[place] for place in held.keys() & not_held.keys()):
-        return go_written({**held, **not_held}, facts[1:])
-    return go_if(facts[0], go_written(held, facts[1:]), go_written(not_held, facts[1:]))
+    where_true = {place[1:]: pieces for place, pieces in table.items() if place[0]}
+    where_false = {place[1:]: pieces for place, pieces in table.items() if not place[0]}
+    if all(where_true[place] == where_false[place] for place in where_true.keys() & where_false.keys()):
+        return go_written({**where_true, **where_false}, facts[1:])
+    return go_if(facts[0], go_written(where_true, facts[1:]), go_written(where_false, facts[1:]))
 
 
 def go_text(piece: Piece) -> str:
-    """Write one piece as Go template text.
+    """Return one piece as Go template text.
 
-    A brace, three quotation marks and what is not printable go in as Go strings: a brace could open an action, the
-    quotation marks end a value in a Modelfile, and Ollama's reader of Modelfiles drops what is not printable.
+    Three things become Go strings: a brace, which could open an action; three quotation marks, which end a Modelfile's
+    value; and characters that are not printable, which Ollama's reader of Modelfiles drops.
     """
     if isinstance(piece, Slot):
         if not piece.left and not piece.right:
             return f"{{{{{piece.name}}}}}"
         return f'{{{{template "{trimmer_name(piece)}" {piece.name}}}}}'
     odd = re.compile(r'\{|"{3,}|[^\n\t -~]')
-    return odd.sub(lambda found: found[0] if plain(found[0]) else "{{" + go_string(found[0]) + "}}", piece)
-
-
-def plain(text: str) -> bool:
-    """Say whether `text` may stand in a Modelfile's template as it is."""
-    return text.isprintable() and text != "{" and '"""' not in text
+    return odd.sub(
+        lambda match: match[0] if match[0] > "~" and match[0].isprintable() else "{{" + go_string(match[0]) + "}}",
+        piece,
+    )
 
 
 def go_string(text: str) -> str:
-    """Write `text` as a Go string of printable ASCII characters."""
+    """Return `text` as a Go string of printable ASCII characters."""
     escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
     return '"' + "".join(escapes.get(c, c if " " <= c <= "~" else escaped(c)) for c in text) + '"'
 
 
 def escaped(character: str) -> str:
-    """Write a character as Go's \\u or \\U escape."""
+    """Return a character as Go's \\u or \\U escape."""
     code = ord(character)
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def trimmer_name(slot: Slot) -> str:
-    """Name the template that trims as `slot` asks: "trim-" and the code points, "all" standing for all white space."""
+    """Return the name of the template that trims `slot`: "trim-" and code points, "all" for all white space."""
     everything = "".join(WHITESPACE)
 
     def side(characters: str) -> str:
@@ -120,29 +115,29 @@ def trimmer_name(slot: Slot) -> str:
 
 
 def trimmers(text: str) -> str:
-    """Define every template that `text` uses to trim."""
-    found = ""
+    """Return the definitions of the templates by which `text` trims."""
+    definitions = ""
     for name in dict.fromkeys(re.findall(r'\{\{template "(trim-[^"]*)"', text)):
         left, right = (
             "".join(WHITESPACE) if side == "all" else "".join(chr(int(code, 16)) for code in side.split(".") if code)
             for side in name.removeprefix("trim-").split("-")
         )
         print_it = f'{{{{template "{name}-right" .}}}}' if right else "{{.}}"
-        found += f'{{{{define "{name}"}}}}'
+        definitions += f'{{{{define "{name}"}}}}'
         if left:
-            found += f'{{{{$c := printf "%.1s" .}}}}{{{{if eq $c {" ".join(map(go_string, left))}}}}}'
-            found += f'{{{{template "{name}" (slice . (len $c))}}}}{{{{else}}}}{print_it}{{{{end}}}}'
+            definitions += f'{{{{$c := printf "%.1s" .}}}}{{{{if eq $c {" ".join(map(go_string, left))}}}}}'
+            definitions += f'{{{{template "{name}" (slice . (len $c))}}}}{{{{else}}}}{print_it}{{{{end}}}}'
         else:
-            found += print_it
-        found += "{{end}}"
+            definitions += print_it
+        definitions += "{{end}}"
         if right:
             # A character of n bytes ends the text if the last n bytes are it: Go counts and slices bytes.
             sizes = sorted({len(c.encode()) for c in right})
-            found += f'{{{{define "{name}-right"}}}}'
+            definitions += f'{{{{define "{name}-right"}}}}'
             for size in sizes:
                 those = " ".join(go_string(c) for c in right if len(c.encode()) == size)
-                cut = f"(len (slice . {size}))"
-                found += f"{{{{if and (ge (len .) {size}) (eq (slice . {cut}) {those})}}}}"
-                found += f'{{{{template "{name}-right" (slice . 0 {cut})}}}}{{{{else}}}}'
-            found += "{{.}}" + "{{end}}" * len(sizes) + "{{end}}"
-    return found
+                tail = f"(len (slice . {size}))"
+                definitions += f"{{{{if and (ge (len .) {size}) (eq (slice . {tail}) {those})}}}}"
+                definitions += f'{{{{template "{name}-right" (slice . 0 {tail})}}}}{{{{else}}}}'
+            definitions += "{{.}}" + "{{end}}" * len(sizes) + "{{end}}"
+    return definitions

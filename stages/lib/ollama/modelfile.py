@@ -1,8 +1,8 @@
-"""Write and read Ollama's Modelfile.
+"""Ollama's Modelfile, written and read.
 
-The format has no escapes. A value is everything between three quotation marks, or between single ones, or a bare line;
+The format has no escapes. A value stands between three quotation marks, between single ones, or on a bare line.
 Ollama's reader (parser/parser.go of ollama/ollama) ends a quoted value at the first line that ends with the closing
-marks, and silently drops every character that is not printable. What it would not give back is refused here.
+marks, and drops characters that are not printable. A value that it would change is refused here.
 """
 
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ COMMANDS = ("from", "template", "system", "license", "parameter", "adapter", "me
 
 
 def command(name: str, value: str) -> str:
-    """Give the lines of TEMPLATE, SYSTEM or LICENSE. Raises `UserError` for a value that a Modelfile can't hold."""
+    """Return the lines of TEMPLATE, SYSTEM or LICENSE. Raises `UserError` for a value that a Modelfile can't hold."""
     return f'{name} """{checked(name, value)}"""\n'
 
 
 def parameter(name: str, value: str | int | float) -> str:
-    """Give the line of a PARAMETER. Raises `UserError` for a value that a Modelfile can't hold."""
+    """Return the line of a PARAMETER. Raises `UserError` for a value that a Modelfile can't hold."""
     if not isinstance(value, str):
         return f"PARAMETER {name} {value}\n"
     marks = '"""' if '"' in value else '"'
@@ -27,11 +27,11 @@ def parameter(name: str, value: str | int | float) -> str:
 
 
 def checked(where: str, value: str) -> str:
-    """Give `value` if Ollama reads it back as it is, else raise `UserError`."""
+    """Return `value` if Ollama reads it back unchanged, else raise `UserError`."""
     lost = [c for c in value if not c.isprintable() and c not in "\n\t"]
     if lost:
         raise UserError(
-            f"Modelfile, {where}: holds {lost[0]!r}, which is not printable; Ollama would drop it without a word. "
+            f"Modelfile, {where}: holds {lost[0]!r}, which is not printable and which Ollama would drop. "
             f"Take it out of {value[:60]!r}"
         )
     if '"""' in value:
@@ -40,12 +40,12 @@ def checked(where: str, value: str) -> str:
 
 
 def read(path: Path) -> list[tuple[str, str]]:
-    """Give what Ollama reads out of a Modelfile: (command, value) in order, a PARAMETER as ("parameter NAME", value).
+    """Return a Modelfile as Ollama reads it: (command, value) in order, a PARAMETER as ("parameter NAME", value).
 
     Raises `UserError`, with file and line, for a file that Ollama refuses.
     """
     lines = path.read_text(encoding="utf-8").split("\n")
-    found = []
+    commands = []
     number = 0
     while number < len(lines):
         start = number + 1
@@ -62,17 +62,17 @@ def read(path: Path) -> list[tuple[str, str]]:
             name = f"parameter {of}"
         while (value := unquoted(raw)) is None:
             if number == len(lines):
-                raise UserError(f"{path}, line {start}: the value of {name} does not end")
+                raise UserError(f"{path}, line {start}: the value of {name} has no end; expected closing marks")
             raw += "\n" + lines[number]
             number += 1
-        found.append((name, value))
-    if not any(name == "from" for name, _ in found):
-        raise UserError(f"{path}: has no FROM line")
-    return found
+        commands.append((name, value))
+    if not any(name == "from" for name, _ in commands):
+        raise UserError(f"{path}: has no FROM line; expected one that names the GGUF file")
+    return commands
 
 
 def unquoted(raw: str) -> str | None:
-    """Give a value without its marks, what is not printable dropped; None while its closing marks are missing."""
+    """Return a value without its marks and unprintable characters; None while its closing marks are missing."""
     text = "".join(c for c in raw if c.isprintable() or c in "\n\r\t").strip()
     for marks in ('"""', '"'):
         if text.startswith(marks):
@@ -82,5 +82,5 @@ def unquoted(raw: str) -> str | None:
 
 
 def values(commands: Iterable[tuple[str, str]], name: str) -> list[str]:
-    """Give the values of every command called `name`."""
+    """Return the values of every command `name`."""
     return [value for command_name, value in commands if command_name == name]

@@ -1,4 +1,4 @@
-"""The proof that a Go template prompts as the chat template does: both are rendered on `CONVERSATIONS` and compared."""
+"""The proof that a Go template prompts like the chat template: both render `CONVERSATIONS` to the same text."""
 
 import contextlib
 import json
@@ -9,48 +9,45 @@ from stages.lib.errors import UserError
 from stages.lib.ollama.derive import Rejected, Render
 from stages.lib.ollama.go import render_by_go
 
-FEWEST = 20  # conversations that a chat template has to take, to be compared on
+FEWEST = 20  # conversations that a chat template has to render
 
 
 def compare_renderings(where: Path | str, template: str, jinja: Render, bos: str) -> int:
-    """Render every conversation by the chat template, `jinja`, and by Go with `template`; return how many.
-
-    Raises `UserError` showing the first conversation on which the two differ.
-    """
-    expected = {}
+    """Compare both templates on every conversation; return how many there are. Raises `UserError` for a difference."""
+    prompts = {}
     for number, conversation in enumerate(CONVERSATIONS):
-        with contextlib.suppress(Rejected):  # the model was never prompted so, and never can be
-            expected[number] = jinja(conversation, True).removeprefix(bos)
-    if len(expected) < FEWEST:
+        with contextlib.suppress(Rejected):  # no prompt of this model looks like this
+            prompts[number] = jinja(conversation, True).removeprefix(bos)
+    if len(prompts) < FEWEST:
         raise UserError(
-            f"{where}: the chat template renders {len(expected)} of {len(CONVERSATIONS)} conversations; "
+            f"{where}: the chat template renders {len(prompts)} of {len(CONVERSATIONS)} conversations; "
             f"expected at least {FEWEST}"
         )
-    conversations = [CONVERSATIONS[number] for number in expected]
+    conversations = [CONVERSATIONS[number] for number in prompts]
     try:
-        found = render_by_go(template, conversations)
+        texts = render_by_go(template, conversations)
     except ValueError as error:
-        raise UserError(f"{where}: the TEMPLATE can't be rendered: {error}") from error
-    for conversation, wanted, text in zip(conversations, expected.values(), found, strict=True):
-        if text != wanted:
+        raise UserError(f"{where}: Go can't render the TEMPLATE: {error}") from error
+    for conversation, prompt, text in zip(conversations, prompts.values(), texts, strict=True):
+        if text != prompt:
             raise UserError(
                 f"{where}: the TEMPLATE does not prompt as the chat template of training does; "
-                f"{first_difference(text, wanted)}\n"
+                f"{first_difference(text, prompt)}\n"
                 f"  conversation:  {json.dumps(conversation, ensure_ascii=False)}\n"
-                f"  chat template: {wanted!r}\n"
+                f"  chat template: {prompt!r}\n"
                 f"  Modelfile:     {text!r}"
             )
     return len(conversations)
 
 
 def first_difference(found: str, wanted: str) -> str:
-    """Say where two texts part: the character's place and what stands there in either."""
+    """Return where two texts part: the character's number and what each has there."""
     same = len(os.path.commonprefix([found, wanted]))
     return f"from character {same + 1} on it has {found[same : same + 30]!r} instead of {wanted[same : same + 30]!r}"
 
 
 def usual_conversations() -> list[list[dict[str, str]]]:
-    """Give the conversations on which templates are compared: each of `CONTENTS`, with and without a system prompt."""
+    """Return the conversations to compare on: each of `CONTENTS`, with and without a system prompt."""
     found = []
     for number, contents in enumerate(CONTENTS):
         for system in (None, SYSTEMS[number % len(SYSTEMS)]):
@@ -71,7 +68,7 @@ SYSTEMS = (
     "Answer in one line.",
 )
 
-# User and assistant contents by turns; the last is the user's.
+# Contents of user and assistant by turns, a user's last.
 CONTENTS: tuple[tuple[str, ...], ...] = (
     ("What is 6 times 7?",),
     ("",),

@@ -1,7 +1,7 @@
-"""The model card: README.md of a repository on the hub, `card.md.jinja` filled in from the manifests and the recipe.
+"""The model card, README.md of a repository on the hub: `card.md.jinja`, filled in from manifests and recipe.
 
-Every figure in a card stands in a manifest. What no manifest holds (an accuracy of the 4-bit model, a language) is left
-out. The front matter is what the hub reads: https://huggingface.co/docs/hub/model-cards.
+Every figure in a card is in a manifest. A figure without one (the accuracy of the 4-bit model) is left out. The front
+matter is what the hub reads: https://huggingface.co/docs/hub/model-cards.
 """
 
 import json
@@ -26,7 +26,7 @@ from stages.lib.report.terminal import counted, interval
 
 Manifests = Mapping[str, Mapping[str, Any]]
 
-# The hub's names for licences that models go out under. What is none of them is "other" there, with a name of its own.
+# The hub's names of licences. Any other licence is "other" there, with a name of its own.
 LICENSES = (
     "agpl-3.0", "apache-2.0", "bigcode-openrail-m", "bigscience-bloom-rail-1.0", "bigscience-openrail-m",
     "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-sa-4.0",
@@ -36,16 +36,13 @@ LICENSES = (
 
 
 def write(kind: str, names: Mapping[str, str], recipe: Recipe, manifests: Manifests, files: Sequence[File]) -> str:
-    """Return the card of `names[kind]`, which holds `files`. `names` are all repositories that this run uploads.
-
-    Raises `UserError` when a manifest's figures are not as `figures` types them.
-    """
+    """Return the card of `names[kind]`, with `files`; `names`: all uploads. Raises `UserError` for mistyped figures."""
     import jinja2
     import yaml
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
-        autoescape=False,  # noqa: S701  Markdown is no HTML: `cell` and `fence` are what escapes here
+        autoescape=False,  # noqa: S701  Markdown is no HTML: `cell` and `fence` escape
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {
@@ -54,24 +51,24 @@ def write(kind: str, names: Mapping[str, str], recipe: Recipe, manifests: Manife
         "megabytes": lambda size: f"{size / 1e6:,.1f}", "nats": "{:.1e}".format, "number": "{:,}".format,
         "p_text": stats.p_text, "share": "{:.1%}".format, "share2": "{:.2%}".format, "shown": shown,
     }  # fmt: skip
-    prepared = figures_of(manifests["prepare-data"], PrepareDataFigures)
+    data = figures_of(manifests["prepare-data"], PrepareDataFigures)
     grpo = figures_of(manifests["grpo"], GrpoFigures)
     infer = figures_of(manifests["infer"], InferFigures)
     gguf = figures_of(manifests["gguf"], GgufFigures)
     front = front_matter(kind, names, recipe, infer, gguf)
     answers = formats.get(recipe.format.name)
     first, last = grpo["first"]["rewards"], grpo["last"]["rewards"]
-    paid = [
-        (name, weight, first[called], last[called])
+    rewards = [
+        (name, weight, first[label], last[label])
         for name, weight in zip(recipe.rewards.functions, recipe.rewards.weights, strict=True)
-        for called in [name.rpartition(":")[2]]  # a function in a file is called by its own name
+        for label in [name.rpartition(":")[2]]  # TRL logs a function of a file by its own name
     ]
     return environment.get_template("card.md.jinja").render(
         kind=kind, names=names, recipe=recipe, files=files, kinds=KINDS,
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000),
-        prepared=prepared, grpo=grpo, infer=infer, gguf=gguf, sft=figures_of(manifests["sft"], SftFigures),
-        merge=figures_of(manifests["merge"], MergeFigures), paid=paid, versions=versions(manifests),
-        sources=list(zip(recipe.data.sources, prepared["sources"], strict=True)), begun=answers.generation_prefix,
+        prepared=data, grpo=grpo, infer=infer, gguf=gguf, sft=figures_of(manifests["sft"], SftFigures),
+        merge=figures_of(manifests["merge"], MergeFigures), rewards=rewards, versions=versions(manifests),
+        sources=list(zip(recipe.data.sources, data["sources"], strict=True)), begun=answers.generation_prefix,
         example=answers.generation_prefix + answers.write(formats.Answer("the reasoning, step by step", "42")),
         recipe_text=recipe.path.read_text().strip("\n"),
     )  # fmt: skip
@@ -80,7 +77,7 @@ def write(kind: str, names: Mapping[str, str], recipe: Recipe, manifests: Manife
 def front_matter(
     kind: str, names: Mapping[str, str], recipe: Recipe, infer: InferFigures, gguf: GgufFigures
 ) -> dict[str, Any]:
-    """Return what the hub reads: licence, origin, data, tags, and the accuracies that were measured on these files."""
+    """Return the front matter: licence, base model, data, tags, and the accuracies measured on these files."""
     front: dict[str, Any] = {}
     if recipe.ollama.license in LICENSES:
         front["license"] = recipe.ollama.license
@@ -102,20 +99,21 @@ def front_matter(
     front["pipeline_tag"] = "text-generation"
     tags = {"lora": ["lora"], "gguf": ["gguf", "llama.cpp", "ollama"], "merged_4bit": ["bitsandbytes", "4-bit"]}
     front["tags"] = ["temper", "sft", "grpo", "reasoning", "conversational", *tags.get(kind, [])]
-    if kind != "merged_4bit":  # which nobody examined
-        examined = [source for source in sources if "eval" in source.use]
+    if kind != "merged_4bit":  # its accuracy is not measured
+        eval_sources = [source for source in sources if "eval" in source.use]
+        titles = [f"{shown(source.name)} ({source.split})" for source in eval_sources]
         dataset = {
-            "name": ", ".join(f"{shown(source.name)} ({source.split})" for source in examined) + ", held-out problems",
-            "type": next((source.name for source in examined if is_hub_name(source.name)), "custom"),
+            "name": ", ".join([*titles, "held-out problems"]),
+            "type": next((source.name for source in eval_sources if is_hub_name(source.name)), "custom"),
         }
-        measured = accuracies(infer, gguf if kind == "gguf" else None)
-        result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": measured}
+        metrics = accuracies(infer, gguf if kind == "gguf" else None)
+        result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
         front["model-index"] = [{"name": names[kind].partition("/")[2], "results": [result]}]
     return front
 
 
 def accuracies(infer: InferFigures, gguf: GgufFigures | None) -> list[dict[str, Any]]:
-    """Return the accuracies, as shares of 1, of GGUF files, or else of the model after GRPO."""
+    """Return the accuracies, shares of 1, of the GGUF files; without them, of the model after GRPO."""
     if gguf is None:
         own = infer["grpo"]
         name = f"accuracy ({own['problems']} problems, greedy)"
@@ -128,7 +126,7 @@ def accuracies(infer: InferFigures, gguf: GgufFigures | None) -> list[dict[str, 
 
 
 def versions(manifests: Manifests) -> list[tuple[str, str]]:
-    """Return Temper's revision, packages and hardware, each once where all stages had the same."""
+    """Return Temper's revision, packages and hardware; where stages differ, each value with its stages."""
     found: dict[str, dict[str, list[str]]] = {}
     for stage, manifest in manifests.items():
         where = manifest["environment"]
@@ -143,24 +141,24 @@ def versions(manifests: Manifests) -> list[tuple[str, str]]:
 
 
 def shown(name: str) -> str:
-    """Return what a model or a source of problems is called in a card: never a path on this disk."""
+    """Return the name of a model or source in a card: never a path on this disk."""
     if name == "base-model":
         return "generated with the base model"
     return name if is_hub_name(name) else Path(name).name
 
 
 def slug(text: str) -> str:
-    """Return the first line of `text` as the hub wants names: lower case, at most 60 characters, no blanks."""
+    """Return the first line of `text` as a name for the hub: lower case, at most 60 characters, no blanks."""
     return re.sub(r"[^a-z0-9.]+", "-", text.strip().split("\n")[0].lower())[:60].strip("-.")
 
 
 def cell(text: str) -> str:
-    """Return `text` as a cell of a Markdown table, which it can't end."""
+    """Return `text` escaped as one cell of a Markdown table."""
     return re.sub(r"\s+", " ", text).replace("|", "\\|")
 
 
 def fence(text: str, language: str) -> str:
-    """Return `text` as a block of code in Markdown, which it can't end. One line break at its end is left out."""
+    """Return `text`, without one line break at its end, fenced as one block of code in Markdown."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     marks = "`" * max(3, longest + 1)
     return f"{marks}{language}\n{text.removesuffix(chr(10))}\n{marks}"

@@ -14,7 +14,7 @@ F = TypeVar("F")
 
 
 class BaseModelFigures(TypedDict):
-    """The made network. `tokens` it saw, without padding; `loss`: mean of the last 20 steps, nats a trained token."""
+    """The tiny network. `tokens`: trained on, without padding; `loss`: mean of the last 20 steps, nats a token."""
 
     parameters: int
     tokens: int
@@ -22,7 +22,7 @@ class BaseModelFigures(TypedDict):
 
 
 class SourceRead(TypedDict):
-    """A source of problems. `rows` read; `dropped`: rows left out of every set, by reason."""
+    """A source of problems. `rows`: read; `dropped`: rows left out of every set, by reason."""
 
     name: str
     split: str
@@ -57,12 +57,12 @@ class PrepareDataFigures(TypedDict):
     sets: dict[str, ProblemSet]
 
 
-# `from` and `to`: what `train.ladder.Rung` holds; `at_step`: the optimizer step at which memory ran out.
+# `from` and `to`: a `train.ladder.Rung` each; `at_step`: the optimizer step that ran out of memory.
 StepDown = TypedDict("StepDown", {"at_step": int, "from": dict[str, Any], "to": dict[str, Any], "reason": str})
 
 
 class SftFigures(TypedDict):
-    """Supervised fine-tuning. `examples`: in number; `loss`: nats a completion token, last tenth of the steps."""
+    """Supervised fine-tuning. `examples`: their number; `loss`: last tenth of the steps, nats a completion token."""
 
     examples: int
     dropped_too_long: int
@@ -74,9 +74,9 @@ class SftFigures(TypedDict):
 class Rewarded(TypedDict):
     """Means over some steps of GRPO.
 
-    `reward` is the weighted sum, `reward_std` its deviation over the completions of a step, `rewards` the unweighted
-    ones by function, `cut_off` a share. Where vLLM samples: `sampling_difference`, the mean absolute difference of its
-    log-probability of a token from the trainer's (nats), and `importance_ratio`.
+    `reward`: the weighted sum; `reward_std`: its deviation over a step's completions; `rewards`: unweighted, by
+    function; `cut_off`: the share of truncated completions. With vLLM, `sampling_difference`: of its log-probability of
+    a token from the trainer's, absolute, nats; and `importance_ratio`.
     """
 
     reward: float
@@ -89,7 +89,7 @@ class Rewarded(TypedDict):
 
 
 class GrpoFigures(TypedDict):
-    """GRPO in its first and its last tenth of the steps."""
+    """GRPO in the first and in the last tenth of its steps."""
 
     first: Rewarded
     last: Rewarded
@@ -97,7 +97,7 @@ class GrpoFigures(TypedDict):
 
 
 class Spread(TypedDict):
-    """Rewards of all completions. `spread`: standard deviation; `zero_variance`: share of groups paid alike."""
+    """Rewards of all completions. `spread`: standard deviation; `zero_variance`: share of groups rewarded alike."""
 
     mean: float
     spread: float
@@ -107,14 +107,14 @@ class Spread(TypedDict):
 
 
 class ScoredReward(Spread):
-    """One reward function, not weighted."""
+    """One reward function, unweighted."""
 
     name: str
     weight: float
 
 
 class Scores(TypedDict):
-    """Sampled completions. Shares: `right`, `well_formed`, `cut_off`; mean `tokens`; `never_right` problems."""
+    """Sampled completions. Shares: `right`, `well_formed`, `cut_off` (truncated). `tokens`: mean; `*_right`: counts."""
 
     problems: int
     completions: int
@@ -129,15 +129,15 @@ class Scores(TypedDict):
 
 
 class ScoreBaseFigures(Scores):
-    """Scores of the `model` "base" or "sft". `subset`: problems within the bounds, where there are bounds."""
+    """Scores of the `model` "base" or "sft". `subset`: problems within the bounds, where a recipe has them."""
 
     model: str
     subset: NotRequired[int]
     advice: list[str]
 
 
-class Examination(TypedDict):
-    """One model on the held-out problems. Shares: `accuracy`, `well_formed`, `cut_off`; mean `tokens`."""
+class Evaluation(TypedDict):
+    """One model on the held-out problems. Shares: `accuracy`, `well_formed`, `cut_off` (truncated). `tokens`: mean."""
 
     problems: int
     accuracy: float
@@ -156,16 +156,16 @@ class Step(TypedDict):
 
 
 class InferFigures(TypedDict):
-    """The examination of three models, and the steps "base to sft" and "sft to grpo"."""
+    """The evaluation of three models, and the steps "base to sft" and "sft to grpo"."""
 
-    base: Examination
-    sft: Examination
-    grpo: Examination
+    base: Evaluation
+    sft: Evaluation
+    grpo: Evaluation
     steps: dict[str, Step]
 
 
 class FourBitDistance(TypedDict):
-    """A model in 4 bits against the adapter on its 16-bit base. `bytes`: its weights, where it was saved."""
+    """Distance of a 4-bit model from the adapter on its 16-bit base. `bytes`: of its weights, where it was saved."""
 
     mean_kl: float
     max_kl: float
@@ -174,7 +174,7 @@ class FourBitDistance(TypedDict):
 
 
 class MergeFigures(TypedDict):
-    """The merged model (`merged_*`) and the bare base (`base_*`) against the adapter on its base, at `positions`."""
+    """Distance of the merged model (`merged_*`) and of the base (`base_*`) from the adapter on its base."""
 
     prompts: int
     positions: int
@@ -197,7 +197,7 @@ class Accuracy(TypedDict):
 
 
 class MergedReference(Accuracy):
-    """The merged model in transformers. `ended`: completions that ended by themselves."""
+    """The merged model in transformers. `ended`: the number of completions with an end token."""
 
     prompts: int
     positions: int
@@ -205,14 +205,14 @@ class MergedReference(Accuracy):
 
 
 class AdapterFile(Distance):
-    """The adapter's GGUF file on the base's, against the merged model. `max_mean_kl` is the limit."""
+    """Distance of the adapter's GGUF file on the base's from the merged model. `max_mean_kl`: the limit."""
 
     bytes: int
     max_mean_kl: float
 
 
 class GgufFile(AdapterFile, Accuracy):
-    """A GGUF file against the merged model. `same_text`: a share; `flipped_*`, `ended`: completions; `answer`: one."""
+    """A GGUF file and the merged model. `same_text`: a share; `flipped_*`, `ended`: numbers; `answer`: the first."""
 
     same_text: float
     flipped_to_wrong: int
@@ -230,7 +230,7 @@ class GgufFigures(TypedDict):
 
 
 class OllamaModelfileFigures(TypedDict):
-    """The Modelfile's proof. `conversations`: rendered by both templates, with the same text."""
+    """The Modelfile's proof. `conversations`: the number that both templates render alike."""
 
     conversations: int
     stops: list[str]
@@ -240,7 +240,7 @@ class OllamaModelfileFigures(TypedDict):
 
 
 def figures_of(manifest: Mapping[str, Any], kind: type[F]) -> F:
-    """Return the figures in a manifest. Raises `UserError` where they are not what `kind` says."""
+    """Return the figures in a manifest. Raises `UserError` where they are not of the type `kind`."""
     if found := mismatch(manifest.get("metrics"), kind, "metrics"):
         stage = manifest["stage"]
         raise UserError(f"the manifest of {stage}: {found}. Delete the artifact and run: make {stage}")
@@ -248,7 +248,7 @@ def figures_of(manifest: Mapping[str, Any], kind: type[F]) -> F:
 
 
 def mismatch(value: Any, kind: Any, key: str) -> str | None:
-    """Say at which key `value` is not of the type `kind`: what was found there, and what was expected."""
+    """Return at which key `value` is not of the type `kind`, what is there and what was expected; None if it is."""
     if kind is Any:
         return None
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
@@ -267,4 +267,4 @@ def mismatch(value: Any, kind: Any, key: str) -> str | None:
         parts = [(item, arguments[0], f"{key}[{place}]") for place, item in enumerate(value)]
     if type(value) not in ((int, float) if kind is float else (origin,)):
         return f"{key} = {value!r}; expected {origin.__name__}, found {type(value).__name__}"
-    return next((found for part in parts if (found := mismatch(*part))), None)
+    return next((fault for part in parts if (fault := mismatch(*part))), None)

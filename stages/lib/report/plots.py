@@ -1,4 +1,4 @@
-"""The pictures beside a stage's figures."""
+"""Plots of a stage's figures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def draw_parity(files: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Draw the figures of GGUF `files`, KL divergence and size by type, to the PNG `path`."""
+    """Plot KL divergence and size of the GGUF `files`, by type, to the PNG `path`."""
     from matplotlib.figure import Figure
 
     names = list(files)

@@ -1,4 +1,4 @@
-"""What goes into each repository of the hub: which files of which stage, each checked, and those made for it."""
+"""The files of each repository on the hub: those of the stages, each checked, and those made for the upload."""
 
 import hashlib
 import json
@@ -13,14 +13,14 @@ from stages.lib.errors import UserError
 from stages.lib.ollama import modelfile
 from stages.lib.recipe.tables import Recipe, is_hub_name
 
-# No pickles, no code, no logs: what a model repository needs, and what can do no harm to those who load it.
+# What a model repository needs, and nothing that can harm those who load it: no pickles, no code, no logs.
 SUFFIXES = (".gguf", ".jinja", ".json", ".md", ".model", ".png", ".safetensors", ".txt")
 WITHOUT_SUFFIX = ("Modelfile",)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of upload, and where its files are: (stage, folder in its artifact), the indispensable one first."""
+    """One kind of upload. `sources`: (stage, folder in its artifact) each; only the first must have files."""
 
     suffix: str  # of the repository's name
     title: str
@@ -41,7 +41,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class File:
-    """A file of a repository: its name there, and where its content is."""
+    """A file of a repository: its name there, and its content or the path to it."""
 
     name: str
     source: Path | bytes
@@ -55,7 +55,7 @@ class File:
 
 
 def repositories(name: str, kinds: Sequence[str]) -> dict[str, str]:
-    """Return the repository of each kind: `name` for the merged model, and what is beside it by suffix."""
+    """Return the repository of each kind: `name` with the kind's suffix."""
     return {kind: name + KINDS[kind].suffix for kind in kinds}
 
 
@@ -64,8 +64,8 @@ def collect(
 ) -> list[File]:
     """Return the files of one kind of upload, without the card, each checked against its manifest's sha256.
 
-    Raises `UserError` when there are none, when a folder they come from holds a symbolic link or a file that its
-    manifest does not state, for a suffix that is not in SUFFIXES, and when a file is not what the manifest says.
+    Raises `UserError` when there are none, for a symbolic link or a file that its manifest does not name, for a suffix
+    not in SUFFIXES, and for another sha256 than the manifest's.
     """
     chosen: dict[str, tuple[str, str]] = {}  # name in the repository: stage, name in its artifact
     for stage, prefix in KINDS[kind].sources:
@@ -77,7 +77,7 @@ def collect(
     if not any(stage == KINDS[kind].sources[0][0] for stage, _ in chosen.values()):
         stage, prefix = KINDS[kind].sources[0]
         raise UserError(
-            f"{folders[stage] / prefix}: there is no {kind} there; expected it as save in the recipe asks for it "
+            f"{folders[stage] / prefix}: holds no {kind}; expected what `save` of the recipe names "
             f"(merged_4bit needs an NVIDIA GPU). Add {kind!r} to save and run: make {stage}"
         )
     files = []
@@ -88,13 +88,13 @@ def collect(
                 f"{path}: is not uploaded; expected only {', '.join((*SUFFIXES, *WITHOUT_SUFFIX))}. Move it away, or "
                 f"leave {kind} out with --what"
             )
-        described = manifests[stage]["files"][name]
-        if sha256_of(path) != described["sha256"]:
+        entry = manifests[stage]["files"][name]
+        if sha256_of(path) != entry["sha256"]:
             raise UserError(
-                f"{path}: is not the file that {stage} wrote: its sha256 is another than the manifest's. "
+                f"{path}: is not the file that {stage} wrote: its sha256 is not the manifest's. "
                 f"Delete {folders[stage]} and run: make {stage}"
             )
-        files.append(File(short, path, described["bytes"], described["sha256"]))
+        files.append(File(short, path, entry["bytes"], entry["sha256"]))
     if kind == "lora":
         place = next(place for place, file in enumerate(files) if file.name == "adapter_config.json")
         files[place] = of_text("adapter_config.json", adapter_config(files[place].content, recipe))
@@ -104,30 +104,30 @@ def collect(
 
 
 def takes(kind: str, stage: str, name: str) -> bool:
-    """Say whether a kind of upload takes the file `name` of a stage: which of its GGUF files are whose."""
+    """Return whether a kind of upload takes the file `name` of a stage."""
     if stage == "gguf":
         return name.startswith("adapter") if kind == "lora" else not name.startswith("adapter")
-    return stage != "ollama-modelfile" or name == "Modelfile"  # the GGUF beside it is one of the gguf stage
+    return stage != "ollama-modelfile" or name == "Modelfile"  # the GGUF beside it is gguf's
 
 
 def refuse_unknown(folder: Path, stage: str, manifest: Mapping[str, Any]) -> None:
-    """Raise `UserError` when an artifact holds a symbolic link, or a file that its manifest does not state."""
+    """Raise `UserError` when an artifact holds a symbolic link, or a file that its manifest does not name."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         known = path.is_dir() or name in (MANIFEST, OUTSIDE) or name.startswith(f"{LOGS}/")
         if path.is_symlink() or not (known or name in manifest["files"]):
             found = "is a symbolic link" if path.is_symlink() else f"was not written by {stage}"
-            raise UserError(f"{path}: {found}; expected only files that {folder / MANIFEST} states. Move it away")
+            raise UserError(f"{path}: {found}; expected only files that {folder / MANIFEST} names. Move it away")
 
 
 def of_text(name: str, text: str) -> File:
-    """Return a file of a repository that is made here."""
+    """Return the file `name` of a repository, made from `text`."""
     content = text.encode()
     return File(name, content, len(content), hashlib.sha256(content).hexdigest())
 
 
 def adapter_config(content: bytes, recipe: Recipe) -> str:
-    """Return adapter_config.json with the base model by its hub name and revision, instead of a path on this disk."""
+    """Return adapter_config.json with hub name and revision of the base instead of a path on this disk."""
     settings = json.loads(content)
     on_hub = is_hub_name(recipe.model.name)
     settings["base_model_name_or_path"] = recipe.model.name if on_hub else Path(recipe.model.name).name
@@ -136,15 +136,15 @@ def adapter_config(content: bytes, recipe: Recipe) -> str:
 
 
 def ollama_files(path: Path, beside: set[str]) -> list[File]:
-    """Return `template`, `system` and `params`, which `ollama run hf.co/...` reads instead of a Modelfile.
+    """Return `template`, `system` and `params`, which `ollama run hf.co/...` reads in the place of a Modelfile.
 
-    Without them it takes a stock template by the look of the model. See https://huggingface.co/docs/hub/ollama.
-    Raises `UserError` when the Modelfile's FROM names no file in `beside`.
+    Without them it guesses a stock template: https://huggingface.co/docs/hub/ollama. Raises `UserError` when FROM of
+    the Modelfile names no file in `beside`.
     """
     commands = modelfile.read(path)
     (source,) = modelfile.values(commands, "from")
     if source.removeprefix("./") not in beside:
-        raise UserError(f"{path}: FROM {source} is not among the GGUF files. Run: make ollama-modelfile")
+        raise UserError(f"{path}: FROM {source} names no GGUF file of this upload. Run: make ollama-modelfile")
     files = [of_text("template", text) for text in modelfile.values(commands, "template")]
     files += [of_text("system", text) for text in modelfile.values(commands, "system")]
     params: dict[str, Any] = {}

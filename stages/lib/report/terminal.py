@@ -1,4 +1,4 @@
-"""What a stage prints of its figures when it ends: tables of text, and sentences."""
+"""The figures that a stage prints at its end, as tables and sentences."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ from stages.lib.report.figures import (
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a line a row, the columns under each other: the first flush left, the others flush right."""
+    """Return a line a row with aligned columns: the first flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 
@@ -25,12 +25,12 @@ def interval(low: float, high: float) -> str:
 
 
 def counted(dropped: Mapping[str, int]) -> str:
-    """Return how many rows were left out, by reason."""
+    """Return the number of rows left out, by reason, as text."""
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "none"
 
 
 def prepare_data(figures: PrepareDataFigures) -> str:
-    """Return the sets, a line each, and the sources they came from."""
+    """Return a line for each set and for each source."""
     rows = [("set", "rows", "prompt tokens", "at most", "dropped")]
     for name, made in figures["sets"].items():
         tokens = made["prompt_tokens"]
@@ -43,27 +43,27 @@ def prepare_data(figures: PrepareDataFigures) -> str:
 
 
 def score_base(figures: ScoreBaseFigures) -> str:
-    """Return what the completions are like, a line a reward, and one for their weighted sum."""
+    """Return the figures of the completions, a line for each reward and one for the weighted sum."""
     rows: list[Sequence[str]] = [("", "weight", "mean", "spread", "least", "most", "groups with zero variance")]
-    paid = [(own["name"], str(own["weight"]), own) for own in figures["rewards"]]
-    for name, weight, own in (*paid, ("weighted sum", "", figures["total"])):
+    rewards = [(own["name"], str(own["weight"]), own) for own in figures["rewards"]]
+    for name, weight, own in (*rewards, ("weighted sum", "", figures["total"])):
         numbers = (own["mean"], own["spread"], own["least"], own["most"])
         rows.append((name, weight, *(f"{number:.3f}" for number in numbers), f"{own['zero_variance']:.1%}"))
     lines = [
         f"{figures['problems']} problems, {figures['completions'] // figures['problems']} completions each, of the "
         f"{figures['model']} model: {figures['right']:.1%} right, {figures['well_formed']:.1%} well formed, "
-        f"{figures['cut_off']:.1%} cut off, {figures['tokens']:.1f} tokens",
+        f"{figures['cut_off']:.1%} truncated, {figures['tokens']:.1f} tokens",
         f"{figures['never_right']} problems never right, {figures['always_right']} always",
         *aligned(rows),
     ]
     if "subset" in figures:
-        lines.append(f"{figures['subset']} problems are within the bounds, for GRPO to use")
+        lines.append(f"{figures['subset']} problems are within the bounds: GRPO trains on these")
     return "\n".join(lines)
 
 
 def infer(figures: InferFigures) -> str:
-    """Return a line a model, and one a step."""
-    rows = [("", "accuracy", "95% interval", "well formed", "tokens", "cut off")]
+    """Return a line for each model and for each step."""
+    rows = [("", "accuracy", "95% interval", "well formed", "tokens", "truncated")]
     for name, own in (("base", figures["base"]), ("sft", figures["sft"]), ("grpo", figures["grpo"])):
         rows.append((
             name, f"{own['accuracy']:.1%}", interval(*own["accuracy_interval"]), f"{own['well_formed']:.1%}",
@@ -77,7 +77,7 @@ def infer(figures: InferFigures) -> str:
 
 
 def merge(figures: MergeFigures) -> str:
-    """Return the distances that were measured."""
+    """Return the measured distances, a line each."""
     lines = [
         f"merge: {figures['positions']:,} positions of {figures['prompts']} prompts; mean KL from the adapter on its "
         f"base {figures['merged_mean_kl']:.1e}, of the base {figures['base_mean_kl']:.1e} nats"
@@ -91,7 +91,7 @@ def merge(figures: MergeFigures) -> str:
 
 
 def distances(file: AdapterFile) -> tuple[str, ...]:
-    """Return what a GGUF file weighs, and how far it is from the merged model."""
+    """Return size and distances of a GGUF file, as text."""
     return (
         f"{file['bytes'] / 1e6:,.1f}", f"{file['mean_kl']:.1e}", f"{file['p99_kl']:.1e}", f"{file['max_kl']:.1e}",
         f"{file['same_top']:.2%}", f"{file['perplexity']:.4f}",
@@ -99,15 +99,15 @@ def distances(file: AdapterFile) -> tuple[str, ...]:
 
 
 def gguf(figures: GgufFigures) -> str:
-    """Return a line a file, one for the adapter's, and one for the merged model."""
+    """Return a line for each file, for the adapter's and for the merged model."""
     reference, perplexity = figures["reference"], ""
     rows: list[Sequence[str]] = [(
         "type", "MB", "mean KL", "p99 KL", "max KL", "same top", "perplexity", "same text", "right", "flips", "ended",
     )]  # fmt: skip
     for kind, file in figures["files"].items():
         flips = f"{file['flipped_to_wrong']}/{file['flipped_to_right']}"
-        answered = (f"{file['same_text']:.1%}", f"{file['accuracy']:.1%}", flips, str(file["ended"]))
-        rows.append((kind, *distances(file), *answered))
+        answers = (f"{file['same_text']:.1%}", f"{file['accuracy']:.1%}", flips, str(file["ended"]))
+        rows.append((kind, *distances(file), *answers))
         perplexity = f"{file['reference_perplexity']:.4f}"
     if "lora" in figures:
         rows.append(("lora", *distances(figures["lora"]), "", "", "", ""))

@@ -1,8 +1,4 @@
-"""The finished GGUF at work for its user, as its Modelfile says: what `ask`, `chat` and `serve` have in common.
-
-Everything comes out of the Modelfile that was proven: the file, the system prompt, the stops and how to sample. So the
-model answers here as it does in Ollama.
-"""
+"""The finished GGUF for `ask`, `chat` and `serve`: the proven Modelfile sets all, as in Ollama."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -19,12 +15,12 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")  # the same names in a Modelfile and llama.cpp
-TEMPLATE = "chat_template.default"  # llama-cpp-python's name for the file's own; unnamed, it may take one of its stock
+TEMPLATE = "chat_template.default"  # llama-cpp-python's name for the file's own; else it may take a stock one
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a Modelfile says: `path` is the GGUF file, "" stands for no system prompt."""
+    """The values of a Modelfile. `path`: the GGUF file; `system`: "" for no system prompt."""
 
     path: Path
     system: str
@@ -33,14 +29,14 @@ class Setting:
     sampling: dict[str, float]
 
     def with_system(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return `messages` with the system prompt before them, unless they have one: what Ollama does with SYSTEM."""
+        """Return `messages` with the system prompt first unless they have one, as Ollama treats SYSTEM."""
         if not self.system or any(message.get("role") == "system" for message in messages):
             return list(messages)
         return [{"role": "system", "content": self.system}, *messages]
 
 
 def read_setting(folder: Path) -> Setting:
-    """Return what the Modelfile of the finished ollama-modelfile artifact `folder` says."""
+    """Return the values of the Modelfile in the finished ollama-modelfile artifact `folder`."""
     read_manifest(folder, "ollama-modelfile", "*")
     commands = modelfile.read(folder / "Modelfile")
 
@@ -59,20 +55,20 @@ def read_setting(folder: Path) -> Setting:
 
 @contextlib.contextmanager
 def loading_line(path: Path) -> Iterator[Any]:
-    """Give llama_cpp, to load `path` with. Raises `UserError` with llama.cpp's reason when it can't."""
+    """Yield llama_cpp, to load `path` with. Raises `UserError` with llama.cpp's reason when it can't."""
     llama_cpp = llama_library()
     try:
         yield llama_cpp
-    except ValueError as error:  # all that llama-cpp-python says of a file it can't load
+    except ValueError as error:  # llama-cpp-python's only error for such a file
         raise UserError(
-            f"{path}: llama.cpp can't load it; delete its folder and run: make gguf ollama-modelfile. llama.cpp said:\n"
+            f"{path}: llama.cpp can't load it. Delete its folder and run: make gguf ollama-modelfile. llama.cpp said:\n"
             f"{llama_said()}"
         ) from error
 
 
 @contextlib.contextmanager
 def open_model(setting: Setting) -> Iterator["Llama"]:
-    """Give the GGUF file at work, with room for `context_tokens`. Raises `UserError` when it can't be loaded."""
+    """Yield the loaded GGUF file, with room for `context_tokens`. Raises `UserError` when it can't be loaded."""
     path, threads = setting.path, threads_for(setting.path)
     with loading_line(path) as llama_cpp:
         file = llama_cpp.Llama(
@@ -90,10 +86,7 @@ def open_model(setting: Setting) -> Iterator["Llama"]:
 def answer_with(
     file: "Llama", setting: Setting, messages: Sequence[dict[str, str]], max_tokens: int, **sampling: float
 ) -> Iterator[str]:
-    """Yield the answer to `messages` piece by piece; `sampling` stands for some of the Modelfile's.
-
-    Raises `UserError` when they do not fit into the context.
-    """
+    """Yield the answer in pieces; `sampling` replaces the Modelfile's. Raises `UserError` for too long `messages`."""
     chunks = file.create_chat_completion(
         setting.with_system(messages),
         stream=True,
@@ -108,5 +101,6 @@ def answer_with(
         if "exceed context window" not in str(error):
             raise
         raise UserError(
-            f"too long for {setting.path.name}, whose context is [ollama] num_ctx = {setting.context_tokens}: {error}"
+            f"{setting.path.name}: the messages are too long: {error}; expected at most [ollama] num_ctx = "
+            f"{setting.context_tokens} tokens. Shorten them"
         ) from error

@@ -68,12 +68,9 @@ def jinja_render(chat_template: str, special_tokens: dict[str, str]) -> Render:
             raise Rejected(f"{type(error).__name__}: {error}") from error
         return rendered[0]
 
-    asked = dialogue(
-        1, system=True
-    )  # as the Modelfile asks, so that a date in the system message's place is never seen
     dated = False
     with contextlib.suppress(Rejected):  # for another reason, which `derive_template` reports
-        asked = dialogue(1) if rejects(render, asked) else asked
+        asked = dialogue(1, system=not rejects(render, dialogue(1, system=True)))  # as the Modelfile asks
         dated = render(asked, True, lambda _: "one day") != render(asked, True, lambda _: "another day")
     if dated:
         raise UserError(
@@ -97,7 +94,6 @@ def derive_template(render: Render, bos: str = "") -> Derived:
     if bos and not render(dialogue(1), True).startswith(bos):
         bos = ""
     systems = (False, True) if accepts_system else (False,)
-    takes_system = accepts_system and SYSTEM in render(dialogue(1, system=True), True)
     seen = {(turns, system): gaps_of(render, bos, turns, system) for system in systems for turns in TURNS}
     user, answer, turn_end = around(seen, tail_of(render, bos, dialogue(1)), tail_of(render, bos, dialogue(2)[:-1]))
     start = beginnings(seen, systems, user.opening)
@@ -117,6 +113,7 @@ def derive_template(render: Render, bos: str = "") -> Derived:
         if render([{"role": "system", "content": ""}, *dialogue(1)], True) == render(dialogue(1), True):
             mark = "{{if .System}}{{$system = true}}{{end}}"
         text = "{{$system := false}}" + mark + text
+    takes_system = accepts_system and SYSTEM in render(dialogue(1, system=True), True)
     return Derived(trimmers(text) + text, bos, takes_system, turn_end)
 
 

@@ -36,8 +36,11 @@ def save_tokenizer(tokenizer: Any, base: Path, out: Path) -> Any:
     path = out / "tokenizer_config.json"
     saved = json.loads(path.read_text())
     original = base / "tokenizer_config.json"
-    if original.is_file() and "tokenizer_class" in (stated := json.loads(original.read_text())):
-        saved["tokenizer_class"] = stated["tokenizer_class"]
+    stated = json.loads(original.read_text()).get("tokenizer_class") if original.is_file() else None
+    if stated not in (None, "TokenizersBackend"):
+        saved["tokenizer_class"] = stated
+    elif saved["tokenizer_class"] == "TokenizersBackend":  # which transformers 4 does not know
+        saved["tokenizer_class"] = "PreTrainedTokenizerFast"
     plain = tokenizer("a")["input_ids"]
     saved["add_bos_token"] = adds_bos(tokenizer)
     saved["add_eos_token"] = tokenizer.eos_token_id is not None and plain[-1] == tokenizer.eos_token_id

@@ -865,7 +865,7 @@ USER_ONLY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no syst
     ("template", "message"),
     [
         ("{{ strftime_now('%d %B') }}" + TEMPLATE, "the chat template writes today's date into the prompt"),
-        (USER_ONLY, "the chat template refuses system messages or leaves them out, but the format xml has a system prompt"),
+        (USER_ONLY, "the chat template refuses system messages or leaves them out, but the format xml"),
         (
             TEMPLATE.replace("message['content']", "message['content'] | upper"),
             "the TEMPLATE does not prompt as the chat template of training does",

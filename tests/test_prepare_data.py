@@ -912,7 +912,7 @@ def test_a_quantized_base_is_refused_before_training(tmp_path: Path, model: Path
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("pytorch_model.bin", b"weights", "model: holds no .safetensors file; expected a model's weights"),
+        ("pytorch_model.bin", b"weights", "found no safetensors file"),
         ("model.safetensors", b"\x10", "model.safetensors: is cut short"),
     ],
 )

@@ -101,7 +101,27 @@ def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
     model.generation_config.eos_token_id = end_ids(model.generation_config, tokenizer)
     model.generation_config = savable(model.generation_config)
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    write_rope_keys(out / "config.json")
     save_tokenizer(tokenizer, base, out)
+
+
+def write_rope_keys(path: Path) -> None:
+    """Add to the config.json at `path` the keys by which transformers 4, and what is built on it, reads RoPE.
+
+    transformers 5 writes rope_parameters alone; 4 does not read that, and takes its own default without a word.
+    """
+    config = json.loads(path.read_text())
+    text = config.get("text_config", config)
+    stated = text.get("rope_parameters") or {}
+    scaling = dict(stated.get("full_attention", stated))
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in scaling:
+            text[name] = scaling.pop(name)
+    if scaling:
+        text["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+    if "sliding_attention" in stated:
+        text["rope_local_base_freq"] = stated["sliding_attention"]["rope_theta"]
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def savable(stated: "GenerationConfig") -> "GenerationConfig":

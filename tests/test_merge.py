@@ -138,3 +138,51 @@ def test_a_4_bit_model_is_refused_without_a_gpu_before_any_work(tmp_path, monkey
 def test_room_for_a_4_bit_model_is_asked_for_where_it_is_made():
     base = tiny_models.made() / "base-model" / "model"
     assert merge.room_bytes(base, Merge("float16"), four_bits=True) > merge.room_bytes(base, Merge("float16"))
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("stated", "added"),
+    [
+        ({"rope_theta": 1e5, "rope_type": "default"}, {"rope_theta": 1e5, "rope_scaling": None}),  # SmolLM2, Qwen
+        ({"rope_theta": 5e5, **LLAMA3}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+        (
+            {"rope_theta": 250000.0, "rope_type": "default", "partial_rotary_factor": 1.0},  # Phi-4
+            {"rope_theta": 250000.0, "rope_scaling": None, "partial_rotary_factor": 1.0},
+        ),
+        (
+            {
+                "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},  # Gemma 3 4B
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+            },
+            {
+                "rope_theta": 1e6,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "rope_local_base_freq": 1e4,
+            },
+        ),
+        (None, {}),
+    ],
+)
+@pytest.mark.parametrize("inside", [None, "text_config"])
+def test_config_json_states_rope_for_transformers_4_as_well(tmp_path, stated, added, inside):
+    text = {"rope_parameters": stated, "vocab_size": 8}
+    written = {inside: text, "model_type": "x"} if inside else text
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    merge.write_rope_keys(tmp_path / "config.json")
+    read = json.loads((tmp_path / "config.json").read_text())
+    assert (read[inside] if inside else read) == text | added
+    assert not inside or read["model_type"] == "x"
+
+
+@pytest.mark.torch
+def test_transformers_5_reads_the_same_rope_with_the_older_keys_beside_it():
+    from transformers import AutoConfig
+
+    model = tiny_models.merged() / "model"
+    stated = json.loads((model / "config.json").read_text())
+    assert (stated["rope_theta"], stated["rope_local_base_freq"], stated["rope_scaling"]) == (1e6, 1e4, None)
+    base = AutoConfig.from_pretrained(tiny_models.made() / "base-model" / "model")
+    assert AutoConfig.from_pretrained(model).rope_parameters == base.rope_parameters

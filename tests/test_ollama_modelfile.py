@@ -230,7 +230,7 @@ def test_a_bos_that_the_chat_template_does_not_write_is_caught(tmp_path):
         (
             "{% set system = messages[0]['content'] + '\n\n' %}",
             "{{ raise_exception('no system prompts') }}",
-            "the chat template refuses system messages, but the format xml has a system prompt",
+            "the chat template refuses system messages or leaves them out, but the format xml has a system prompt",
         ),
     ],
 )

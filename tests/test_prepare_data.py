@@ -865,7 +865,7 @@ USER_ONLY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no syst
     ("template", "message"),
     [
         ("{{ strftime_now('%d %B') }}" + TEMPLATE, "the chat template writes today's date into the prompt"),
-        (USER_ONLY, "the chat template refuses system messages, but the format xml has a system prompt"),
+        (USER_ONLY, "the chat template refuses system messages or leaves them out, but the format xml"),
         (
             TEMPLATE.replace("message['content']", "message['content'] | upper"),
             "the TEMPLATE does not prompt as the chat template of training does",
@@ -912,7 +912,7 @@ def test_a_quantized_base_is_refused_before_training(tmp_path: Path, model: Path
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("pytorch_model.bin", b"weights", "model: holds no .safetensors file; expected a model's weights"),
+        ("pytorch_model.bin", b"weights", "found no safetensors file"),
         ("model.safetensors", b"\x10", "model.safetensors: is cut short"),
     ],
 )

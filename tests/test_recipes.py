@@ -29,7 +29,7 @@ TINY = RECIPES["tiny"].read_text()
 UNPINNED = {"qwen3-1.7b-dapo": "unsloth/OpenMathReasoning-mini"}
 FAMILIES = {
     "gemma3-1b-gsm8k": "gemma3", "gemma3-4b-gsm8k": "gemma3", "qwen3-1.7b-dapo": "qwen3", "qwen2.5-3b-gsm8k": "qwen2.5",
-    "llama3.1-8b-gsm8k": "llama3.1", "phi4-14b-gsm8k": "phi4",
+    "llama3.1-8b-gsm8k": "llama3.1", "phi4-14b-gsm8k": "phi4", "smollm2-135m-gsm8k": "smollm2",
 }  # fmt: skip
 SHIPPED = ["tiny", "tiny-gsm8k", *FAMILIES]
 
@@ -103,6 +103,7 @@ def test_a_recipe_for_a_gpu_starts_from_the_defaults(name: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "model", "rank", "alpha", "tokens", "completions", "steps"),
     [
+        ("smollm2-135m-gsm8k", "HuggingFaceTB/SmolLM2-135M-Instruct", 32, 32, 512, 8, 250),
         ("gemma3-1b-gsm8k", "google/gemma-3-1b-it", 32, 32, 1024, 8, 250),
         ("gemma3-4b-gsm8k", "google/gemma-3-4b-it", 32, 32, 1024, 8, 250),
         ("qwen3-1.7b-dapo", "unsloth/Qwen3-1.7B-Base", 32, 64, 2048, 16, 500),

@@ -1,9 +1,14 @@
-"""The end of a completion: the token ids that end it, and the tokens up to the first of them."""
+"""Where a text begins and a completion ends: BOS, the token ids that end it, and the cut after the first of them."""
 
 from collections.abc import Collection
 from typing import Any
 
 from stages.lib.errors import UserError
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Say whether transformers' `tokenizer` puts BOS before a plain text, whatever its chat template writes."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def end_ids(generation_config: Any | None, tokenizer: Any | None = None) -> list[int]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.lib.errors import UserError
-from stages.lib.ollama.derive import derive_template, jinja_render, rejects
+from stages.lib.ollama.derive import derive_template, jinja_render, refuse_unused_system, rejects
 from stages.lib.ollama.go import WHITESPACE, render_by_go
 from stages.lib.ollama.proof import CONVERSATIONS
 from tests.support import chat_templates
@@ -18,15 +18,11 @@ TOKENS = {"bos_token": "<bos>", "eos_token": "</s>"}
 # Of the templates that come with llama.cpp: those that are refused, and a part of the reason.
 DATED = "writes today's date"
 REFUSED = {
-    "Apertus-8B-Instruct": DATED,
     "CohereForAI-c4ai-command-r-plus-tool_use": "lone user message",  # cannot do without a list of tools
-    "Mistral-Small-3.2-24B-Instruct-2506": DATED,
     "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": "lone user message",
     "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": "lone user message",
     "fireworks-ai-llama-3-firefunction-v2": "lone user message",
-    "ibm-granite-granite-3.3-2B-Instruct": DATED,
     "meta-llama-Llama-3.2-3B-Instruct": DATED,
-    "muse-glimmer": DATED,
     "openai-gpt-oss-120b": DATED,
     "upstage-Solar-Open-100B": DATED,
 }
@@ -149,9 +145,45 @@ def test_gemma_folds_the_system_prompt_into_the_first_turn_and_leaves_the_bos_to
     assert render_by_go(found.template, [conversation]) == [expected]
 
 
-def test_a_template_that_takes_no_system_prompt_says_so():
-    assert not derived("google-gemma-2-2b-it")[1].takes_system
-    assert derived("gemma-3")[1].takes_system
+@pytest.mark.parametrize(
+    ("chat_template", "takes"),
+    [
+        (LLAMA_CPP["google-gemma-2-2b-it"], False),  # refuses one
+        (chat_templates.MADE["phi-3 medium"], False),
+        (chat_templates.MADE["its own system message instead"], False),
+        (chat_templates.MADE["gemma-3"], True),
+        (chat_templates.CHATML, True),
+    ],
+)
+def test_a_template_that_refuses_or_leaves_out_the_system_prompt_says_so(chat_template, takes):
+    found = derive_template(jinja_render(chat_template, TOKENS), "<bos>")
+    assert found.takes_system is takes
+    if takes:
+        refuse_unused_system(found, "Be brief.", "xml", "here")
+        return
+    with pytest.raises(UserError, match="here: the chat template refuses system messages or leaves them out"):
+        refuse_unused_system(found, "Be brief.", "xml", "here")
+
+
+def test_a_date_beside_no_system_message_is_taken_and_one_beside_it_is_not():
+    no_system = "{% if messages[0].role != 'system' %}{{ strftime_now('%d') }}{% endif %}" + chat_templates.CHATML
+    render = jinja_render(no_system, TOKENS)
+    found = derive_template(render)
+    assert render([{"role": "user", "content": "q"}], True)[:2].isdigit()
+    assert render_by_go(found.template, [[{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]]) == [
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    ]
+    with pytest.raises(UserError, match="writes today's date"):
+        jinja_render("{{ strftime_now('%d') }}" + chat_templates.CHATML, TOKENS)
+
+
+def test_a_turn_marker_that_the_tokenizer_never_adds_stays_in_the_go_template():
+    render = jinja_render(chat_templates.CHATML, {"bos_token": "<|im_start|>"})
+    found = derive_template(render, "")
+    assert found.bos == ""
+    assert render_by_go(found.template, [[{"role": "user", "content": "q"}]]) == [
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    ]
 
 
 @pytest.mark.parametrize("name", ["chatml", "gemma-3", "qwen-3 with think", "meta-llama-Llama-3.1-8B-Instruct"])

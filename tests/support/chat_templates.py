@@ -20,11 +20,23 @@ PHI_4 = (
 )  # fmt: skip
 
 MADE = {
+    "SmolLM2": (
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+        "trained by Hugging Face<|im_end|>\n' }}{% endif %}" + CHATML
+    ),
     "gemma-3": base_model.CHAT_TEMPLATE,
     "qwen-3 with think": formats.THINK.chat_template,
     "phi-4": PHI_4,
     "chatml": CHATML,
     "chatml, prompt ends in a thought": CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"),
+    "phi-3 medium": "{{ bos_token }}" + LOOP + (
+        "{% if m.role == 'user' %}{{ '<|user|>\\n' + m.content + '<|end|>\\n' }}"
+        "{% elif m.role == 'assistant' %}{{ '<|assistant|>\\n' + m.content + '<|end|>\\n' }}{% endif %}{% endfor %}"
+    ) + PROMPT + "{{ '<|assistant|>\\n' }}{% endif %}",
+    "its own system message instead": (
+        "<|im_start|>system<|im_sep|>Think first.<|im_end|>"
+        "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}" + PHI_4
+    ),
     "default system prompt": "{% if messages[0].role != 'system' %}<s>Be brief.</s>{% endif %}" + CHATML,
     "system prompt in the last user turn": (
         "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content %}"

@@ -1,9 +1,10 @@
 """One small random-weight model for each family of the recipes, with a real vocabulary and a real chat template.
 
 The vocabularies and templates are those in llama-cpp-python's sdist (`make setup` unpacks them). It has none of
-Gemma 3 and Phi-4: these get Llama 2's SentencePiece pieces and Qwen2's byte-level BPE.
+Gemma 3, Phi-4 and SmolLM2: these get Llama 2's SentencePiece pieces, Qwen2's byte-level BPE and StarCoder's.
 """
 
+import functools
 import json
 import struct
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 from stages import gguf, merge
 from stages.lib.artifact.folder import Run
 from stages.lib.recipe.tables import Gguf, Merge
-from tests.support import tiny_models
+from tests.support import chat_templates, tiny_models
 
 MODELS = Path(sys.prefix) / "llama.cpp" / "models"
 SIZES = {
@@ -28,6 +29,7 @@ QWEN_SPLIT = (
 )
 LLAMA_SPLIT = QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
 CONTROL, USER_DEFINED = 3, 4
+RENAMED = {"<fim_prefix>": "<|im_start|>", "<fim_middle>": "<|im_end|>"}  # StarCoder's, in SmolLM2's places
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Family:
     system: bool = True
 
 
+@functools.cache
 def vocabulary(name: str) -> dict[str, Any]:
     """Return the metadata of one of llama.cpp's vocabulary files, by key (GGUF v3, docs/gguf.md of ggml)."""
     data = (MODELS / f"ggml-vocab-{name}.gguf").read_bytes()
@@ -76,21 +79,27 @@ def vocabulary(name: str) -> dict[str, Any]:
     return found
 
 
-def byte_level(source: str, split: str, bos: str | None, tokenizer_class: str) -> Callable[[Path, str], None]:
-    """Return a function that writes a byte-level BPE tokenizer, with llama.cpp's vocabulary `source`, to a folder."""
+def byte_level(source: str, split: str | None, bos: str | None, tokenizer_class: str) -> Callable[[Path, str], None]:
+    """Return a function that writes a byte-level BPE tokenizer, with llama.cpp's vocabulary `source`, to a folder.
+
+    It adds `bos` to a plain text. With no `split` it splits as GPT-2 does, and numbers into digits.
+    """
 
     def write(folder: Path, template: str) -> None:
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
 
         known = vocabulary(source)
-        tokens, kinds = known["tokenizer.ggml.tokens"], known["tokenizer.ggml.token_type"]
+        tokens = [RENAMED.get(token, token) for token in known["tokenizer.ggml.tokens"]]
+        kinds = known["tokenizer.ggml.token_type"]
         merges = [tuple(pair.split(" ")) for pair in known["tokenizer.ggml.merges"]]
         ids = {token: number for number, token in enumerate(tokens)}
         core = Tokenizer(models.BPE(ids, merges, ignore_merges=bos is not None))
         core.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(split), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]) if split else pre_tokenizers.Sequence([
+            pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False),
         ])  # fmt: skip
         core.decoder = decoders.ByteLevel()
         core.add_special_tokens(
@@ -111,6 +120,13 @@ def byte_level(source: str, split: str, bos: str | None, tokenizer_class: str) -
         set_class(folder, tokenizer_class)
 
     return write
+
+
+def smollm2(folder: Path, template: str) -> None:
+    """Write a tokenizer like SmolLM2's: class GPT2Tokenizer, digits split, a turn marker as bos_token."""
+    byte_level("starcoder", None, None, "GPT2Tokenizer")(folder, template)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|im_start|>"}))
 
 
 def sentencepiece(source: str, control: list[str], class_settings: dict[str, Any]) -> Callable[[Path, str], None]:
@@ -175,8 +191,8 @@ def set_class(folder: Path, tokenizer_class: str) -> None:
 
 
 def chat_template(name: str) -> str:
-    """Return one of llama.cpp's chat templates, or for "gemma-3" one of Gemma 3's shape."""
-    return tiny_models.CHAT_TEMPLATE if name == "gemma-3" else (MODELS / "templates" / f"{name}.jinja").read_text()
+    """Return one of llama.cpp's chat templates, or one of `chat_templates.MADE`."""
+    return chat_templates.MADE.get(name) or (MODELS / "templates" / f"{name}.jinja").read_text()
 
 
 def added(token: str, number: int, *, rstrip: bool) -> tuple[str, dict[str, Any]]:
@@ -221,6 +237,9 @@ FAMILIES = {
     "phi3": Family(
         "Phi-3-mini-4k-instruct", "Phi3", sentencepiece("phi-3", PHI3_CONTROL, PHI3), "microsoft-Phi-3.5-mini-instruct",
         "<|end|>", {"tie_word_embeddings": False, "pad_token_id": 32000},
+    ),
+    "smollm2": Family(
+        "SmolLM2-135M-Instruct", "Llama", smollm2, "SmolLM2", "<|im_end|>", {"tie_word_embeddings": True}
     ),
     "phi4": Family(
         "phi-4", "Phi3", byte_level("qwen2", QWEN_SPLIT, None, "GPT2Tokenizer"), "Qwen-Qwen2.5-7B-Instruct",

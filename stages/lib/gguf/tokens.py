@@ -12,35 +12,51 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.lib.ends import verify_end
+import click
+
+from stages.lib.ends import adds_bos, verify_end
 from stages.lib.errors import UserError
 from stages.lib.gguf.convert import HOME, run_converter
 from stages.lib.gguf.library import LOG, llama_library, llama_said
 
 
-def save_tokenizer(tokenizer: Any, base: Path, out: Path) -> None:
-    """Save `tokenizer` to `out` with what transformers 5 drops and llama.cpp's converter looks for.
+def save_tokenizer(tokenizer: Any, base: Path, out: Path) -> Any:
+    """Save `tokenizer` to `out` as any user reads it there; return it so read, by transformers' `AutoTokenizer`.
 
-    That is the SentencePiece model of `base`; the class, because the converter knows Phi-4's vocabulary by
-    "GPT2Tokenizer"; and whether BOS and EOS are added, without which the converter takes llama.cpp's own default.
+    With what transformers 5 drops and llama.cpp's converter looks for: the SentencePiece model of `base`; the class,
+    because the converter knows Phi-4's vocabulary by "GPT2Tokenizer"; and whether BOS and EOS are added, without which
+    the converter takes llama.cpp's own default. A class by which transformers makes another tokenizer than the one in
+    tokenizer.json is not kept: SmolLM2's "GPT2Tokenizer" does not split numbers into digits.
     """
+    from transformers import AutoTokenizer
+
     tokenizer.save_pretrained(out)
     if base != out and (base / "tokenizer.model").is_file():
         shutil.copyfile(base / "tokenizer.model", out / "tokenizer.model")
     path = out / "tokenizer_config.json"
     saved = json.loads(path.read_text())
     original = base / "tokenizer_config.json"
-    if original.is_file() and "tokenizer_class" in (stated := json.loads(original.read_text())):
-        saved["tokenizer_class"] = stated["tokenizer_class"]
+    stated = json.loads(original.read_text()).get("tokenizer_class") if original.is_file() else None
+    if stated not in (None, "TokenizersBackend"):
+        saved["tokenizer_class"] = stated
+    elif saved["tokenizer_class"] == "TokenizersBackend":  # which transformers 4 does not know
+        saved["tokenizer_class"] = "PreTrainedTokenizerFast"
     plain = tokenizer("a")["input_ids"]
     saved["add_bos_token"] = adds_bos(tokenizer)
     saved["add_eos_token"] = tokenizer.eos_token_id is not None and plain[-1] == tokenizer.eos_token_id
     path.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Say whether transformers' `tokenizer` puts BOS before a plain text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    read = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    texts = [*PROBES, *(f"{tokenizer.eos_token}{text}" for text in PROBES)]  # what begins a text, and follows a turn
+    if read(texts)["input_ids"] == tokenizer(texts)["input_ids"]:
+        return read
+    click.echo(
+        f"{base}: transformers makes another tokenizer of tokenizer_class "
+        f"{saved['tokenizer_class']!r} than tokenizer.json describes; the one of tokenizer.json is trained and shipped",
+        err=True,
+    )
+    saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+    return AutoTokenizer.from_pretrained(out, trust_remote_code=False)
 
 
 def check_conversion(tokenizer: Any, base: Path, name: str) -> None:
@@ -49,18 +65,22 @@ def check_conversion(tokenizer: Any, base: Path, name: str) -> None:
     `base` is the model's folder, of which config.json and the tokenizer's files are read and no weight; `name` is the
     base's in the recipe. Takes seconds, where the conversion at the end of a run would find the fault after training.
     """
-    from transformers import AutoTokenizer
-
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "model"
-        save_tokenizer(tokenizer, base, copy)
+        copy.mkdir()
         shutil.copyfile(base / "config.json", copy / "config.json")
+        saved = save_tokenizer(tokenizer, base, copy)
         vocabulary = Path(temporary) / "vocabulary.gguf"
         arguments = [str(copy), "--vocab-only", "--outfile", str(vocabulary), "--model-name", name]
         try:
             run_converter(arguments, Path(temporary) / "log")
         except UserError as error:
             reason = error.message.split("\n", 1)[-1]
+            if not (base / "tokenizer.model").is_file() and "tokenizer.model" in reason:
+                raise UserError(
+                    f"{base}: tokenizer.model is missing; llama.cpp's converter reads this model's vocabulary from it. "
+                    f"Fetch that file of {name} into the folder"
+                ) from error
             unknown = "pre-tokenizer was not recognized" in reason
             found = "its BPE pre-tokenizer is unknown to llama.cpp" if unknown else "llama.cpp can't convert it"
             raise UserError(
@@ -68,7 +88,6 @@ def check_conversion(tokenizer: Any, base: Path, name: str) -> None:
                 f"{HOME} knows. Use another base model, or a llama-cpp-python whose llama.cpp knows this one (raise "
                 f"its version in docker/*.in and lock again). The converter said:\n{reason}"
             ) from error
-        saved = AutoTokenizer.from_pretrained(copy, trust_remote_code=False)
         with contextlib.closing(Vocabulary(vocabulary)) as file:
             for text in PROBES:
                 tokens = saved(text, add_special_tokens=False)["input_ids"]
@@ -81,7 +100,7 @@ def check_conversion(tokenizer: Any, base: Path, name: str) -> None:
 
 PROBES = (
     "What is 17 + 25?",
-    "A pen costs $3.50, and 12 pens cost\nhow much?\n\nShow   every  step.",
+    "A pen costs $3.50, and 12 pens cost\nhow much?\n\nShow   every  step,   2  at a time.",
     "It's 1,234,567 - isn't it? They're 100% sure (x^2 = 4).",
     "Größe, naïve, Привет, 数学, ½ \u2212 3",
 )
@@ -90,8 +109,8 @@ PROBES = (
 def verify_prompt(file: "Vocabulary", tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> None:
     """Raise `UserError` unless `file` prompts with the very tokens of the chat template in transformers, with one BOS.
 
-    By both ways a program may go: the file's own template as it stands (llama-cpp-python), and the text without BOS
-    with the file's settings adding it (llama-server, Ollama). BOS is wanted where the tokenizer puts it before plain
+    By both ways a program may go: the file's own template as it stands (llama-cpp-python), and, where the file's
+    settings add BOS, the text without it (llama-server, Ollama). BOS is wanted where the tokenizer puts it before plain
     text, or else where the template writes it.
     """
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -106,7 +125,7 @@ def verify_prompt(file: "Vocabulary", tokenizer: Any, messages: Sequence[dict[st
         )
     text = file.render(messages)
     verify_tokens(file, tokenizer, text, expected, where)
-    served = file.tokenize(text.removeprefix(file.text_of(file.bos)), add_special=True)
+    served = file.tokenize(text.removeprefix(file.text_of(file.bos) if file.adds_bos else ""), add_special=True)
     if served != expected:
         raise UserError(
             f"{where}: tokenizer.ggml.add_bos_token is {str(file.adds_bos).lower()}, and the chat template's prompt "

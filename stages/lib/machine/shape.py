@@ -65,6 +65,7 @@ SHAPES = {
         34, 2560, 8, 4, 256, 10_240, 262_208, True, qk_norm=True, layer_norms=4, sliding_window=1024, sliding_layers=29,
         vision_parameters=419_816_304,
     ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Shape(30, 576, 9, 3, 64, 1536, 49_152, True),
     "unsloth/Qwen3-1.7B-Base": Shape(28, 2048, 16, 8, 128, 6144, 151_936, True, qk_norm=True),
     "Qwen/Qwen2.5-3B-Instruct": Shape(36, 2048, 16, 2, 128, 11_008, 151_936, True, qkv_bias=True),
     "meta-llama/Llama-3.1-8B-Instruct": Shape(32, 4096, 32, 8, 128, 14_336, 128_256, False),

@@ -31,7 +31,9 @@ def whole_model_folder(name: str, revision: str | None) -> Path:
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
     with fetching_model(name, revision):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"])
+        )
 
 
 @contextlib.contextmanager
@@ -59,13 +61,37 @@ def local_model_folder(name: str, revision: str | None) -> Path | None:
     return Path(path).parent if isinstance(path, str) else None
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that transformers reads in `folder`: model.safetensors, or the shards of the index.
+
+    Others beside them, as Mistral's consolidated.safetensors, hold the same weights again. Raises `UserError` when
+    there is neither or a shard is missing.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3]) or "no safetensors file"
+        raise UserError(
+            f"{folder}: expected a model's weights, {whole.name} or shards with {index.name}; found {others}"
+        )
+    shards = sorted({*json.loads(index.read_text())["weight_map"].values()})
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} of the {len(shards)} shards that {index.name} names are missing: "
+            f"{', '.join(missing[:3])}. Fetch them"
+        )
+    return [folder / name for name in shards]
+
+
 def weight_shapes(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """Return dtype ("BF16") and shape of each tensor in `folder`. Raises `UserError` for files missing or cut short."""
+    """Return dtype (as safetensors spells it: "BF16") and shape of every tensor of the model in `folder`, by name.
+
+    Raises `UserError` as `weight_files` does, and when a file is cut short.
+    """
     tensors: dict[str, tuple[str, list[int]]] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: holds no .safetensors file; expected a model's weights")
-    for path in files:
+    for path in weight_files(folder):
         with path.open("rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0

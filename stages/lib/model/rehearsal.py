@@ -7,7 +7,7 @@ from typing import Any
 from stages.lib.answers import formats
 from stages.lib.errors import UserError
 from stages.lib.gguf.tokens import check_conversion
-from stages.lib.model.files import model_folder, refuse_quantized_base, weight_shapes
+from stages.lib.model.files import model_folder, refuse_quantized_base, vocabulary_size, weight_shapes
 from stages.lib.model.locate import locate_model
 from stages.lib.ollama.derive import of_tokenizer, refuse_unused_system
 from stages.lib.ollama.proof import compare_renderings
@@ -50,6 +50,16 @@ def check_completion(recipe: Recipe, tokenizer: Any) -> None:
 
 
 def check_tokenizer(recipe: Recipe, tokenizer: Any) -> None:
-    """Raise `UserError` if llama.cpp's converter would refuse or misread the tokenizer."""
-    name, revision = locate_model(recipe)
-    check_conversion(tokenizer, model_folder(name, revision), recipe.model.name)
+    """Raise `UserError` if llama.cpp's converter would refuse or misread the tokenizer.
+
+    Or if a token has no row in the embedding, on which training would fail.
+    """
+    folder = model_folder(*locate_model(recipe))
+    token, number = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if number >= (rows := vocabulary_size(folder)):
+        raise UserError(
+            f"{recipe.model.name}: the tokenizer has {token!r} as token {number:,}, and the embedding {rows:,} rows "
+            f"(vocab_size in config.json); expected a row for each token. Take the tokenizer's files that the model "
+            f"was published with"
+        )
+    check_conversion(tokenizer, folder, recipe.model.name)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.answers import formats
+from stages.lib.ends import adds_bos
 from stages.lib.errors import UserError
 from stages.lib.model.files import fetching_model
 from stages.lib.model.locate import SAFE, locate_model
@@ -13,27 +14,46 @@ from stages.lib.recipe.tables import Recipe
 def load_tokenizer(recipe: Recipe) -> Any:
     """Return the model's tokenizer with the chat template that this run trains and ships.
 
+    It is the one that tokenizer.json describes, where there is one: a class that tokenizer_config.json states may make
+    another of it. The chat template decides about BOS: one that comes with the format begins as the tokenizer begins a
+    plain text, and where one of the model's own writes no BOS, the tokenizer adds none from here on.
+
     Raises `UserError` when a local model folder has no tokenizer, or when neither model nor format has a chat template.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import cached_file
 
     name, revision = locate_model(recipe)
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
         raise UserError(f"{name}: the model folder has no tokenizer; expected one of {', '.join(files)}")
     with fetching_model(name, revision):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **SAFE)
+        described = cached_file(name, files[0], revision=revision, _raise_exceptions_for_missing_entries=False)
+        made_by = PreTrainedTokenizerFast if described else AutoTokenizer
+        tokenizer = made_by.from_pretrained(name, revision=revision, **SAFE)
     template = formats.get(recipe.format.name).chat_template
     if template is not None:
-        tokenizer.chat_template = template
+        tokenizer.chat_template = "{{ bos_token }}" * adds_bos(tokenizer) + template
+    named = tokenizer.chat_template
+    if isinstance(named, dict):  # several, by name, as for tools
+        tokenizer.chat_template = named.get("default")
     if tokenizer.chat_template is None:
+        has = f"chat templates named {', '.join(named)} and none named default" if named else "no chat template"
         raise UserError(
-            f"{name}: the tokenizer has no chat template and format {recipe.format.name!r} brings none; "
+            f"{name}: the tokenizer has {has}, and format {recipe.format.name!r} brings none; "
             f"choose an instruction-tuned model, or [format] name = 'think'"
         )
+    if adds_bos(tokenizer) and tokenized_turns(tokenizer)[0] != tokenizer.bos_token_id:
+        tokenizer.add_bos_token = False
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         tokenizer.pad_token = spare_token(tokenizer) or tokenizer.eos_token
     return tokenizer
+
+
+def tokenized_turns(tokenizer: Any) -> list[int]:
+    """Return a short conversation as the chat template and `tokenizer` write it, in token ids."""
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    return tokenizer.apply_chat_template(turns, return_dict=False)
 
 
 def spare_token(tokenizer: Any) -> str | None:
@@ -42,8 +62,7 @@ def spare_token(tokenizer: Any) -> str | None:
     What pads must not be what ends a turn: Unsloth finds the padding of a batch by its token, and would take the end of
     the user's turn for it.
     """
-    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-    held = {*tokenizer.apply_chat_template(turns, return_dict=False), tokenizer.eos_token_id, tokenizer.bos_token_id}
+    held = {*tokenized_turns(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id}
     added = sorted(tokenizer.added_tokens_decoder.items())
     spare = [token.content for number, token in added if token.special and number not in held]
     return min(spare, key=lambda token: "pad" not in token.lower(), default=None)

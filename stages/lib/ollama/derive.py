@@ -17,9 +17,11 @@ import os.path
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from stages.lib.ends import adds_bos
 from stages.lib.errors import UserError
 from stages.lib.ollama.go import WHITESPACE, Conversation, Message, Piece, Pieces, Slot, go_if, go_written, trimmers
 
@@ -41,9 +43,9 @@ class Derived:
     """A Go template, and facts about the chat template."""
 
     template: str
-    bos: str  # the BOS token if the chat template begins with it, else ""; Ollama's tokenizer adds it
-    takes_system: bool
-    turn_end: str  # the text between an assistant's content and the next turn
+    bos: str  # what the chat template writes at the start and the GGUF's tokenizer adds, so that Go must not; or ""
+    takes_system: bool  # False also where the chat template leaves a system message out
+    turn_end: str  # what the template puts right after an assistant's content, before the next turn
 
 
 def jinja_render(chat_template: str, special_tokens: dict[str, str]) -> Render:
@@ -51,26 +53,25 @@ def jinja_render(chat_template: str, special_tokens: dict[str, str]) -> Render:
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    def render(conversation: Conversation, generation_prompt: bool, **variables: Any) -> str:
+    today = datetime.now().strftime  # of all renderings; the variable hides the global function of the same name
+
+    def render(conversation: Conversation, generation_prompt: bool, day: Callable[[str], str] = today) -> str:
         try:
             texts, _ = render_jinja_template(
                 [[dict(message) for message in conversation]],
                 chat_template=chat_template,
                 add_generation_prompt=generation_prompt,
+                strftime_now=day,
                 **special_tokens,
-                **variables,
             )
         except (TemplateError, TypeError) as error:
             raise Rejected(f"{type(error).__name__}: {error}") from error
         return texts[0]
 
-    # A variable of the rendering hides the global function of the same name.
-    def on(day: str) -> str:
-        return render([{"role": "user", "content": "x"}], True, strftime_now=lambda _: day)
-
     has_date = False
-    with contextlib.suppress(Rejected):  # `derive_template` reports the reason
-        has_date = on("one day") != on("another day")
+    with contextlib.suppress(Rejected):  # for another reason, which `derive_template` reports
+        asked = dialogue(1, system=not rejects(render, dialogue(1, system=True)))  # as the Modelfile asks
+        has_date = render(asked, True, lambda _: "one day") != render(asked, True, lambda _: "another day")
     if has_date:
         raise UserError(
             "the chat template writes today's date into the prompt; a Modelfile would keep the day of its making. "
@@ -80,15 +81,19 @@ def jinja_render(chat_template: str, special_tokens: dict[str, str]) -> Render:
 
 
 def derive_template(render: Render, bos: str = "") -> Derived:
-    """Return the Go template, without BOS, of `render`. Raises `UserError` for what such a template can't follow."""
+    """Return the Go template of the chat template behind `render`.
+
+    `bos` is the token that the tokenizer adds before a plain text and that is left out here; "" if it adds none.
+    Raises `UserError` for a chat template that such a Go template can't follow.
+    """
     error = rejects(render, dialogue(1))
-    takes_system = not rejects(render, dialogue(1, system=True))
+    accepts_system = not rejects(render, dialogue(1, system=True))
     if error:
-        asks = "asks for a system message" if takes_system else "fails on a lone user message"
+        asks = "asks for a system message" if accepts_system else "fails on a lone user message"
         raise UserError(f"the chat template {asks}: {error}")
     if bos and not render(dialogue(1), True).startswith(bos):
         bos = ""
-    systems = (False, True) if takes_system else (False,)
+    systems = (False, True) if accepts_system else (False,)
     gaps = {(turns, system): gaps_of(render, bos, turns, system) for system in systems for turns in TURNS}
     user, answer, turn_end = around(gaps, tail_of(render, bos, dialogue(1)), tail_of(render, bos, dialogue(2)[:-1]))
     start = beginnings(gaps, systems, user.opening)
@@ -108,6 +113,7 @@ def derive_template(render: Render, bos: str = "") -> Derived:
         if render([{"role": "system", "content": ""}, *dialogue(1)], True) == render(dialogue(1), True):
             mark = "{{if .System}}{{$system = true}}{{end}}"
         text = "{{$system := false}}" + mark + text
+    takes_system = accepts_system and SYSTEM in render(dialogue(1, system=True), True)
     return Derived(trimmers(text) + text, bos, takes_system, turn_end)
 
 
@@ -117,17 +123,17 @@ def of_tokenizer(tokenizer: Any, where: Path | str) -> tuple[Render, Derived]:
         raise UserError(f"{where}: the tokenizer has no chat template; expected that of training. Run: make merge")
     try:
         render = jinja_render(tokenizer.chat_template, tokenizer.special_tokens_map)
-        return render, derive_template(render, tokenizer.bos_token or "")
+        return render, derive_template(render, tokenizer.bos_token if adds_bos(tokenizer) else "")
     except UserError as error:
         raise UserError(f"{where}: {error.message}") from error
 
 
 def refuse_unused_system(derived: Derived, system: str, format_name: str, where: Path | str) -> None:
-    """Raise `UserError` when the chat template refuses system messages and there is a system prompt."""
+    """Raise `UserError` when there is a system prompt, and the chat template refuses it or leaves it out."""
     if system and not derived.takes_system:
         raise UserError(
-            f"{where}: the chat template refuses system messages, but the format {format_name} has a system prompt. "
-            "Train with a chat template that takes one"
+            f"{where}: the chat template refuses system messages or leaves them out, but the format {format_name} has "
+            "a system prompt. Train with a chat template that writes it, or with [format] name = 'think'"
         )
 
 

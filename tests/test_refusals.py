@@ -153,7 +153,7 @@ def broken_model(finished: Path, folder: Path, *absent: str) -> Path:
     [
         (["tokenizer*"], r"model: the model folder has no tokenizer; expected one of tokenizer\.json"),
         (["config.json"], r"model: expected a model folder with config\.json, from the recipe's \[model\] name"),
-        (["chat_template.jinja"], r"model: the tokenizer has no chat template and format 'xml' brings none"),
+        (["chat_template.jinja"], r"model: the tokenizer has no chat template, and format 'xml' brings none"),
     ],
 )
 @pytest.mark.parametrize("stage", ["sft", "grpo", "infer"])
@@ -219,6 +219,6 @@ def test_a_reward_that_only_loading_shows_to_be_wrong_is_refused_before_a_model_
     monkeypatch.setattr(score_base, "open_generator", load)
     with pytest.raises(UserError, match=rf"'own.py:variety'.*{message}"):
         if stage == "grpo":
-            grpo.train(recipe, tmp_path, tmp_path, None, SimpleNamespace(checkpoints=tmp_path))
+            grpo.train(recipe, tmp_path, tmp_path, SimpleNamespace(checkpoints=tmp_path))
         else:
-            score_base.sample(recipe, [], None, None)
+            score_base.sample(recipe, [], None)

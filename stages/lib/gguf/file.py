@@ -44,11 +44,12 @@ class Loaded(Vocabulary):
         lora = self.llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(adapter))  # freed with the model
         adapters, scales = (self.llama_cpp.llama_adapter_lora_p_ctypes * 1)(lora), (ctypes.c_float * 1)(1.0)
         if not lora or self.llama_cpp.llama_set_adapters_lora(self.context, adapters, 1, scales):
+            reason = llama_said(1)  # before close, which logs too
             self.close()
             raise UserError(
                 f"{adapter}: llama.cpp can't put it on {self.path.name}; expected an adapter of that very base, on "
                 f"none of its tied embeddings ([lora] target_modules). To go on without it, take 'lora' out of save. "
-                f"llama.cpp said:\n{llama_said(1)}"
+                f"llama.cpp said:\n{reason}"
             )
 
     def close(self) -> None:

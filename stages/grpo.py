@@ -179,7 +179,8 @@ def learn(
             processing_class=tokenizer,
         )
     skip_scoring_pass(recipe, trainer)
-    arrange_micro_batches(trainer)
+    if recipe.model.engine == "unsloth":  # on a CPU, the published figures are of TRL's own micro-batches
+        arrange_micro_batches(trainer)
     completions = run.checkpoints / "completions.jsonl"
     trainer.add_callback(keep_completions(trainer, completions, knobs.show_completions_steps))
     trainer.add_callback(settle_heap())

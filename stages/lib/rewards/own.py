@@ -1,5 +1,6 @@
 """A user's own rewards: `FILE.py:FUNCTION`, found, imported and checked."""
 
+import ast
 import contextlib
 import copy
 import functools
@@ -8,10 +9,9 @@ import inspect
 import math
 import numbers
 import re
-import symtable
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from stages.lib.artifact.code import ROOT, imported_modules
 from stages.lib.errors import UserError, nearest
 from stages.lib.rewards.judge import Completion, Reward
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 MAX_REWARD = 3e38  # TRL adds rewards up in float32, which holds no more
 
 
@@ -65,14 +66,28 @@ def check_own(name: str, recipe_folder: Path) -> None:
     path = _own_path(name, recipe_folder)
     try:
         source = importlib.util.decode_source(path.read_bytes())
-        symbols = symtable.symtable(source, str(path), "exec").get_symbols()
+        tree = ast.parse(source, str(path))
     except (SyntaxError, ValueError) as error:  # ValueError: a NUL byte, in some versions of Python
         raise UserError(f"[rewards] {name!r}: {_where(error, path)}") from error
-    symbols = [symbol for symbol in symbols if symbol.is_assigned() or symbol.is_imported()]
-    is_bound = name.rpartition(":")[2] in [symbol.get_name() for symbol in symbols]
+    is_bound = name.rpartition(":")[2] in _names_bound(tree)
     if not is_bound and not re.search(r"\bimport[\s\\]*\*", source):
-        spaces = [space for symbol in symbols for space in symbol.get_namespaces()]
-        raise _no_function(name, path, [space.get_name() for space in spaces if space.get_type() == "function"])
+        raise _no_function(name, path, [node.name for node in tree.body if isinstance(node, FUNCTIONS)])
+
+
+def _names_bound(tree: ast.AST) -> Iterator[str]:
+    """Yield the names that a module binds at its top level, by assignment, definition or import."""
+    for node in ast.iter_child_nodes(tree):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                yield node.name
+            case ast.alias():
+                yield node.asname or node.name.partition(".")[0]
+            case ast.Name(ctx=ast.Store()):
+                yield node.id
+            case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp() | ast.Lambda():
+                pass  # bind names of their own
+            case _:
+                yield from _names_bound(node)
 
 
 def _no_function(name: str, path: Path, functions: Sequence[str]) -> UserError:

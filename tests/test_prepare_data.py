@@ -944,5 +944,5 @@ def test_a_quantized_base_is_refused_with_the_name_of_the_whole_one(
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "x"}}))
     with pytest.raises(UserError) as refused:
         refuse_quantized_base(tmp_path, name)
-    likely = f"Name that in [model] name, likely {whole!r};" if whole else "Name that in [model] name;"
+    likely = f"Name that in [model] name, likely {whole!r}." if whole else "Name that in [model] name. With"
     assert likely in refused.value.message

@@ -21,6 +21,8 @@ import pytest
 
 from tests.support import micro
 
+pytestmark = pytest.mark.slow  # builds an image
+
 ROOT = Path(__file__).parents[2]
 CLIENT = os.environ.get("DOCKER") or "docker"
 STAGES = ["base-model", "prepare-data", "sft", "grpo", "infer", "merge", "gguf", "ollama-modelfile"]

@@ -79,7 +79,7 @@ def test_every_hub_model_of_a_recipe_has_a_shape():
         for path in (ROOT / "recipes").glob("*.toml")
         for name in re.findall(r'^name = "([\w.-]+/[\w.-]+)"', path.read_text().split("[data]")[0], re.M)
     }
-    assert len(named) == 6
+    assert len(named) == 7
     assert named == set(SHAPES)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stages import grpo, sft
+from stages.lib.model.generate import Sampling
+from stages.lib.model.lora import lora_settings
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
 from stages.lib.train import ladder
@@ -29,8 +31,8 @@ def passed(function: Callable, callee: str) -> set[str]:
     """Return the names that `function` gives by keyword to its one call of `callee`, those out of `**` included.
 
     `callee` is written as in the source: "SamplingParams", "FastLanguageModel.from_pretrained". After `**` may stand a
-    dict, the name of one, or two of them with `if` between. Raises `ValueError` for anything else, and for another
-    number of calls.
+    dict, the name of one, two of them with `if` between, `lora_settings(recipe)` or `sampling.drawn`. Raises
+    `ValueError` for anything else, and for another number of calls.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
 
@@ -45,6 +47,10 @@ def passed(function: Callable, callee: str) -> set[str]:
                     if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
                         return keys(node.value)
                 return set(function.__globals__[name])
+            case ast.Call(func=ast.Name(id="lora_settings")):
+                return set(lora_settings(RECIPES["tiny"]))
+            case ast.Attribute(attr="drawn"):
+                return set(Sampling(1).drawn)
         raise ValueError(f"{function.__name__}: can't tell what ** {ast.unparse(value)} holds")
 
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == callee]

@@ -40,6 +40,7 @@ UNSTATED = {
     "grpo": {
         "the sampling fields of TRL decide": ["vllm_sampling_params"],
         "memory of the same sums": ["unsloth_num_chunks"],
+        "one GPU": ["context_parallel_size", "context_parallel_backend"],
     },
 }  # fmt: skip
 # Fields that we do not state and for which Unsloth's default is not TRL's.

@@ -320,11 +320,11 @@ SPOILT = [
     (lambda run: (run / "grpo/adapter/optimizer.pt").write_bytes(b"x"), r"optimizer\.pt: was not written by grpo"),
     (
         lambda run: state(run / "infer/manifest.json", inputs={"grpo": {"completions.jsonl": "0" * 64}}),
-        r"infer: was made from another grpo \(completions\.jsonl\) than \S*grpo\. .* Run: make infer",
+        r"infer: was made from another grpo \(completions\.jsonl\) than \S*grpo, so .* Run: make infer",
     ),
     (
         lambda run: state(run / "infer/manifest.json", inputs={"sft": {"gone.safetensors": "0" * 64}}),
-        r"infer: was made from another sft \(gone\.safetensors\) than \S*sft\.",
+        r"infer: was made from another sft \(gone\.safetensors\) than \S*sft, so ",
     ),
     (  # base-model itself is not uploaded, and so not looked at
         lambda run: state(run / "grpo/manifest.json", inputs={"base-model": {"model/model.safetensors": "0" * 64}}),

@@ -1,7 +1,7 @@
 """A real published model, SmolLM2-135M-Instruct, goes through every stage on a CPU in a few steps.
 
-GSM8K is read from the folder that the variable GSM8K names (train.jsonl, test.jsonl); without it problems of the same
-form are made.
+GSM8K is read from the folder that the variable GSM8K names (train.jsonl, test.jsonl), as the test of prepare-data does;
+without it problems of the same form are made.
 """
 
 import json
@@ -42,12 +42,14 @@ NUMBERS = {
 
 def rows(name: str, count: int) -> list[str]:
     """Return `count` lines of GSM8K's `name`.jsonl, or of problems like it."""
-    if folder := os.environ.get("GSM8K"):
-        return (Path(folder) / f"{name}.jsonl").read_text().splitlines()[:count]
+    real = Path(os.environ.get("GSM8K", Path(__file__).parents[2] / "shared" / "data" / "gsm8k"))
+    if real.is_dir():
+        return (real / f"{name}.jsonl").read_text().splitlines()[:count]
     chance, made = random.Random(name), []
-    for number in range(count):
+    for _ in range(count):
         a, b = chance.randrange(20, 90), chance.randrange(2, 9)
-        question = f"Shop {name} {number} has {a} boxes of {b} pens and sells {b} pens. How many pens are left?"
+        words = ["".join(chance.choices("abdegilmnorstu", k=6)) for _ in range(30)]  # or they are too close to eval
+        question = f"{' '.join(words)}: {a} boxes of {b} pens, and {b} pens are sold. How many are left?"
         steps = f"There are {a}*{b}=<<{a}*{b}={a * b}>>{a * b} pens.\nLeft are {a * b}-{b}=<<{a * b}-{b}={a * b - b}>>"
         made.append(json.dumps({"question": question, "answer": f"{steps}{a * b - b}.\n#### {a * b - b}"}))
     return made

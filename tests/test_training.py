@@ -477,7 +477,7 @@ def test_a_module_that_the_model_has_not_is_said_and_not_passed_over(finished, t
     recipe = micro.write_recipe(tmp_path, lora={"target_modules": ["q_proj", "upp_proj"]})
     result = micro.run("sft", finished, tmp_path / "sft", recipe)
     assert result.exit_code == 1
-    assert "[lora] target_modules names 'upp_proj', and base-model has no such module (did you mean 'up_proj'?)" in (
+    assert "[lora] target_modules names 'upp_proj'; base-model has no such module (did you mean 'up_proj'?)" in (
         result.output
     )
 

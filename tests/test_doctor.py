@@ -31,6 +31,8 @@ from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Gguf, Grpo, Lora, Merge, Model, Ollama, Sft, Vllm
 from tests.support.recipes import read_tables, write_tables
 
+pytestmark = pytest.mark.slow  # each look starts several programs
+
 ROOT = Path(__file__).parents[1]
 H200 = "NVIDIA H200, 580.95.05, 143771, 143151, 9.0"
 L4 = "NVIDIA L4, 580.95.05, 23034, 22563, 8.9"

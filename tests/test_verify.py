@@ -12,6 +12,8 @@ from click.testing import CliRunner, Result
 from stages import verify
 from tests.support import micro, uploads
 
+pytestmark = pytest.mark.slow  # makes whole runs to damage
+
 STAGES = ("base-model", "prepare-data", "sft", "grpo", "infer", "merge", "gguf", "ollama-modelfile")
 
 

@@ -16,6 +16,8 @@ from stages.lib.report.card import cell, fence, write
 from stages.lib.report.repository import KINDS, File, repositories
 from tests.support import uploads
 
+pytestmark = pytest.mark.slow  # writes whole runs and some ninety cards
+
 ALL = repositories("ann/tiny", list(KINDS))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

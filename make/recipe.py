@@ -17,7 +17,7 @@ from typing import Any
 def main(what: str, file: Path) -> None:
     """Print what is asked for."""
     try:
-        recipe = tomllib.loads(file.read_text(encoding="utf-8"))
+        recipe = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         recipe = {}
     if what == "base-model":

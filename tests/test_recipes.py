@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -697,6 +699,14 @@ def test_what_is_not_toml_is_refused(content: bytes, message: str, tmp_path: Pat
     with pytest.raises(UserError) as refused:
         read_recipe(path)
     assert refused.value.message.startswith(f"{path}: {message}")
+
+
+def test_a_byte_order_mark_of_a_windows_editor_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + RECIPES["tiny"].read_bytes())
+    assert read_recipe(path).model == read_recipe(RECIPES["tiny"]).model
+    asked = [sys.executable, ROOT / "make" / "recipe.py", "base-model", str(path)]
+    assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == "yes\n"
 
 
 def test_a_recipe_that_is_not_there_says_where_to_look(tmp_path: Path) -> None:

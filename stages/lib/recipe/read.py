@@ -21,7 +21,7 @@ def read_recipe(path: Path, base_model: Path | None = None) -> Recipe:
     its bounds, and for what contradicts itself across tables.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         recipe: Recipe = build_table(Recipe, tables, "", given={"path": path, "model_folder": None})
         try:
             own_prompt = formats.get(recipe.format.name).system_prompt

@@ -17,6 +17,10 @@ serve: $(call done_of,ollama-modelfile)  ## Serve the finished GGUF with OpenAI'
 	  $(if $(filter docker,$(RUNTIME)),--host 0.0.0.0)
 
 uploaded := prepare-data sft grpo infer merge gguf ollama-modelfile
+# Drawn from what there is, so also of a run that is under way: nothing is made for it but set-up.
+report: | $(ready)  ## Draw the page of the run, report.html; also of one that is not finished (PRICE=2.5: cost by the hour)
+	@$(call stage,report) --artifacts $(out) $(if $(PRICE),--price $(call quoted,$(PRICE)))
+
 push: $(call done_of,$(uploaded))  ## Upload the result to a private repository: make push HUB=user/name (PUBLIC=1, WHAT=gguf)
 	@INTERACTIVE=1 $(call stage,push) --hub $(call quoted,$(HUB)) $(call given,$(uploaded)) \
 	  $(if $(WHAT),--what $(call quoted,$(WHAT))) $(if $(filter 1,$(PUBLIC)),--public) $(if $(filter 1,$(YES)),--yes)

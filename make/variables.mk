@@ -44,6 +44,8 @@ BUILD_FLAGS ?=
 Q ?= What is 17 + 25?
 ## make serve: the port on this machine
 PORT ?= 8000
+## make report: what the machine costs an hour, in any currency
+PRICE ?=
 ## make push: the repository, as in user/name
 HUB ?=
 ## make push: what to upload; left out, all
@@ -93,7 +95,7 @@ stages := base-model prepare-data sft score-base grpo infer merge gguf ollama-mo
 done_of = $(1:%=$(out)/%/manifest.json)
 done := $(call done_of,$(stages))
 
-.PHONY: all help check test test-gpu clean setup verify ask chat serve push ollama image shell lock sbom doctor FORCE
+.PHONY: all help check test test-gpu clean setup verify ask chat serve push ollama report image shell lock sbom doctor FORCE
 .PHONY: $(stages)
 # A manifest is never half written: make, interrupted in the moment after one appeared, must not delete it.
 .PRECIOUS: $(done)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,6 +23,7 @@ from stages.lib.ollama.proof import CONVERSATIONS
 from stages.lib.recipe.tables import Format, Ollama
 from stages.lib.report.figures import OllamaModelfileFigures, figures_of
 from tests.support import chat_templates, tiny_models
+from tests.support.npm import npm_folder
 
 pytestmark = pytest.mark.slow
 
@@ -275,7 +275,6 @@ def test_an_answer_as_ollama_cuts_it_is_still_well_formed(name):
 
 # A second opinion: @huggingface/ollama-utils, which turns chat templates into Go for the hub
 
-NPM = Path(__file__).parent / "npm"
 # By chat template, the conversations without blanks at the ends and without empty contents on which its template and
 # ours prompt alike. It is approximate by design: it picks a template of Ollama's library by the special tokens. Where
 # it differs, the chat template itself agrees with us.
@@ -301,22 +300,12 @@ ALIKE = {
 
 
 @pytest.fixture(scope="session")
-def converted(tmp_path_factory):
+def converted():
     """What npm's package makes of each chat template in `ALIKE`."""
-    if shutil.which("npm") is None:  # in CI, which installs it, that is a failure
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(
-            "npm is not installed: this test asks @huggingface/ollama-utils. Run: apt-get install npm"
-        )
-    folder = tmp_path_factory.mktemp("npm")
-    for name in ("package.json", "package-lock.json", "convert.js"):
-        shutil.copy(NPM / name, folder)
-    install = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-    done = subprocess.run(install, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
     known = {**chat_templates.llama_cpp(), **chat_templates.MADE}
     asked = {name: {"chat_template": known[name], "bos_token": "<bos>", "eos_token": "</s>"} for name in ALIKE}
     convert = ["node", "convert.js"]
-    done = subprocess.run(convert, cwd=folder, input=json.dumps(asked), capture_output=True, encoding="utf-8")
+    done = subprocess.run(convert, cwd=npm_folder(), input=json.dumps(asked), capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return {name: (known[name], answer) for name, answer in json.loads(done.stdout).items()}
 

@@ -1,0 +1,29 @@
+"""Draw the page of a run, report.html: what was made, how well it answers and how it got there, finished or not."""
+
+from pathlib import Path
+
+import click
+
+from stages.lib import options
+from stages.lib.artifact.manifest import write_whole
+from stages.lib.errors import UserError
+from stages.lib.recipe.read import read_recipe
+from stages.lib.report import page
+
+
+@click.command(help=__doc__)
+@options.recipe
+@click.option("--artifacts", type=options.FOLDER, required=True, help="The folder with a folder for each stage.")
+@click.option("--price", type=click.FloatRange(min=0), help="What the machine costs an hour.")
+def main(recipe: Path, artifacts: Path, price: float | None) -> None:
+    run_recipe = read_recipe(recipe)
+    if not artifacts.is_dir():
+        raise UserError(f"{artifacts}: there is no such folder, so nothing of this recipe was made yet. Run: make all")
+    path = artifacts / "report.html"
+    text = page.write(run_recipe, artifacts, price)
+    write_whole(path, text.encode())
+    click.echo(f"{path}: {len(text) / 1e6:.1f} MB. Open it in a browser; it fetches nothing")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""What npm's packages say: tests/npm is installed by its lock into a folder of the test run."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.once import once_a_run, run_folder
+
+NPM = Path(__file__).parents[1] / "npm"
+
+
+@once_a_run
+def npm_folder() -> Path:
+    """Return a folder with the programs of tests/npm and their packages."""
+    require("npm", "npm")
+    folder = run_folder() / "npm"
+    shutil.copytree(NPM, folder, ignore=shutil.ignore_patterns("node_modules"))
+    install = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+    done = subprocess.run(install, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def require(program: str, package: str) -> str:
+    """Return where `program` is. Without it a test is skipped; in CI, which installs it, that is a failure."""
+    found = shutil.which(program)
+    if found is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            f"{program} is not installed. On Debian: apt-get install {package}"
+        )
+    return found

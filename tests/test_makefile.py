@@ -80,8 +80,8 @@ def ran(folder: Path, *arguments: str, code: int = 0, **variables: str) -> list[
     assert result.returncode == code, result.stderr
     log = (folder / "log").read_text() if (folder / "log").is_file() else ""
     found = re.findall(r"^-m stages\.(\w+)", log, flags=re.MULTILINE)
-    assert found.count("verify") == (code == 0 and "all" in arguments)
-    return [stage for stage in found if stage != "verify"]
+    assert all(found.count(after) == (code == 0 and "all" in arguments) for after in ("verify", "report"))
+    return [stage for stage in found if stage not in ("verify", "report")]
 
 
 def reads(folder: Path, stage: str, *paths: Path) -> None:
@@ -99,9 +99,10 @@ def test_the_first_run_sets_up_and_runs_every_stage_in_order_and_the_second_runs
     assert (copy / "log").read_text().splitlines()[0] == "docker/install .venv"
     assert all((copy / DONE[stage]).is_file() for stage in ALL)
     assert ran(copy, "all") == []
-    assert (
-        copy / "log"
-    ).read_text() == "-m stages.verify --recipe recipes/tiny.toml --artifacts artifacts/tiny --quick\n"
+    assert (copy / "log").read_text().splitlines() == [
+        "-m stages.verify --recipe recipes/tiny.toml --artifacts artifacts/tiny --quick",
+        "-m stages.report --recipe recipes/tiny.toml --artifacts artifacts/tiny",
+    ]
 
 
 def test_what_is_not_whole_is_not_called_ready(copy):
@@ -546,7 +547,7 @@ def test_a_changed_lock_sets_up_again_and_runs_no_stage(copy):
     ran(copy, "all")
     touch(copy / "docker" / "cpu.lock")
     assert ran(copy, "all") == []
-    assert (copy / "log").read_text().splitlines()[:-1] == ["docker/install .venv"]
+    assert (copy / "log").read_text().splitlines()[:-2] == ["docker/install .venv"]
 
 
 @pytest.mark.parametrize(
@@ -637,7 +638,7 @@ def test_the_preamble_is_strict():
 
 def asked(*variables: str) -> dict[str, list[list[str]]]:
     """Return the options that the Makefile gives each stage, a list a call."""
-    targets = ["all", "verify", "score-base", "grpo", "ask", "chat", "serve", "push", "ollama", "doctor"]
+    targets = ["all", "verify", "score-base", "grpo", "ask", "chat", "serve", "report", "push", "ollama", "doctor"]
     result = make(ROOT, "-n", "-B", *targets, "HUB=user/name", *variables)
     assert result.returncode == 0, result.stderr
     calls: dict[str, list[list[str]]] = {}
@@ -650,7 +651,15 @@ def asked(*variables: str) -> dict[str, list[list[str]]]:
 
 def test_the_makefiles_options_are_exactly_the_stages():
     every: dict[str, set[str]] = {}
-    with_all = ["RECIPE=tiny-gsm8k", "DATA=tests/support/gsm8k", "SUBSET=1", "PUBLIC=1", "YES=1", "WHAT=gguf"]
+    with_all = [
+        "RECIPE=tiny-gsm8k",
+        "DATA=tests/support/gsm8k",
+        "SUBSET=1",
+        "PUBLIC=1",
+        "YES=1",
+        "WHAT=gguf",
+        "PRICE=2.5",
+    ]
     with_all += ["RUNTIME=docker", "GPUS=none"]
     for variables in (["RECIPE=tiny"], ["RECIPE=gemma3-1b-gsm8k"], with_all):
         for stage, calls in asked(*variables).items():

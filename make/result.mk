@@ -21,6 +21,18 @@ uploaded := prepare-data sft grpo infer merge gguf ollama-modelfile
 report: | $(ready)  ## Draw the page of the run, report.html; also of one that is not finished (PRICE=2.5: cost by the hour)
 	@$(call stage,report) --artifacts $(out) $(if $(PRICE),--price $(call quoted,$(PRICE)))
 
+# Runs that are finished, held against each other.
+compare: | $(ready)  ## Hold finished runs against each other: make compare RECIPES="one another" (PRICE=2.5)
+	@$(python) -m stages.compare $(foreach each,$(RECIPES),--recipes recipes/$(each).toml) --runs artifacts \
+	  $(if $(PRICE),--price $(call quoted,$(PRICE)))
+
+sweep: | $(ready)  ## Run a recipe with other values, and compare: make sweep SET="grpo.learning_rate=1e-5,5e-5 grpo.seed=0,1"
+	@names=$$($(on_host) -m stages.sweep --recipe $(recipe) --set "$$SET"); \
+	  MAKE=$(call quoted,$(this_make)) GPUS=$(GPUS) make/sweep $(GOAL) $$names
+sweep: export SET := $(value SET)
+# make -n would run a line that names MAKE itself.
+this_make := $(MAKE)
+
 push: $(call done_of,$(uploaded))  ## Upload the result to a private repository: make push HUB=user/name (PUBLIC=1, WHAT=gguf)
 	@INTERACTIVE=1 $(call stage,push) --hub $(call quoted,$(HUB)) $(call given,$(uploaded)) \
 	  $(if $(WHAT),--what $(call quoted,$(WHAT))) $(if $(filter 1,$(PUBLIC)),--public) $(if $(filter 1,$(YES)),--yes)

@@ -44,8 +44,14 @@ BUILD_FLAGS ?=
 Q ?= What is 17 + 25?
 ## make serve: the port on this machine
 PORT ?= 8000
-## make report: what the machine costs an hour, in any currency
+## make report and compare: what the machine costs an hour, in any currency
 PRICE ?=
+## make compare: the recipes, with blanks between them
+RECIPES ?=
+## make sweep: keys and the values to try, as in grpo.learning_rate=1e-5,5e-5 grpo.seed=0,1
+SET ?=
+## make sweep: what is made of each recipe: infer, or all for the files too
+GOAL ?= infer
 ## make push: the repository, as in user/name
 HUB ?=
 ## make push: what to upload; left out, all
@@ -75,8 +81,8 @@ define newline
 
 
 endef
-asked := RECIPE DATA SUBSET RUNTIME GPUS IMAGE VENV PORT PUBLIC YES
-$(foreach each,$(asked) PYTHON DOCKER TORCH_INDEX BASE CA_BUNDLE PIP_CONFIG HUB WHAT,$(if $(findstring $(newline),$($(each))), \
+asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS IMAGE VENV PORT PUBLIC YES
+$(foreach each,$(asked) SET PYTHON DOCKER TORCH_INDEX BASE CA_BUNDLE PIP_CONFIG HUB WHAT,$(if $(findstring $(newline),$($(each))), \
   $(error $(each)=$(subst $(newline), ,$($(each))): there is a line break in it, which make can't hand on)))
 wrong := $(shell $(foreach each,$(asked),$(each)=$(call quoted,$($(each)))) make/asked)
 ifneq ($(wrong),)
@@ -88,6 +94,17 @@ ifneq ($(filter push,$(MAKECMDGOALS)),)
   endif
 endif
 
+ifneq ($(filter compare,$(MAKECMDGOALS)),)
+  ifeq ($(RECIPES),)
+    $(error make compare needs the names of recipes: make compare RECIPES="one another")
+  endif
+endif
+ifneq ($(filter sweep,$(MAKECMDGOALS)),)
+  ifeq ($(SET),)
+    $(error make sweep needs keys and values: make sweep SET="grpo.learning_rate=1e-5,5e-5 grpo.seed=0,1")
+  endif
+endif
+
 recipe := recipes/$(RECIPE).toml
 out := artifacts/$(RECIPE)
 stages := base-model prepare-data sft score-base grpo infer merge gguf ollama-modelfile
@@ -95,7 +112,7 @@ stages := base-model prepare-data sft score-base grpo infer merge gguf ollama-mo
 done_of = $(1:%=$(out)/%/manifest.json)
 done := $(call done_of,$(stages))
 
-.PHONY: all help check test test-gpu clean setup verify ask chat serve push ollama report image shell lock sbom doctor FORCE
+.PHONY: all help check test test-gpu clean setup verify ask chat serve push ollama report compare sweep image shell lock sbom doctor FORCE
 .PHONY: $(stages)
 # A manifest is never half written: make, interrupted in the moment after one appeared, must not delete it.
 .PRECIOUS: $(done)

@@ -18,8 +18,8 @@ LIBRARY = sorted(
     for path in (ROOT / "stages" / "lib").rglob("*.py")
     if path.stem != "__init__"
 )
-# It reads rows from standard input and needs no recipe, no artifact and no option.
-WITHOUT_RECIPE = ("grade",)
+# grade reads rows from standard input and needs no recipe, no artifact and no option; compare reads several recipes.
+WITHOUT_RECIPE = ("grade", "compare")
 HEAVY = (
     "torch transformers datasets trl peft accelerate llama_cpp gguf numpy pandas pyarrow matplotlib sentencepiece "
     "tokenizers safetensors huggingface_hub math_verify sympy jinja2 tqdm unsloth vllm "

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from stages.lib.answers.stats import mcnemar, p_text, wilson
+from stages.lib.answers.stats import holm, mcnemar, p_text, wilson
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,14 @@ def test_a_p_too_small_for_a_float_is_not_said_to_be_zero():
     assert [p_text(mcnemar(*pairs)) for pairs in ((5, 0), (655, 7), (1284, 0))] == [
         "p = 0.062", "p = 1.1e-183", "p < 1e-300",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "corrected"), [  # R 4.3: p.adjust(values, "holm")
+    ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
+    ([0.02, 0.02], [0.04, 0.04]),
+    ([0.9, 0.8, 0.001], [1.0, 1.0, 0.003]),
+    ([0.2], [0.2]),
+    ([], []),
+])  # fmt: skip
+def test_holm_corrects_for_the_number_of_tests(values, corrected):
+    assert holm(values) == pytest.approx(corrected)

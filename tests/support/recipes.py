@@ -1,9 +1,10 @@
-"""Recipes for tests: the tables of a shipped one, and the one writer of TOML."""
+"""Recipes for tests: the tables of a shipped one, written with changes."""
 
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
+
+from stages.lib.recipe.write import as_toml
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -15,18 +16,5 @@ def read_tables(name: str = "tiny") -> dict[str, Any]:
 
 def write_tables(path: Path, tables: dict[str, Any]) -> Path:
     """Write tables as a recipe; return its path."""
-    path.write_text(toml(tables))
+    path.write_text(as_toml(tables))
     return path
-
-
-def toml(tables: dict[str, Any], inside: str = "") -> str:
-    """Return tables as TOML: plain keys first, then tables and lists of tables, at any depth."""
-    plain, below = "", ""
-    for key, value in tables.items():
-        if isinstance(value, dict):
-            below += f"\n[{inside}{key}]\n{toml(value, f'{inside}{key}.')}"
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            below += "".join(f"\n[[{inside}{key}]]\n{toml(each, f'{inside}{key}.')}" for each in value)
-        else:
-            plain += f"{key} = {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n"
-    return plain + below

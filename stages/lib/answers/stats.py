@@ -1,6 +1,7 @@
 """Statistics of shares: intervals and paired comparisons."""
 
 import math
+from collections.abc import Sequence
 
 
 def wilson(successes: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -30,3 +31,15 @@ def mcnemar(gained: int, lost: int) -> float:
 def p_text(p: float) -> str:
     """Return "p = 0.062", or "p < 1e-300" where the exact value is too small for a float, which then holds 0."""
     return "p < 1e-300" if p < 1e-300 else f"p = {p:.2g}"
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return the p `values` of several tests, each corrected for their number, in the same order.
+
+    S. Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 6 (1979).
+    """
+    corrected, largest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+        corrected[place] = largest
+    return corrected

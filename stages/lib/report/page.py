@@ -40,17 +40,6 @@ GRPO_CURVES = {
 
 def write(recipe: Recipe, artifacts: Path, price: float | None = None) -> str:
     """Return the page of the run of `recipe` in the folder `artifacts`, finished or not; `price`: of an hour."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=True,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {
-        "duration": duration, "interval": lambda bounds: interval(*bounds),
-        "megabytes": lambda size: f"{size / 1e6:,.1f}", "nats": "{:.1e}".format,
-        "number": "{:,}".format, "p_text": stats.p_text, "share": "{:.1%}".format,
-    }  # fmt: skip
     stages = list(standing(recipe, artifacts))
     manifests = {stage["name"]: stage["manifest"] for stage in stages if stage["manifest"]}
     figures = {name: manifest["metrics"] for name, manifest in manifests.items()}
@@ -62,7 +51,7 @@ def write(recipe: Recipe, artifacts: Path, price: float | None = None) -> str:
     plots |= {"parity": draw_parity_svg(gguf["files"])} if gguf else {}
     plots |= {"rewards": draw_rewards([row["reward"] for row in completions])} if completions else {}
     seconds = sum(stage["seconds"] for stage in stages)
-    return environment.get_template("page.html.jinja").render(
+    return page_environment().get_template("page.html.jinja").render(
         recipe=recipe, recipe_text=recipe.path.read_text(encoding="utf-8-sig").strip(), stages=stages, figures=figures,
         model=shown(recipe.model.name), sources=[shown(source.name) for source in recipe.data.sources],
         verdict=verdict(infer), models=MODELS, plots=plots,
@@ -73,6 +62,22 @@ def write(recipe: Recipe, artifacts: Path, price: float | None = None) -> str:
         modelfile=modelfile.read_text() if modelfile.is_file() else None, versions=versions(manifests),
         made=datetime.now().astimezone().isoformat(" ", "minutes"),
     )  # fmt: skip
+
+
+def page_environment() -> Any:
+    """Return the Jinja environment of the pages: every value is escaped, and one that is missing is an error."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=True,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "duration": duration, "interval": lambda bounds: interval(*bounds),
+        "megabytes": lambda size: f"{size / 1e6:,.1f}", "nats": "{:.1e}".format,
+        "number": "{:,}".format, "p_text": stats.p_text, "share": "{:.1%}".format,
+    }  # fmt: skip
+    return environment
 
 
 def standing(recipe: Recipe, artifacts: Path) -> Iterator[dict[str, Any]]:

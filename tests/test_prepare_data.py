@@ -864,7 +864,7 @@ USER_ONLY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no syst
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ strftime_now('%d %B') }}" + TEMPLATE, "the chat template writes today's date into the prompt"),
+        ("{{ strftime_now('%d' ~ '%B') }}" + TEMPLATE, "the chat template writes today's date into the prompt"),
         (USER_ONLY, "the chat template refuses system messages or leaves them out, but the format xml"),
         (
             TEMPLATE.replace("message['content']", "message['content'] | upper"),

@@ -260,7 +260,8 @@ LORA_KEYS = "known: alpha, dropout, rank, target_modules"
         ("rank = 16", "rank = 16\nx9 = 1", f"[lora] x9 is not known; {LORA_KEYS}"),
         (
             "[format]\n", '[format]\nsystem_promt = "Hi"\n',
-            "[format] system_promt is not known (did you mean 'system_prompt'?); known: name, system_prompt",
+            "[format] system_promt is not known (did you mean 'system_prompt'?); known: name, system_prompt, "
+            "template_kwargs",
         ),
         ("rank = 16\n", "", "[lora] rank is missing"),
         ('question = "question"\n', "", "[data.sources] question is missing"),
@@ -574,6 +575,35 @@ def test_a_text_that_no_modelfile_can_hold_is_refused(
 ) -> None:
     found = refusal(tmp_path, with_value(table, key, json.dumps(value)))
     assert found.startswith(f"[{table}] {key}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ("{messages = 1}", "'messages' is none of the template's own variables, such as enable_thinking"),
+        ('{"enable thinking" = true}', "'enable thinking' is none of the template's own variables"),
+        ('{"x = 1 %}{{ bos_token }}{% set y" = 1}', "'x = 1 %}{{ bos_token }}{% set y' is none of the template's own"),
+        ('{effort = "high\\n"}', "effort = 'high\\n'; expected one line of printable characters"),
+    ],
+)
+def test_a_variable_that_no_chat_template_can_set_is_refused(kwargs: str, message: str, tmp_path: Path) -> None:
+    found = refusal(tmp_path, changed("[format]\n", f"[format]\ntemplate_kwargs = {kwargs}\n"))
+    assert found.startswith(f"[format] template_kwargs: {message}")
+
+
+def test_a_variable_of_the_chat_template_is_a_truth_value_a_whole_number_or_a_text(tmp_path: Path) -> None:
+    found = refusal(tmp_path, changed("[format]\n", "[format]\ntemplate_kwargs = {effort = 0.5}\n"))
+    assert found == "[format.template_kwargs] effort = 0.5; expected one of bool, int, str; found float"
+
+
+def test_a_key_that_came_later_is_in_the_identity_only_where_it_is_set(tmp_path: Path) -> None:
+    def format_table(line: str) -> dict:
+        (tmp_path / "mine.toml").write_text(changed("[format]\n", f"[format]\n{line}\n"))
+        return read_recipe(tmp_path / "mine.toml").tables("format")["format"]
+
+    assert set(format_table("")) == {"name", "system_prompt"}
+    kwargs = {"enable_thinking": False, "effort": "high"}
+    assert format_table('template_kwargs = {enable_thinking = false, effort = "high"}')["template_kwargs"] == kwargs
 
 
 @pytest.mark.parametrize("key", ["question", "answer"])

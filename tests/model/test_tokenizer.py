@@ -15,6 +15,7 @@ from stages.lib.errors import UserError
 from stages.lib.gguf.tokens import save_tokenizer
 from stages.lib.model.rehearsal import check_chat_template, check_completion, check_tokenizer
 from stages.lib.model.tokenizer import load_tokenizer
+from stages.lib.recipe.tables import Format
 from tests.support import chat_templates, family_models
 
 pytestmark = pytest.mark.torch  # what this needs comes with it: transformers and llama.cpp's converter
@@ -62,12 +63,12 @@ def edit(path: Path, **entries: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
-def recipe(folder: Path, answer_format: str = "xml") -> SimpleNamespace:
+def recipe(folder: Path, answer_format: str = "xml", kwargs: dict | None = None) -> SimpleNamespace:
     return SimpleNamespace(
         path=Path("recipe.toml"),
         model=SimpleNamespace(name=str(folder), revision=None),
         model_folder=folder,
-        format=SimpleNamespace(name=answer_format, system_prompt=formats.get(answer_format).system_prompt),
+        format=Format(answer_format, formats.get(answer_format).system_prompt, kwargs or {}),
     )
 
 
@@ -173,3 +174,28 @@ def test_a_token_without_a_row_in_the_embedding_is_named(tmp_path):
     folder = base("qwen2.5", tmp_path, rows=1)
     with pytest.raises(UserError, match=r"the tokenizer has '.*' as token 151,\d+, and the embedding 151,\d+ rows"):
         check_tokenizer(recipe(folder), load_tokenizer(recipe(folder)))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}])
+def test_the_hybrid_qwen3_is_trained_in_the_xml_format_with_thinking_off_and_shipped_so(tmp_path, kwargs):
+    folder = base("qwen2.5", tmp_path, template=chat_templates.llama_cpp()["Qwen-Qwen3-0.6B"])
+    run = recipe(folder, kwargs=kwargs)
+    tokenizer = load_tokenizer(run)
+    if not kwargs:
+        with pytest.raises(
+            UserError, match=r"changes a completion, .* Choose \[format\] template_kwargs = \{enable_thi"
+        ):
+            check_completion(run, tokenizer)
+        return
+    check_completion(run, tokenizer)
+    check_chat_template(run, tokenizer)
+    shipped = save_tokenizer(tokenizer, folder, tmp_path / "merged")
+    prompt = [{"role": "user", "content": "17 + 25?"}]
+    served = shipped.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, enable_thinking=True)
+    assert served.endswith("17 + 25?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_variable_that_the_chat_template_lacks_is_refused_with_the_models_name(tmp_path):
+    folder = base("qwen2.5", tmp_path)
+    with pytest.raises(UserError, match=rf"^{folder}: the chat template has no variable 'thinking'.*\. Leave it out"):
+        load_tokenizer(recipe(folder, kwargs={"thinking": True}))

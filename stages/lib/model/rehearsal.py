@@ -9,6 +9,7 @@ from stages.lib.errors import UserError
 from stages.lib.gguf.tokens import check_conversion
 from stages.lib.model.files import model_folder, refuse_quantized_base, vocabulary_size, weight_shapes
 from stages.lib.model.locate import locate_model
+from stages.lib.model.template import THINKING
 from stages.lib.ollama.derive import of_tokenizer, refuse_unused_system
 from stages.lib.ollama.proof import compare_renderings
 from stages.lib.recipe.tables import Recipe
@@ -40,12 +41,14 @@ def check_completion(recipe: Recipe, tokenizer: Any) -> None:
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     conversation = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": completion}], tokenize=False)
     if not conversation.startswith(prompt + completion):
+        thinks = THINKING in tokenizer.chat_template and not recipe.format.template_kwargs
+        choose = f"[format] template_kwargs = {{{THINKING} = false}}, another model" if thinks else "another model"
         at = len(prompt) if conversation.startswith(prompt) else len(os.path.commonprefix([conversation, prompt]))
         raise UserError(
             f"{recipe.path}: the chat template of {recipe.model.name} changes a completion, and SFT would teach the "
             f"change: after {conversation[:at][-30:]!r} it has {conversation[at : at + 40]!r}, expected "
-            f"{(prompt + completion)[at : at + 40]!r}. Choose another model, or [format] name = 'think', which has its "
-            f"own template"
+            f"{(prompt + completion)[at : at + 40]!r}. Choose {choose}, or [format] name = 'think', which has "
+            f"its own template"
         )
 
 

@@ -8,6 +8,7 @@ from stages.lib.ends import adds_bos
 from stages.lib.errors import UserError
 from stages.lib.model.files import fetching_model
 from stages.lib.model.locate import SAFE, locate_model
+from stages.lib.model.template import write_choices
 from stages.lib.recipe.tables import Recipe
 
 
@@ -16,9 +17,11 @@ def load_tokenizer(recipe: Recipe) -> Any:
 
     It is the one that tokenizer.json describes, where there is one: a class that tokenizer_config.json states may make
     another of it. The chat template decides about BOS: one that comes with the format begins as the tokenizer begins a
-    plain text, and where one of the model's own writes no BOS, the tokenizer adds none from here on.
+    plain text, and where one of the model's own writes no BOS, the tokenizer adds none from here on. A date and
+    `[format] template_kwargs` are written into it (`write_choices`).
 
-    Raises `UserError` when a local model folder has no tokenizer, or when neither model nor format has a chat template.
+    Raises `UserError` when a local model folder has no tokenizer, when neither model nor format has a chat template,
+    and as `write_choices` does.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import cached_file
@@ -43,6 +46,12 @@ def load_tokenizer(recipe: Recipe) -> Any:
             f"{name}: the tokenizer has {has}, and format {recipe.format.name!r} brings none; "
             f"choose an instruction-tuned model, or [format] name = 'think'"
         )
+    try:
+        tokenizer.chat_template = write_choices(
+            tokenizer.chat_template, recipe.format.template_kwargs, tokenizer.special_tokens_map
+        )
+    except UserError as error:
+        raise UserError(f"{name}: {error.message}") from error
     if adds_bos(tokenizer) and tokenized_turns(tokenizer)[0] != tokenizer.bos_token_id:
         tokenizer.add_bos_token = False
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:

@@ -48,8 +48,8 @@ class Derived:
     turn_end: str  # what the template puts right after an assistant's content, before the next turn
 
 
-def jinja_render(chat_template: str, special_tokens: dict[str, str]) -> Render:
-    """Return transformers' renderer of `chat_template`. `special_tokens`: eos_token and the like, by name."""
+def jinja_render(chat_template: str, variables: dict[str, Any]) -> Render:
+    """Return transformers' renderer of `chat_template`. `variables`: eos_token and the like, by name."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -62,7 +62,7 @@ def jinja_render(chat_template: str, special_tokens: dict[str, str]) -> Render:
                 chat_template=chat_template,
                 add_generation_prompt=generation_prompt,
                 strftime_now=day,
-                **special_tokens,
+                **variables,
             )
         except (TemplateError, TypeError) as error:
             raise Rejected(f"{type(error).__name__}: {error}") from error

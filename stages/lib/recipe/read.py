@@ -77,7 +77,13 @@ def convert_value(value: Any, hint: Any, where: str, spelling: str) -> Any:
             raise UserError(f"{message} {bound.words}")
         return value
     if origin in (typing.Union, types.UnionType):
-        return convert_value(value, next(kind for kind in arguments if kind is not type(None)), where, spelling)
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        if len(kinds) == 1:
+            return convert_value(value, kinds[0], where, spelling)
+        if type(value) not in kinds:
+            names = ", ".join(kind.__name__ for kind in kinds)
+            raise UserError(f"{message} one of {names}; found {type(value).__name__}")
+        return value
     if origin is Literal:
         if value not in arguments:
             raise UserError(f"{message} one of {', '.join(arguments)}{nearest(str(value), arguments)}")

@@ -10,10 +10,22 @@ from stages.lib.ollama import modelfile
 from stages.lib.recipe.tables import MAX_VLLM_RANK, Recipe, Source, is_hub_name
 from stages.lib.rewards.names import check_reward_names
 
+# Variables of a chat template that are about the conversation, or the tokenizer's.
+RENDERED = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+)
+
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise `UserError` for the first values that contradict each other; the message names keys, not the file."""
-    for check in (names, engine, values, rewards, base_model, data, steps, score_base, gguf, ollama):
+    for check in (names, engine, values, template_kwargs, rewards, base_model, data, steps, score_base, gguf, ollama):
         for wrong in check(recipe):
             raise UserError(wrong)
 
@@ -64,6 +76,15 @@ def values(recipe: Recipe) -> Iterator[str]:
     low, high = recipe.health.min_entropy, recipe.health.max_entropy
     if low is not None and high is not None and low >= high:
         yield f"[health] min_entropy = {low} is not below max_entropy = {high}"
+
+
+def template_kwargs(recipe: Recipe) -> Iterator[str]:
+    """Yield variables that a chat template can't set, or that whoever renders it gives it."""
+    for name, value in recipe.format.template_kwargs.items():
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) or name in RENDERED:
+            yield f"[format] template_kwargs: {name!r} is none of the template's own variables, such as enable_thinking"
+        if isinstance(value, str) and not value.isprintable():
+            yield f"[format] template_kwargs: {name} = {value!r}; expected one line of printable characters"
 
 
 def rewards(recipe: Recipe) -> Iterator[str]:

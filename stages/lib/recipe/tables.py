@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 # Keys that change no result are in no identity: when one changes, a run goes on from its checkpoint.
 UNCHANGING = ("save_steps", "log_steps", "show_completions_steps")
+# Keys that came later: left out of the identity where they are unset, so that an older result stays up to date.
+LATER = ("template_kwargs",)
 MAX_VLLM_RANK = 512  # of a LoRA (vllm/config/lora.py)
 
 
@@ -144,6 +146,8 @@ class Format:
 
     name: str
     system_prompt: str = ""  # left out: the format's own, which `read_recipe` puts here
+    template_kwargs: dict[str, bool | int | str] = dataclasses.field(default_factory=dict)  # variables of the chat
+    #   template, such as enable_thinking: written into the one that is trained and shipped
 
 
 @dataclass(frozen=True)
@@ -320,9 +324,15 @@ class Recipe:
     score_base: ScoreBase | None = None
 
     def tables(self, *names: str) -> dict[str, Any]:
-        """Return the named tables as plain dicts, without `UNCHANGING`: what a stage's manifest states as used."""
+        """Return the named tables as plain dicts: what a stage's manifest states as used.
+
+        Without `UNCHANGING`, and without those of `LATER` that are unset.
+        """
         tables = {name: dataclasses.asdict(table) for name in names if (table := getattr(self, name)) is not None}
-        return {name: {key: table[key] for key in table if key not in UNCHANGING} for name, table in tables.items()}
+        for table in tables.values():
+            for key in (*UNCHANGING, *(key for key in LATER if not table.get(key))):
+                table.pop(key, None)
+        return tables
 
 
 def is_hub_name(name: str) -> bool:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 IMPORTS = (
     "accelerate click datasets fastapi huggingface_hub hypothesis jinja2 llama_cpp llama_cpp.server.app math_verify "
-    "matplotlib numpy openai peft pyarrow pytest safetensors sentencepiece tensorboard tokenizers torch transformers "
-    "transformers.trainer trl trl.trainer.grpo_trainer trl.trainer.sft_trainer uvicorn"
+    "matplotlib mlflow.tracking numpy openai peft pyarrow pytest safetensors sentencepiece swanlab tensorboard "
+    "tokenizers torch trackio transformers transformers.trainer trl trl.trainer.grpo_trainer trl.trainer.sft_trainer "
+    "uvicorn wandb"
 ).split()
 # unsloth and unsloth_zoo stop without a GPU when they are imported: here they only have to be there.
 CUDA_IMPORTS = ["bitsandbytes", "vllm", "vllm.engine.arg_utils", "xformers"]
@@ -43,7 +44,7 @@ def main(lock: Path) -> None:
     cuda = "vllm" in expected
     if not cuda and not found["torch"].endswith("+cpu"):  # PyPI's build, with what docker/cpu-cuda.lock adds
         expected["torch"] = expected["torch"].removesuffix("+cpu")
-        found = {name: each for name, each in found.items() if not re.match("nvidia-|cuda-|triton$", name)}
+        found = {name: each for name, each in found.items() if not re.match("nvidia-(?!ml-py)|cuda-|triton$", name)}
     wrong = [
         f"{name} is {found.get(name)}, locked {version}"
         for name, version in expected.items()

@@ -18,6 +18,8 @@ SUBSET ?=
 RUNTIME ?=
 ## the GPUs that the stages see: all, none, or numbers, as in 0 or 0,1; left out, all that the engine can hand over
 GPUS ?=
+## where training is logged besides TensorBoard's files: swanlab, wandb, trackio, mlflow; left out, as the recipe says
+TRACK ?=
 ## the container image: cpu or cuda; left out, as GPUS asks
 IMAGE ?=
 ## more folders and files that a container sees, read-only, with : between them
@@ -67,7 +69,7 @@ UV ?= uv
 ## make lock: 1 takes newer versions
 UPGRADE ?=
 
-export PYTHON TORCH_INDEX DOCKER
+export PYTHON TORCH_INDEX DOCKER TRACK
 # Threads that wait do so asleep: spinning, as is the default, makes a shared CPU up to eight times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 # Recipes, rows and manifests are UTF-8 in every locale; Python would read and write them in the locale's encoding.
@@ -81,7 +83,7 @@ define newline
 
 
 endef
-asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS IMAGE VENV PORT PUBLIC YES
+asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS TRACK IMAGE VENV PORT PUBLIC YES
 $(foreach each,$(asked) SET PYTHON DOCKER TORCH_INDEX BASE CA_BUNDLE PIP_CONFIG HUB WHAT,$(if $(findstring $(newline),$($(each))), \
   $(error $(each)=$(subst $(newline), ,$($(each))): there is a line break in it, which make can't hand on)))
 wrong := $(shell $(foreach each,$(asked),$(each)=$(call quoted,$($(each)))) make/asked)

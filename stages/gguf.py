@@ -27,6 +27,7 @@ from stages.lib.recipe.tables import Gguf, Recipe
 from stages.lib.report import terminal
 from stages.lib.report.figures import Accuracy, AdapterFile, GgufFigures, GgufFile, MergeFigures, figures_of
 from stages.lib.report.plots import draw_parity
+from stages.lib.train import trackers
 
 ADAPTER = "adapter-f16.gguf"
 
@@ -62,7 +63,9 @@ def main(recipe: Path, merge: Path, prepare_data: Path, grpo: Path, base_model: 
         run.checkpoints.mkdir(exist_ok=True)
         paths = make_files(merge / "model", prepare_data / "sft.jsonl", run_recipe, run)
         adapter = make_adapter(whole_model_folder(base, revision), lora, run_recipe, run) if lora else None
-        run.metrics.update(prove(merge / "model", paths, rows, run_recipe, run, adapter))
+        figures = prove(merge / "model", paths, rows, run_recipe, run, adapter)
+        run.metrics.update(figures)
+        trackers.add_result(run_recipe, out.parent, tracked(figures))
 
 
 def kinds(gguf: Gguf) -> list[str]:
@@ -192,6 +195,15 @@ def prove(
     if failures:
         raise UserError("the files do not answer like the merged model:\n  " + "\n  ".join(failures))
     return figures
+
+
+def tracked(figures: GgufFigures) -> dict[str, float]:
+    """Return the figures that trackers show."""
+    values: dict[str, float] = {}
+    for kind, file in figures["files"].items():
+        found = {"mb": file["bytes"] / 1e6, "mean_kl": file["mean_kl"], "accuracy": file["accuracy"]}
+        values |= {f"parity/{kind}/{key}": value for key, value in found.items()}
+    return values
 
 
 def adapter_misses(lora: AdapterFile) -> list[str]:

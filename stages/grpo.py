@@ -23,7 +23,7 @@ from stages.lib.report.figures import GrpoFigures, Rewarded, ScoreBaseFigures, f
 from stages.lib.rewards.judge import Reward
 from stages.lib.rewards.names import load_rewards
 from stages.lib.rewards.own import own_reward_files
-from stages.lib.train import ladder
+from stages.lib.train import ladder, trackers
 from stages.lib.train.callbacks import settle_heap
 from stages.lib.train.config import shared_arguments
 from stages.lib.train.microbatches import arrange_micro_batches
@@ -145,6 +145,7 @@ def unsloth_arguments(recipe: Recipe) -> dict[str, int]:
 
 def train(recipe: Recipe, problems: Path, adapter: Path, run: Run) -> GrpoFigures:
     """Train the SFT `adapter` further on `problems`, save it under `run.folder`, return the figures."""
+    trackers.prepare(recipe, run.folder.parent)
     import_engine(recipe)
     recipe = ladder.lowered(recipe, "grpo", run.checkpoints)
     functions = load_rewards(recipe)  # before the model: only loading shows every fault of a user's file
@@ -184,6 +185,8 @@ def learn(
     completions = run.checkpoints / "completions.jsonl"
     trainer.add_callback(keep_completions(trainer, completions, knobs.show_completions_steps))
     trainer.add_callback(settle_heap())
+    for callback in trackers.follow(recipe, "grpo", run.folder.parent, trainer, knobs.show_completions_steps):
+        trainer.add_callback(callback)
     bar = ("loss", "reward", "completions/mean_length")
     with ladder.stepping_down(recipe, "grpo", run.checkpoints, trainer):
         run_trainer(trainer, bar, recipe.health, round_steps=knobs.num_iterations)

@@ -17,6 +17,7 @@ from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
 from stages.lib.report import terminal
 from stages.lib.report.figures import Evaluation, InferFigures, Step
+from stages.lib.train import trackers
 
 ROOM_BYTES = 100_000_000
 MODELS = ("base", "sft", "grpo")
@@ -44,6 +45,17 @@ def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Pa
         figures = evaluate(rows)
         run.metrics.update(figures)
         click.echo(terminal.infer(figures))
+        trackers.add_result(run_recipe, out.parent, tracked(figures))
+
+
+def tracked(figures: InferFigures) -> dict[str, float]:
+    """Return the figures that trackers show."""
+    values: dict[str, float] = {}
+    for name, own in (("base", figures["base"]), ("sft", figures["sft"]), ("grpo", figures["grpo"])):
+        low, high = own["accuracy_interval"]
+        found = {"accuracy": own["accuracy"], "low": low, "high": high, "truncated": own["cut_off"]}
+        values |= {f"evaluation/{name}/{key}": value for key, value in found.items()}
+    return values | {f"evaluation/{step}/p": own["p"] for step, own in figures["steps"].items()}
 
 
 def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, Path]) -> list[dict[str, Any]]:

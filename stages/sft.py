@@ -15,7 +15,7 @@ from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
 from stages.lib.report.figures import SftFigures
-from stages.lib.train import ladder
+from stages.lib.train import ladder, trackers
 from stages.lib.train.config import shared_arguments
 from stages.lib.train.run import configure, read_rows, run_trainer, save_adapter
 
@@ -56,6 +56,7 @@ def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
 
 def train(recipe: Recipe, examples: Path, run: Run) -> SftFigures:
     """Train a LoRA adapter on `examples`, save it under `run.folder`, return the figures."""
+    trackers.prepare(recipe, run.folder.parent)
     import_engine(recipe)
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
@@ -80,6 +81,8 @@ def train(recipe: Recipe, examples: Path, run: Run) -> SftFigures:
         train_dataset=fitting,
         processing_class=tokenizer,
     )
+    for callback in trackers.follow(recipe, "sft", run.folder.parent, trainer):
+        trainer.add_callback(callback)
     with ladder.stepping_down(recipe, "sft", run.checkpoints, trainer):
         run_trainer(trainer, ("loss",), recipe.health)
     save_adapter(trainer, tokenizer, run)

@@ -207,12 +207,22 @@ def test_a_checkout_behind_a_link_is_mounted_under_its_real_name(checkout):
     ]
 
 
-def test_tokens_pass_by_name_and_their_values_are_no_argument(checkout):
+@pytest.mark.parametrize(("stage", "gets"), [
+    ("prepare_data", {"HF_TOKEN", "HTTPS_PROXY"}),
+    ("sft", {"HF_TOKEN", "WANDB_API_KEY", "SWANLAB_API_KEY", "TRACK", "HTTPS_PROXY"}),
+    ("grpo", {"HF_TOKEN", "WANDB_API_KEY", "SWANLAB_API_KEY", "TRACK", "HTTPS_PROXY"}),
+    ("infer", {"HF_TOKEN", "WANDB_API_KEY", "SWANLAB_API_KEY", "TRACK", "HTTPS_PROXY"}),
+    ("gguf", {"WANDB_API_KEY", "SWANLAB_API_KEY", "TRACK", "HTTPS_PROXY"}),
+    ("merge", {"HF_TOKEN", "HTTPS_PROXY"}),
+    ("base_model", set()), ("ollama_modelfile", set()), ("verify", set()), ("report", set()), ("ask", set()),
+])  # fmt: skip
+def test_keys_pass_by_name_and_only_to_the_stages_that_use_them(checkout, stage, gets):
     given = {"HF_TOKEN": "planted-1", "WANDB_API_KEY": "planted-2", "HTTPS_PROXY": "http://user:planted-3@proxy"}
-    names = after("--env", run(checkout, "true", **given))
-    assert set(given) <= set(names)
-    assert "COMET_API_KEY" not in names
+    given |= {"SWANLAB_API_KEY": "planted-4", "TRACK": "wandb", "AWS_SECRET_ACCESS_KEY": "planted-5"}
+    words = run(checkout, "python", "-m", f"stages.{stage}", **given)
+    assert set(given) & set(after("--env", words)) == gets
     assert "planted" not in (checkout.parent / "log").read_text()
+    assert after("--network", words) == ([] if gets else ["none"])
 
 
 def test_a_port_is_published_to_this_machine_alone(checkout):

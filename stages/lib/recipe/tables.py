@@ -298,6 +298,18 @@ class Ollama:
     license: str = ""  # the name or the text of the licence that the model goes out under; "": none is stated
 
 
+Tracker = Literal["tensorboard", "swanlab", "wandb", "trackio", "mlflow"]
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """`[tracking]`: where training is logged besides TensorBoard's files (`docs/tracking.md`). In no identity."""
+
+    to: list[Tracker] = dataclasses.field(default_factory=list)
+    project: str = ""  # left out: the recipe's name
+    name: str = ""  # how the names of runs begin; left out: the recipe's name
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A whole recipe, and what `read_recipe` knows besides: two fields that are in no identity."""
@@ -320,6 +332,7 @@ class Recipe:
     ollama: Ollama
     vllm: Vllm | None = None
     health: Health = Health()
+    tracking: Tracking = Tracking()
     base_model: BaseModel | None = None
     score_base: ScoreBase | None = None
 

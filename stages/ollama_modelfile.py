@@ -18,8 +18,10 @@ from stages.lib.ollama import modelfile
 from stages.lib.ollama.derive import Derived, Render, of_tokenizer, refuse_unused_system
 from stages.lib.ollama.go import render_by_go
 from stages.lib.ollama.proof import compare_renderings, first_difference
+from stages.lib.ollama.served import PASSTHROUGH, served_by
 from stages.lib.recipe.read import read_recipe
-from stages.lib.recipe.tables import Ollama, Recipe
+from stages.lib.recipe.tables import Recipe
+from stages.lib.report import terminal
 from stages.lib.report.figures import OllamaModelfileFigures
 
 TOKENIZER_FILES = ("model/*.jinja", "model/*.json", "model/*.model", "model/*.txt")  # in merge
@@ -35,10 +37,12 @@ def main(recipe: Path, merge: Path, gguf: Path, out: Path) -> None:
     run_recipe = read_recipe(recipe)
     kind = run_recipe.ollama.quantization
     inputs = {"merge": (merge, TOKENIZER_FILES), "gguf": (gguf, [f"*.{kind.lower()}.gguf"])}
-    tables = run_recipe.tables("format", "ollama")
+    tables = run_recipe.tables("format", "ollama") | {"data": {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}}
     room = sum(path.stat().st_size for path in recommended(gguf, kind))
     with write_artifact(out, "ollama-modelfile", tables, inputs, room_bytes=room) as run:
-        run.metrics.update(make(run_recipe, merge / "model", gguf, run.folder))
+        figures = make(run_recipe, merge / "model", gguf, run.folder)
+        run.metrics.update(figures)
+    click.echo(terminal.ollama_modelfile(figures))
 
 
 def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> OllamaModelfileFigures:
@@ -61,14 +65,27 @@ def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> OllamaModelfi
         shutil.copyfile(files[0], beside)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     render, derived = of_tokenizer(tokenizer, model)
-    check_gguf(files[0], tokenizer.chat_template, derived)
+    architecture = check_gguf(files[0], tokenizer.chat_template, derived)
 
     ends = end_ids(GenerationConfig.from_pretrained(model), tokenizer)
     stops = stop_strings([tokenizer.decode([each]) for each in ends], formats.get(recipe.format.name))
-    text = written(files[0].name, derived.template, recipe.format.system_prompt, stops, recipe.ollama)
-    path = folder / "Modelfile"
+    asked = render(
+        [{"role": "system", "content": "1"}, {"role": "user", "content": "2"}][not derived.takes_system :], True
+    )
+    served = served_by(architecture, tokenizer.chat_template, asked)
+    path, passthrough = folder / "Modelfile", served == PASSTHROUGH
+    text = written(files[0].name, derived.template, stops, recipe, passthrough=passthrough)
     path.write_text(text, encoding="utf-8")
-    return prove(path, render, derived, stops, recipe)
+    conversations, earlier_answers = prove(path, render, derived, stops, recipe, passthrough=passthrough)
+    return {
+        "file": files[0].name,
+        "conversations": conversations,
+        "stops": stops,
+        "system_prompt": bool(recipe.format.system_prompt),
+        "earlier_answers_as_trained": earlier_answers,
+        "architecture": architecture,
+        "prompted_by": served,
+    }
 
 
 def recommended(gguf: Path, quantization: str) -> list[Path]:
@@ -76,11 +93,14 @@ def recommended(gguf: Path, quantization: str) -> list[Path]:
     return sorted(gguf.glob(f"*.{quantization.lower()}.gguf"))
 
 
-def check_gguf(file: Path, chat_template: str, derived: Derived) -> None:
-    """Raise `UserError` unless the GGUF has this chat template, and adds BOS exactly where the template writes it."""
+def check_gguf(file: Path, chat_template: str, derived: Derived) -> str:
+    """Return the GGUF's architecture.
+
+    Raises `UserError` unless it has this chat template, and adds BOS exactly where the template writes it.
+    """
     with contextlib.closing(Vocabulary(file)) as vocabulary:
         file_template = (vocabulary.llama_cpp.llama_model_chat_template(vocabulary.model, None) or b"").decode()
-        adds_bos = vocabulary.adds_bos
+        adds_bos, architecture = vocabulary.adds_bos, vocabulary.metadata("general.architecture")
     if file_template != chat_template:
         raise UserError(
             f"{file}: has another chat template than the merged model's tokenizer: one of them changed after training; "
@@ -92,6 +112,7 @@ def check_gguf(file: Path, chat_template: str, derived: Derived) -> None:
             f"{file}: makes Ollama begin a prompt with {has[adds_bos]}; expected {has[bool(derived.bos)]}, as in the "
             "chat template of training. Fix add_bos_token of the tokenizer, then run: make merge gguf"
         )
+    return architecture
 
 
 def stop_strings(ends: Iterable[str], answers: formats.Format) -> list[str]:
@@ -104,25 +125,44 @@ def stop_strings(ends: Iterable[str], answers: formats.Format) -> list[str]:
     return [stop for stop in dict.fromkeys([*ends, *answers.stops]) if stop not in answer]
 
 
-def written(file: str, template: str, system: str, stops: Sequence[str], knobs: Ollama) -> str:
-    """Return the text of the Modelfile. Raises `UserError` for a value that a Modelfile can't hold."""
+def written(file: str, template: str, stops: Sequence[str], recipe: Recipe, *, passthrough: bool) -> str:
+    """Return the text of the Modelfile. Raises `UserError` for a value that a Modelfile can't hold.
+
+    `passthrough` has Ollama prompt with TEMPLATE and hand over the whole text of an answer.
+    """
     text = "# In this folder: ollama create NAME -f Modelfile\n"
     text += f"FROM ./{file}\n"
     text += modelfile.command("TEMPLATE", template)
-    if system:
-        text += modelfile.command("SYSTEM", system)
+    text += "PARSER passthrough\n" if passthrough else ""
+    if recipe.format.system_prompt:
+        text += modelfile.command("SYSTEM", recipe.format.system_prompt)
     for stop in stops:
         text += modelfile.parameter("stop", stop)
-    for name in PARAMETERS:
-        text += modelfile.parameter(name, getattr(knobs, name))
-    if knobs.license:
-        text += modelfile.command("LICENSE", knobs.license)
+    for name, value in parameters(recipe).items():
+        text += modelfile.parameter(name, value)
+    if recipe.ollama.license:
+        text += modelfile.command("LICENSE", recipe.ollama.license)
     return text
 
 
-def prove(path: Path, render: Render, derived: Derived, stops: Sequence[str], recipe: Recipe) -> OllamaModelfileFigures:
-    """Compare the Modelfile, read back, with its sources; return figures. Raises `UserError` for a difference."""
-    answers, system, knobs = formats.get(recipe.format.name), recipe.format.system_prompt, recipe.ollama
+def parameters(recipe: Recipe) -> dict[str, int | float]:
+    """Return the numbers of the Modelfile by name.
+
+    `num_predict` ends an answer that fills the context: Ollama would generate on and drop the prompt's beginning.
+    """
+    knobs = {name: getattr(recipe.ollama, name) for name in PARAMETERS}
+    return knobs | {"num_predict": recipe.ollama.num_ctx - recipe.data.max_prompt_tokens}
+
+
+def prove(
+    path: Path, render: Render, derived: Derived, stops: Sequence[str], recipe: Recipe, *, passthrough: bool
+) -> tuple[int, bool]:
+    """Compare the Modelfile, read back, with its sources.
+
+    Return the number of conversations that TEMPLATE and chat template render alike, and whether earlier answers are
+    among them. Raises `UserError` for a difference.
+    """
+    answers, system = formats.get(recipe.format.name), recipe.format.system_prompt
     commands = modelfile.read(path)
     (file,) = modelfile.values(commands, "from")
     if not (path.parent / file).is_file():
@@ -140,17 +180,14 @@ def prove(path: Path, render: Render, derived: Derived, stops: Sequence[str], re
     if systems != ([system] if system else []):
         raise UserError(f"{path}: SYSTEM is {systems!r}; expected the format's: {system!r}")
     refuse_unused_system(derived, system, answers.name, path)
-    for name in PARAMETERS:
-        if modelfile.values(commands, f"parameter {name}") != [str(getattr(knobs, name))]:
-            raise UserError(f"{path}: PARAMETER {name} is not {getattr(knobs, name)}; expected the recipe's value")
+    for name, value in parameters(recipe).items():
+        if modelfile.values(commands, f"parameter {name}") != [str(value)]:
+            raise UserError(f"{path}: PARAMETER {name} is not {value}; expected the recipe's value")
+    if (found := modelfile.values(commands, "parser")) != (wanted := ["passthrough"] * passthrough):
+        raise UserError(f"{path}: PARSER is {found}; expected {wanted}, by which Ollama prompts as in training")
     (template,) = modelfile.values(commands, "template")
-    return {
-        "file": file.removeprefix("./"),
-        "conversations": compare_renderings(path, template, render, derived.bos),
-        "stops": file_stops,
-        "system_prompt": bool(system),
-        "earlier_answers_as_trained": earlier_answers_agree(template, render, derived.bos, answers),
-    }
+    conversations = compare_renderings(path, template, render, derived.bos)
+    return conversations, earlier_answers_agree(template, render, derived.bos, answers)
 
 
 def earlier_answers_agree(template: str, render: Render, bos: str, answers: formats.Format) -> bool:

@@ -31,7 +31,8 @@ KNOBS = Ollama(
     quantization="q4_k_m", num_ctx=512, temperature=0.5, top_p=0.9, top_k=40, min_p=0.05, license="Apache-2.0"
 )
 XML = Format("xml", system_prompt=formats.XML.system_prompt)
-RECIPE = SimpleNamespace(format=XML, ollama=KNOBS)
+DATA = SimpleNamespace(max_prompt_tokens=192)
+RECIPE = SimpleNamespace(format=XML, ollama=KNOBS, data=DATA)
 GEMMA = tiny_models.CHAT_TEMPLATE
 
 
@@ -67,6 +68,8 @@ def test_the_modelfile_holds_what_the_tokenizer_the_format_and_the_recipe_say(ge
         "system_prompt": True,
         "earlier_answers_as_trained": True,
         "file": "model.q4_k_m.gguf",
+        "architecture": "gemma3",
+        "prompted_by": "TEMPLATE",
     }
     assert (tmp_path / "model.q4_k_m.gguf").samefile(gemma.file)
     commands = modelfile.read(tmp_path / "Modelfile")
@@ -81,6 +84,7 @@ def test_the_modelfile_holds_what_the_tokenizer_the_format_and_the_recipe_say(ge
         ("parameter top_k", "40"),
         ("parameter min_p", "0.05"),
         ("parameter repeat_penalty", "1.0"),
+        ("parameter num_predict", "320"),
         ("license", "Apache-2.0"),
     ]
     (template,) = modelfile.values(commands, "template")
@@ -91,9 +95,28 @@ def test_the_modelfile_holds_what_the_tokenizer_the_format_and_the_recipe_say(ge
 
 
 def test_the_recipes_system_prompt_takes_the_place_of_the_formats(gemma, tmp_path):
-    recipe = SimpleNamespace(format=Format("xml", system_prompt='Say "why" first.'), ollama=KNOBS)
+    recipe = SimpleNamespace(format=Format("xml", system_prompt='Say "why" first.'), ollama=KNOBS, data=DATA)
     ollama_modelfile.make(recipe, gemma.model, gemma.gguf, tmp_path)
     assert modelfile.values(modelfile.read(tmp_path / "Modelfile"), "system") == ['Say "why" first.']
+
+
+THOUGHT = GEMMA.replace("{{ '<start_of_turn>model\n' }}", "{{ '<start_of_turn>model\n<think>\n' }}{# </think> #}")
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "prompted_by", "parsers"),
+    [
+        (GEMMA + "{# tools #}", "the GGUF file", []),
+        (THOUGHT, "TEMPLATE by PARSER", ["passthrough"]),  # the whole answer would be thought to Ollama
+    ],
+)
+def test_what_ollama_prompts_with_is_said_and_template_comes_back_where_an_answer_would_be_lost(
+    tmp_path, chat_template, prompted_by, parsers
+):
+    given = inputs(tmp_path, chat_template)
+    figures = ollama_modelfile.make(RECIPE, given.model, given.gguf, tmp_path)
+    assert (figures["prompted_by"], figures["conversations"]) == (prompted_by, 48)
+    assert modelfile.values(modelfile.read(tmp_path / "Modelfile"), "parser") == parsers
 
 
 def test_the_gguf_is_copied_where_it_cannot_be_linked(gemma, tmp_path, monkeypatch):
@@ -122,16 +145,18 @@ def test_the_stage_writes_a_finished_artifact_once(gemma, tmp_path, monkeypatch)
     first = CliRunner().invoke(ollama_modelfile.main, asked, catch_exceptions=False)
     assert first.exit_code == 0
     assert f"ollama-modelfile: finished {out}" in first.output
+    assert "Ollama prompts with TEMPLATE: 48 conversations are rendered as in training\n" in first.output
     manifest = read_manifest(out, "ollama-modelfile")
     assert sorted(manifest["files"]) == ["Modelfile", "model.q4_k_m.gguf"]
-    assert sorted(manifest["recipe"]) == ["format", "ollama"]
+    assert sorted(manifest["recipe"]) == ["data", "format", "ollama"]
+    assert manifest["recipe"]["data"] == {"max_prompt_tokens": 192}
     assert figures_of(manifest, OllamaModelfileFigures)["conversations"] == 48
     second = CliRunner().invoke(ollama_modelfile.main, asked, catch_exceptions=False)
     assert "ollama-modelfile: up to date" in second.output
 
 
 def test_a_missing_quantization_is_named(gemma, tmp_path):
-    recipe = SimpleNamespace(format=XML, ollama=dataclasses.replace(KNOBS, quantization="q8_0"))
+    recipe = SimpleNamespace(format=XML, ollama=dataclasses.replace(KNOBS, quantization="q8_0"), data=DATA)
     with pytest.raises(UserError, match="holds 0 files of the type 'q8_0'"):
         ollama_modelfile.make(recipe, gemma.model, gemma.gguf, tmp_path)
 
@@ -168,6 +193,8 @@ CHATML = derive_template(jinja_render(chat_templates.CHATML, {})).template
         ("Respond in the following", "Answer in the following", "SYSTEM is .* expected the format's"),
         ("PARAMETER temperature 0.5\n", "", "PARAMETER temperature is not 0.5; expected the recipe's value"),
         ("PARAMETER top_k 40", "PARAMETER top_k 4", "PARAMETER top_k is not 40"),
+        ("PARAMETER num_predict 320\n", "", "PARAMETER num_predict is not 320"),
+        ("SYSTEM", "PARSER passthrough\nSYSTEM", r"PARSER is \['passthrough'\]; expected \[\], by which Ollama"),
         ("FROM ./model", "FROM ./other", "FROM ./other.q4_k_m.gguf names no file beside it"),
         ('"""\nSYSTEM', "\nSYSTEM", "SYSTEM is"),
     ],
@@ -183,14 +210,14 @@ def test_a_damaged_modelfile_is_caught_and_the_cause_is_named(made, old, new, me
     path = made.path.with_name("Damaged")
     path.write_text(damaged)
     with pytest.raises(UserError, match=message.replace("\\n", r"\\n")):
-        ollama_modelfile.prove(path, made.render, made.derived, ["<eos>", "<end_of_turn>"], RECIPE)
+        ollama_modelfile.prove(path, made.render, made.derived, ["<eos>", "<end_of_turn>"], RECIPE, passthrough=False)
 
 
 def test_a_difference_is_shown_with_the_conversation_and_both_texts(made):
     path = made.path.with_name("Damaged")
     path.write_text(made.path.read_text().replace("<start_of_turn>model\n{{end}}", "<start_of_turn>model\n\n{{end}}"))
     with pytest.raises(UserError) as caught:
-        ollama_modelfile.prove(path, made.render, made.derived, [], RECIPE)
+        ollama_modelfile.prove(path, made.render, made.derived, [], RECIPE, passthrough=False)
     assert caught.value.message.splitlines() == [
         f"{path}: the TEMPLATE does not prompt as the chat template of training does; "
         "from character 74 on it has '\\n' instead of ''",

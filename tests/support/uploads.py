@@ -158,7 +158,7 @@ METRICS: dict[str, Mapping[str, Any]] = {
     ),
     "ollama-modelfile": OllamaModelfileFigures(
         conversations=48, stops=["<end>", "<eos>"], system_prompt=True,
-        earlier_answers_as_trained=True, file="model.q8_0.gguf",
+        earlier_answers_as_trained=True, file="model.q8_0.gguf", architecture="gemma3", prompted_by="TEMPLATE",
     ),
 }  # fmt: skip
 TABLES = {

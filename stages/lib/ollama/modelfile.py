@@ -10,7 +10,18 @@ from pathlib import Path
 
 from stages.lib.errors import UserError
 
-COMMANDS = ("from", "template", "system", "license", "parameter", "adapter", "message")
+COMMANDS = (
+    "from",
+    "template",
+    "system",
+    "license",
+    "parameter",
+    "adapter",
+    "message",
+    "renderer",
+    "parser",
+    "requires",
+)
 
 
 def command(name: str, value: str) -> str:

@@ -230,13 +230,18 @@ class GgufFigures(TypedDict):
 
 
 class OllamaModelfileFigures(TypedDict):
-    """The Modelfile's proof. `conversations`: the number that both templates render alike."""
+    """The Modelfile's proof. `conversations`: the number that both templates render alike.
+
+    `prompted_by`: what of it Ollama prompts with (`stages/lib/ollama/served.py`); `architecture`: the GGUF file's.
+    """
 
     conversations: int
     stops: list[str]
     system_prompt: bool
     earlier_answers_as_trained: bool
     file: str
+    architecture: str
+    prompted_by: str
 
 
 def figures_of(manifest: Mapping[str, Any], kind: type[F]) -> F:

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 from stages.lib.answers import stats
+from stages.lib.ollama import served
 from stages.lib.report.figures import (
     AdapterFile,
     GgufFigures,
     InferFigures,
     MergeFigures,
+    OllamaModelfileFigures,
     PrepareDataFigures,
     ScoreBaseFigures,
 )
@@ -120,3 +122,18 @@ def gguf(figures: GgufFigures) -> str:
         f"right: {interval(reference['accuracy_low'], reference['accuracy_high'])} (95%) for the merged model; "
         f"flips: answers gone wrong/right",
     ])  # fmt: skip
+
+
+def ollama_modelfile(figures: OllamaModelfileFigures) -> str:
+    """Return what Ollama prompts with, and how far that is proven."""
+    alike = f"{figures['conversations']} conversations are rendered as in training"
+    said = {
+        served.TEMPLATE: f"Ollama prompts with TEMPLATE: {alike}",
+        served.PASSTHROUGH: f"Ollama prompts with TEMPLATE, by PARSER passthrough: {alike}",
+        served.GGUF: f"Ollama prompts with the chat template in {figures['file']}; by that and by TEMPLATE {alike}",
+        served.RENDERER: (
+            f"Ollama prompts the architecture {figures['architecture']} with a renderer of its own and reads no "
+            "TEMPLATE: its prompts are not proven. Run: make ollama, which compares them"
+        ),
+    }
+    return said[figures["prompted_by"]]

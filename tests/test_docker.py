@@ -724,7 +724,7 @@ def test_shellcheck_finds_nothing_in_the_scripts():
     files = [path for path in (ROOT / "docker").rglob("*") if path.is_file() and path.read_bytes()[:2] == b"#!"]
     scripts = {path.relative_to(ROOT / "docker").as_posix() for path in files}
     assert scripts | {"common"} == set(SCRIPTS)
-    assert len(MAKE_SCRIPTS) == 3
+    assert len(MAKE_SCRIPTS) == 4
 
 
 # ---- docker/gotemplate/build --------------------------------------------------------------------------------------

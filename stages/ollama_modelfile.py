@@ -1,6 +1,7 @@
 """Write the Ollama Modelfile beside the recommended GGUF, and prove that it prompts the model as in training."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ from stages.lib.gguf.tokens import Vocabulary
 from stages.lib.ollama import modelfile
 from stages.lib.ollama.derive import Derived, Render, of_tokenizer, refuse_unused_system
 from stages.lib.ollama.go import render_by_go
-from stages.lib.ollama.proof import compare_renderings, first_difference
+from stages.lib.ollama.proof import compare_renderings, first_difference, prompts_of
 from stages.lib.ollama.served import PASSTHROUGH, served_by
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
@@ -48,6 +49,8 @@ def main(recipe: Path, merge: Path, gguf: Path, out: Path) -> None:
 def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> OllamaModelfileFigures:
     """Write `folder`/Modelfile for the merged `model`, with the recommended file of `gguf` beside it; return figures.
 
+    And prompts.json: conversations, and the prompt without BOS that Ollama is to make of each (`make ollama` asks it).
+
     Raises `UserError` for a chat template that Go can't follow, and when the written Modelfile differs from tokenizer,
     generation config, format or recipe.
     """
@@ -76,6 +79,10 @@ def make(recipe: Recipe, model: Path, gguf: Path, folder: Path) -> OllamaModelfi
     path, passthrough = folder / "Modelfile", served == PASSTHROUGH
     text = written(files[0].name, derived.template, stops, recipe, passthrough=passthrough)
     path.write_text(text, encoding="utf-8")
+    prompts = prompts_of(render, derived.bos, recipe.format.system_prompt)
+    asked_of_ollama = [{"messages": messages, "prompt": prompt} for messages, prompt in prompts]
+    text = json.dumps({"bos": derived.bos, "prompts": asked_of_ollama}, indent=1, ensure_ascii=False)
+    (folder / "prompts.json").write_text(text + "\n", encoding="utf-8")
     conversations, earlier_answers = prove(path, render, derived, stops, recipe, passthrough=passthrough)
     return {
         "file": files[0].name,

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,6 +96,18 @@ def test_the_modelfile_holds_what_the_tokenizer_the_format_and_the_recipe_say(ge
     assert render_by_go(template, [asked]) == [expected]
 
 
+def test_the_prompts_that_ollama_is_asked_for_are_those_of_the_chat_template_with_the_system_prompt(gemma, tmp_path):
+    ollama_modelfile.make(RECIPE, gemma.model, gemma.gguf, tmp_path)
+    written = json.loads((tmp_path / "prompts.json").read_text())
+    assert (written["bos"], len(written["prompts"])) == ("<bos>", 48)
+    assert written["prompts"][0] == {
+        "messages": [{"role": "user", "content": "What is 6 times 7?"}],
+        "prompt": f"<start_of_turn>user\n{formats.XML.system_prompt}\n\nWhat is 6 times 7?<end_of_turn>\n"
+        "<start_of_turn>model\n",
+    }
+    assert written["prompts"][1]["prompt"].startswith("<start_of_turn>user\nYou are a careful tutor.\n\nWhat is 6 t")
+
+
 def test_the_recipes_system_prompt_takes_the_place_of_the_formats(gemma, tmp_path):
     recipe = SimpleNamespace(format=Format("xml", system_prompt='Say "why" first.'), ollama=KNOBS, data=DATA)
     ollama_modelfile.make(recipe, gemma.model, gemma.gguf, tmp_path)
@@ -147,7 +161,7 @@ def test_the_stage_writes_a_finished_artifact_once(gemma, tmp_path, monkeypatch)
     assert f"ollama-modelfile: finished {out}" in first.output
     assert "Ollama prompts with TEMPLATE: 48 conversations are rendered as in training\n" in first.output
     manifest = read_manifest(out, "ollama-modelfile")
-    assert sorted(manifest["files"]) == ["Modelfile", "model.q4_k_m.gguf"]
+    assert sorted(manifest["files"]) == ["Modelfile", "model.q4_k_m.gguf", "prompts.json"]
     assert sorted(manifest["recipe"]) == ["data", "format", "ollama"]
     assert manifest["recipe"]["data"] == {"max_prompt_tokens": 192}
     assert figures_of(manifest, OllamaModelfileFigures)["conversations"] == 48
@@ -371,14 +385,105 @@ def test_without_ollama_it_is_said_what_to_run(tmp_path, monkeypatch, capsys):
     ]
 
 
-def test_with_ollama_the_model_is_created_in_its_folder_and_asked_once(tmp_path, monkeypatch, capfd):
+PLAIN = [{"role": "user", "content": "6 * 7?"}]
+BLANK = [{"role": "user", "content": " 6 * 7? "}]
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """An ollama program and server that write down what they are asked, and a model's folder; `shows` is the prompt."""
     program = tmp_path / "ollama"
     program.write_text('#!/bin/sh\necho "$(basename "$PWD"): $*"\n[ "$1" != "$FAILS" ]\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    (tmp_path / "model").mkdir()
-    ollama.create_and_ask("tiny", tmp_path / "model", "6 * 7?")
-    assert capfd.readouterr().out == "model: create tiny -f Modelfile\nmodel: run tiny 6 * 7?\n"
+    known = SimpleNamespace(folder=tmp_path / "model", asked=[], shows=lambda messages: messages[-1]["content"])
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            known.asked.append((self.path, request["model"], request["stream"], request["_debug_render_only"]))
+            shown = known.shows(request["messages"])
+            self.send_response(200 if shown is not None else 400)
+            self.end_headers()
+            self.wfile.write(json.dumps(shown if isinstance(shown, dict) else {
+                "_debug_info": {"rendered_template": shown}, "error": "no such model"}).encode())  # fmt: skip
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OLLAMA_HOST", f"0.0.0.0:{server.server_port}")  # as a server's own setting may be
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    known.folder.mkdir()
+    prompts = [{"messages": each, "prompt": each[-1]["content"]} for each in (PLAIN, BLANK)]
+    (known.folder / "prompts.json").write_text(json.dumps({"bos": "<bos>", "prompts": prompts}))
+    yield known
+    server.shutdown()
+    server.server_close()
+
+
+def test_with_ollama_the_model_is_created_in_its_folder_its_prompts_compared_and_asked_once(served, capfd, monkeypatch):
+    served.shows = lambda messages: "<bos>" + messages[-1]["content"]
+    ollama.create_and_ask("tiny", served.folder, "6 * 7?")
+    assert capfd.readouterr().out.splitlines() == [
+        "model: create tiny -f Modelfile",
+        "Ollama prompts as training did in 2 of 2 conversations.",
+        "model: run tiny 6 * 7?",
+    ]
+    assert served.asked == [("/api/chat", "tiny", False, True)] * 2
     monkeypatch.setenv("FAILS", "run")
     with pytest.raises(UserError, match=r"ollama run tiny failed in .* with exit code 1. Run: ollama serve"):
-        ollama.create_and_ask("tiny", tmp_path / "model", "6 * 7?")
+        ollama.create_and_ask("tiny", served.folder, "6 * 7?")
+
+
+def test_a_prompt_of_ollama_that_differs_from_training_is_shown_beside_it(served):
+    served.shows = lambda messages: messages[-1]["content"].strip() + "!"
+    with pytest.raises(UserError, match="tiny: Ollama prompts otherwise than training did:") as caught:
+        ollama.create_and_ask("tiny", served.folder, "6 * 7?")
+    assert caught.value.message.splitlines()[1:4] == [
+        '  conversation: [{"role": "user", "content": "6 * 7?"}]',
+        "  training:     '6 * 7?'",
+        "  Ollama:       '6 * 7?!'",
+    ]
+
+
+def test_a_prompt_that_differs_only_in_blanks_that_no_run_asks_is_counted(served, capfd):
+    served.shows = lambda messages: messages[-1]["content"].strip()
+    ollama.create_and_ask("tiny", served.folder, "6 * 7?")
+    assert capfd.readouterr().out.splitlines()[1] == (
+        "Ollama prompts as training did in 1 of 2 conversations; the other 1 have a text with blanks at its ends, or "
+        "none."
+    )
+
+
+def test_an_ollama_that_shows_no_prompts_is_asked_all_the_same(served, capfd):
+    served.shows = lambda _: {"message": {"role": "assistant", "content": "42"}}
+    ollama.create_and_ask("tiny", served.folder, "6 * 7?")
+    said = capfd.readouterr().out.splitlines()
+    assert said[1:] == ["This Ollama does not show its prompts, so they were not compared.", "model: run tiny 6 * 7?"]
+
+
+def test_a_server_that_refuses_or_is_not_there_is_named(served, monkeypatch):
+    served.shows = lambda _: None
+    with pytest.raises(UserError, match=r"Ollama refused the conversation .*no such model"):
+        ollama.create_and_ask("tiny", served.folder, "6 * 7?")
+    monkeypatch.setenv("OLLAMA_HOST", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"http://127.0.0.1:9: Ollama's server does not answer: .*Run: ollama serve"):
+        ollama.create_and_ask("tiny", served.folder, "6 * 7?")
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("", "http://127.0.0.1:11434"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),  # noqa: S104  as a server's own setting may be
+        ("gpu-box:8080", "http://gpu-box:8080"),
+        ("https://example.org:443/", "https://example.org:443"),
+        ("[::1]", "http://[::1]:11434"),
+        ("[::1]:8080", "http://[::1]:8080"),
+    ],
+)
+def test_ollama_host_is_read_as_ollamas_client_reads_it(monkeypatch, host, address):
+    monkeypatch.setenv("OLLAMA_HOST", host)
+    assert ollama.address() == address

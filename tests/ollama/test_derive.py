@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stages.lib.errors import UserError
 from stages.lib.ollama.derive import derive_template, jinja_render, refuse_unused_system, rejects
-from stages.lib.ollama.go import WHITESPACE, render_by_go
+from stages.lib.ollama.go import FIND_END, WHITESPACE, render_by_go
 from stages.lib.ollama.proof import CONVERSATIONS
 from tests.support import chat_templates
 
@@ -116,23 +116,64 @@ def test_a_shape_that_is_none_of_ours_is_refused_with_the_reason(chat_template, 
         (
             "chatml",
             '{{$system := false}}{{range .Messages}}{{if eq .Role "system"}}{{$system = true}}{{end}}{{end}}'
-            "{{if $system}}<|im_start|>system\n{{$.System}}<|im_end|>\n{{end}}"
-            "{{range $i, $_ := .Messages}}{{$last := eq (len (slice $.Messages $i)) 1}}"
+            + FIND_END + "{{if $system}}<|im_start|>system\n{{$.System}}<|im_end|>\n{{end}}"
+            "{{range $i, $_ := .Messages}}{{$last := eq $i $end}}"
             '{{if eq .Role "user"}}<|im_start|>user\n{{.Content}}<|im_end|>\n{{if $last}}<|im_start|>assistant\n{{end}}'
-            '{{else if eq .Role "assistant"}}<|im_start|>assistant\n{{.Content}}{{if not $last}}<|im_end|>\n{{end}}'
-            "{{end}}{{end}}",
+            '{{else if eq .Role "assistant"}}<|im_start|>assistant\n{{.Content}}{{if gt (len (slice $.Messages $i)) 1}}'
+            "<|im_end|>\n{{if $last}}<|im_start|>assistant\n{{end}}{{end}}"
+            "{{end}}{{end}}{{if lt $end 0}}<|im_start|>assistant\n{{end}}",
         ),
         (
             "system prompt in the last user turn",
             '{{$system := false}}{{range .Messages}}{{if eq .Role "system"}}{{$system = true}}{{end}}{{end}}'
-            "{{range $i, $_ := .Messages}}{{$last := eq (len (slice $.Messages $i)) 1}}"
+            + FIND_END + "{{range $i, $_ := .Messages}}{{$last := eq $i $end}}"
             '{{if eq .Role "user"}}[INST] {{if $last}}{{if $system}}{{$.System}}\n\n{{end}}{{end}}{{.Content}} [/INST]'
-            '{{else if eq .Role "assistant"}} {{.Content}}{{if not $last}}</s>{{end}}{{end}}{{end}}',
+            '{{else if eq .Role "assistant"}} {{.Content}}{{if gt (len (slice $.Messages $i)) 1}}</s>'
+            "{{end}}{{end}}{{end}}",
         ),
     ],
-)
+)  # fmt: skip
 def test_what_is_written_is_short_and_readable(name, template):
     assert derived(name)[1].template == template
+
+
+RESULT = {"role": "tool", "content": "42"}
+LATER = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("name", ["chatml", "gemma-3", "phi-4", "system prompt in the last user turn", "SmolLM2"])
+@pytest.mark.parametrize("ending", [[RESULT], [LATER], [RESULT, LATER]])
+def test_a_last_message_of_a_tool_or_the_system_leaves_the_prompt_as_without_it(name, ending):
+    render, found = derived(name)
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "why?"},
+    ]
+    system = [LATER] if LATER in ending else []
+    wanted = render([*system, *turns], True).removeprefix(found.bos)
+    assert render_by_go(found.template, [[*turns, *ending]]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("chatml", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>assistant\n"),
+        ("phi-4", "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>assistant<|im_sep|>"),
+        ("gemma-3", "<start_of_turn>model\n"),  # its system prompt is in the first question
+    ],
+)
+def test_a_conversation_of_a_system_message_alone_has_its_generation_prompt(name, text):
+    render, found = derived(name)
+    assert render([LATER], True).removeprefix(found.bos) == text
+    assert render_by_go(found.template, [[LATER]]) == [text]
+
+
+@pytest.mark.parametrize("name", ["chatml", "gemma-3", "phi-4"])
+def test_an_answer_before_a_tools_result_is_closed_and_the_next_one_prompted(name):
+    render, found = derived(name)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert render_by_go(found.template, [[*turns, RESULT]]) == [render(turns, True).removeprefix(found.bos)]
 
 
 def test_gemma_folds_the_system_prompt_into_the_first_turn_and_leaves_the_bos_to_the_tokenizer():

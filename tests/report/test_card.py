@@ -183,6 +183,22 @@ def test_an_adapter_without_a_gguf_is_not_said_to_have_one(recipe, manifests):
     assert "llama-cli" not in text
 
 
+@pytest.mark.parametrize(
+    ("prompted_by", "runs", "said"),
+    [
+        ("TEMPLATE", True, "The `Modelfile` says the same:"),
+        ("the GGUF file", True, "The `Modelfile` says the same:"),
+        ("TEMPLATE by PARSER", False, "(`PARSER passthrough`), which `ollama run hf.co/...` does not read:"),
+        ("Ollama's own renderer", True, "It was not compared with the prompts of training."),
+    ],
+)
+def test_the_card_says_how_ollama_gets_the_prompts_of_training(prompted_by, runs, said, recipe, manifests):
+    text = written("gguf", recipe, with_figures(manifests, "ollama-modelfile", prompted_by=prompted_by))
+    assert said in text
+    assert ("ollama run hf.co/ann/" in text) == runs
+    assert 'resolveChatWrapper(model, {type: "jinjaTemplate"})' in text
+
+
 def test_a_training_that_ran_short_of_memory_says_so(recipe, manifests):
     rung = {"micro_batch_size": 8, "max_completion_tokens": 64}
     step = {"at_step": 12, "from": rung, "to": rung | {"max_completion_tokens": 32}, "reason": "CUDA out of memory"}

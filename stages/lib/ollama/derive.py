@@ -13,7 +13,6 @@ A derived template is a claim. Its proof: both templates render `stages.lib.olla
 """
 
 import contextlib
-import os.path
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,20 @@ from typing import Any
 
 from stages.lib.ends import adds_bos
 from stages.lib.errors import UserError
-from stages.lib.ollama.go import WHITESPACE, Conversation, Message, Piece, Pieces, Slot, go_if, go_written, trimmers
+from stages.lib.ollama.go import (
+    FIND_END,
+    WHITESPACE,
+    Conversation,
+    Message,
+    Piece,
+    Pieces,
+    Slot,
+    go_if,
+    go_written,
+    split_text,
+    trimmers,
+    without_end,
+)  # fmt: skip
 
 # Renders a conversation with (True) or without a generation prompt; raises `Rejected` where the template does.
 Render = Callable[[Conversation, bool], str]
@@ -99,13 +111,13 @@ def derive_template(render: Render, bos: str = "") -> Derived:
     start = beginnings(gaps, systems, user.opening)
 
     user_text = go_written(user.opening, PLACE) + go_written(user.slot, PLACE) + go_written(user.close, PLACE)
-    user_text += go_if("$last", go_written(user.prompt, ()))
+    user_text += go_if("$last", prompt := go_written(user.prompt, ()))
     answer_text = go_written(answer.opening, ()) + go_written(answer.slot, ())
-    answer_text += go_if("not $last", go_written(answer.close, ()))  # the model goes on with a last answer
-    text = go_written(start, ("$system",))
-    text += "{{range $i, $_ := .Messages}}{{$last := eq (len (slice $.Messages $i)) 1}}"
+    closed = go_written(answer.close, ()) + go_if("$last", prompt)
+    answer_text += go_if("gt (len (slice $.Messages $i)) 1", closed)  # the model goes on with an answer at the very end
+    text = FIND_END + go_written(start, ("$system",)) + "{{range $i, $_ := .Messages}}{{$last := eq $i $end}}"
     text += f'{{{{if eq .Role "user"}}}}{user_text}' + ("{{$first = false}}" if "$first" in user_text else "")
-    text += f'{{{{else if eq .Role "assistant"}}}}{answer_text}{{{{end}}}}{{{{end}}}}'
+    text += f'{{{{else if eq .Role "assistant"}}}}{answer_text}{{{{end}}}}{{{{end}}}}' + go_if("lt $end 0", prompt)
     if "$first" in user_text:
         text = "{{$first := true}}" + text
     if "$system" in text:
@@ -273,24 +285,3 @@ def tail_of(render: Render, bos: str, conversation: Conversation) -> str:
         return parts_of(render, bos, conversation, generation_prompt=False)[-1]
     except UserError:
         return ""
-
-
-def split_text(gap: Pieces, end: str) -> tuple[Pieces, Pieces]:
-    """Cut a gap where the message before it ends: after as much of `end` as it starts with."""
-    if not gap or not isinstance(gap[0], str):
-        return (), gap
-    common = os.path.commonprefix([gap[0], end])
-    if common != end:
-        common = re.sub("[<[][^]>]*$", "", common)  # not in the middle of a special token
-    rest = gap[0][len(common) :]
-    return ((common,) if common else ()), ((rest, *gap[1:]) if rest else gap[1:])
-
-
-def without_end(gap: Pieces, opening: Pieces) -> Pieces | None:
-    """Return `gap` without the opening of a user message at its end; None if it does not end with it."""
-    if not opening:
-        return gap
-    if len(opening) != 1 or not gap or not isinstance(gap[-1], str) or not isinstance(opening[0], str):
-        return None
-    rest = gap[-1].removesuffix(opening[0])
-    return None if rest == gap[-1] else gap[:-1] + ((rest,) if rest else ())

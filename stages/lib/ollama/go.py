@@ -5,6 +5,7 @@ template by `collate` in template/template.go of ollama/ollama.
 """
 
 import json
+import os.path
 import re
 import shutil
 import subprocess
@@ -18,6 +19,11 @@ Message = dict[str, str]
 Conversation = Sequence[Message]
 
 HELPER = "temper-gotemplate"  # docker/gotemplate, compiled
+# Go: the place of the last message that is written, -1 for none. What follows it, as a tool's result, is left out.
+FIND_END = (
+    '{{$end := -1}}{{range $i, $_ := .Messages}}{{if or (eq .Role "user") (eq .Role "assistant")}}{{$end = $i}}{{end}}'
+    "{{end}}"
+)
 WHITESPACE = tuple(chr(code) for code in range(0x3001) if chr(code).isspace())  # what Python's str.strip removes
 
 
@@ -48,6 +54,27 @@ def render_by_go(template: str, conversations: Sequence[Conversation]) -> list[s
     if done.returncode:
         raise ValueError(done.stderr.strip())
     return json.loads(done.stdout)["texts"]
+
+
+def split_text(gap: Pieces, end: str) -> tuple[Pieces, Pieces]:
+    """Cut a gap where the message before it ends: after as much of `end` as it starts with."""
+    if not gap or not isinstance(gap[0], str):
+        return (), gap
+    common = os.path.commonprefix([gap[0], end])
+    if common != end:
+        common = re.sub("[<[][^]>]*$", "", common)  # not in the middle of a special token
+    rest = gap[0][len(common) :]
+    return ((common,) if common else ()), ((rest, *gap[1:]) if rest else gap[1:])
+
+
+def without_end(gap: Pieces, opening: Pieces) -> Pieces | None:
+    """Return `gap` without the opening of a user message at its end; None if it does not end with it."""
+    if not opening:
+        return gap
+    if len(opening) != 1 or not gap or not isinstance(gap[-1], str) or not isinstance(opening[0], str):
+        return None
+    rest = gap[-1].removesuffix(opening[0])
+    return None if rest == gap[-1] else gap[:-1] + ((rest,) if rest else ())
 
 
 def go_if(condition: str, text: str, otherwise: str = "") -> str:

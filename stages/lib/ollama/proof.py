@@ -3,32 +3,33 @@
 import contextlib
 import json
 import os.path
+from collections.abc import Sequence
 from pathlib import Path
 
 from stages.lib.errors import UserError
 from stages.lib.ollama.derive import Rejected, Render
-from stages.lib.ollama.go import render_by_go
+from stages.lib.ollama.go import Message, render_by_go
 
 FEWEST = 20  # conversations that a chat template has to render
 
 
 def compare_renderings(where: Path | str, template: str, jinja: Render, bos: str) -> int:
     """Compare both templates on every conversation; return how many there are. Raises `UserError` for a difference."""
-    prompts = {}
-    for number, conversation in enumerate(CONVERSATIONS):
-        with contextlib.suppress(Rejected):  # no prompt of this model looks like this
-            prompts[number] = jinja(conversation, True).removeprefix(bos)
+    prompts = prompts_of(jinja, bos)
     if len(prompts) < FEWEST:
         raise UserError(
             f"{where}: the chat template renders {len(prompts)} of {len(CONVERSATIONS)} conversations; "
             f"expected at least {FEWEST}"
         )
-    conversations = [CONVERSATIONS[number] for number in prompts]
+    # Ollama moves a system message to the front, TEMPLATE leaves out a tool's: neither changes which message is last.
+    moved = [([*each[1:], each[0]], prompt) for each, prompt in prompts if each[0]["role"] == "system"]
+    called = [([*each, {"role": "tool", "content": "42"}], prompt) for each, prompt in prompts]
+    asked = [*prompts, *moved, *called]
     try:
-        texts = render_by_go(template, conversations)
+        texts = render_by_go(template, [conversation for conversation, _ in asked])
     except ValueError as error:
         raise UserError(f"{where}: Go can't render the TEMPLATE: {error}") from error
-    for conversation, prompt, text in zip(conversations, prompts.values(), texts, strict=True):
+    for (conversation, prompt), text in zip(asked, texts, strict=True):
         if text != prompt:
             raise UserError(
                 f"{where}: the TEMPLATE does not prompt as the chat template of training does; "
@@ -37,7 +38,20 @@ def compare_renderings(where: Path | str, template: str, jinja: Render, bos: str
                 f"  chat template: {prompt!r}\n"
                 f"  Modelfile:     {text!r}"
             )
-    return len(conversations)
+    return len(prompts)
+
+
+def prompts_of(jinja: Render, bos: str, system: str = "") -> list[tuple[Sequence[Message], str]]:
+    """Return each conversation that the chat template takes, with its prompt less BOS.
+
+    `system` stands before the conversations that have no system message, as SYSTEM does in Ollama.
+    """
+    found: list[tuple[Sequence[Message], str]] = []
+    for conversation in CONVERSATIONS:
+        added = [{"role": "system", "content": system}] if system and conversation[0]["role"] != "system" else []
+        with contextlib.suppress(Rejected):  # no prompt of this model looks like this
+            found.append((conversation, jinja([*added, *conversation], True).removeprefix(bos)))
+    return found
 
 
 def first_difference(found: str, wanted: str) -> str:

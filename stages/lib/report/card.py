@@ -17,6 +17,7 @@ from stages.lib.report.figures import (
     GrpoFigures,
     InferFigures,
     MergeFigures,
+    OllamaModelfileFigures,
     PrepareDataFigures,
     SftFigures,
     figures_of,
@@ -70,6 +71,7 @@ def write(kind: str, names: Mapping[str, str], recipe: Recipe, manifests: Manife
         merge=figures_of(manifests["merge"], MergeFigures), rewards=rewards, versions=versions(manifests),
         sources=list(zip(recipe.data.sources, data["sources"], strict=True)), begun=answers.generation_prefix,
         example=answers.generation_prefix + answers.write(formats.Answer("the reasoning, step by step", "42")),
+        prompted_by=figures_of(manifests["ollama-modelfile"], OllamaModelfileFigures)["prompted_by"],
         recipe_text=recipe.path.read_text().strip("\n"),
     )  # fmt: skip
 

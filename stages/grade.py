@@ -38,7 +38,7 @@ def read_row(number: int, line: bytes) -> dict:
             f"standard input, line {number}: no {', '.join(missing)}; expected an object such as "
             f'{{"kind": "number", "answer": "42", "given": "42 apples"}}'
         )
-    several = row["kind"] in ("text", "choice") and isinstance(row["answer"], list) and row["answer"]
+    several = row["kind"] in ("text", "choice", "python") and isinstance(row["answer"], list) and row["answer"]
     answers = row["answer"] if several else [row["answer"]]
     for key, value in (("kind", row["kind"]), ("given", row["given"]), *(("answer", each) for each in answers)):
         if not isinstance(value, str):

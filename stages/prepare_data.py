@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from stages.lib import options
+from stages.lib.answers.sandbox import check_sandbox
 from stages.lib.artifact.folder import write_artifact
 from stages.lib.artifact.manifest import read_manifest
 from stages.lib.data.files import files_of_source
@@ -64,6 +65,8 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
         "sft": {"max_tokens": run_recipe.sft.max_tokens},
     }
     inputs = {"base-model": (base_model, BASE_MODEL_FILES)} if base_model else {}
+    if any(source.answers == "python" for source in sources):
+        check_sandbox()  # before hours of training: rewards and infer run programs in it
     with write_artifact(out, "prepare-data", tables, inputs, sources=raw, room_bytes=room) as run:
         with helpers(source_files) as pool:  # they start while this process loads the tokenizer
             refuse_base(run_recipe)

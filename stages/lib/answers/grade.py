@@ -7,6 +7,7 @@ the rule, with the settings that the source states for it (`number decimal=, tol
     math     mathematically equal: `math.py`
     text     the same words, or one of several if the answer is a JSON list of them: `text.py`
     choice   the same option, by letter, words or both: `text.py`
+    python   a program that passes the row's tests, in a sandbox: `sandbox.py`
     scored   from 0 to 1, by the scorer that the kind names (`scored scorer=NAME`): `SCORERS`
 """
 
@@ -20,11 +21,12 @@ from typing import Any, NamedTuple
 from stages.lib.answers.formats import Format
 from stages.lib.answers.math import is_readable_math, same_math
 from stages.lib.answers.number import FLOAT_TOLERANCE, MAX_TEXT_CHARACTERS, Number, read_number, same_number
+from stages.lib.answers.sandbox import passes_tests, program_of
 from stages.lib.answers.text import canonical_text, same_choice, same_text
 from stages.lib.errors import UserError, nearest
 from stages.lib.recipe.tables import Source
 
-KINDS = ("number", "math", "text", "choice", "scored")
+KINDS = ("number", "math", "text", "choice", "python", "scored")
 # A task's own scorer by name: score(answer, given) is from 0, wrong, to 1, right. `answer` is the row's, as written.
 SCORERS: dict[str, Callable[[str, str], float]] = {}
 
@@ -85,12 +87,14 @@ def shown_answer(kind: str, answer: str) -> str:
 def grade(kind: str, answer: str, given: str) -> float:
     """Return the grade of `given`, from 0.0, wrong, to 1.0, right, where `answer` is the right one.
 
-    Raises `UserError` for an unknown kind.
+    Raises `UserError` for an unknown kind, and where the machine gives no sandbox for one of `python`.
     """
     rule = read_kind(kind)
     if rule.name == "scored":
         score = SCORERS[rule.scorer](answer, given)
         return min(max(float(score), 0.0), 1.0) if math.isfinite(score) else 0.0
+    if rule.name == "python":
+        return float(passes_tests(answer, given))
     if given.strip() == answer.strip() or max(len(given), len(answer)) > MAX_TEXT_CHARACTERS:
         return float(given.strip() == answer.strip())
     if rule.name == "number":
@@ -116,6 +120,8 @@ def canonical(kind: str, answer: str) -> str | None:
         return None if number is None else str(number.value)
     if rule.name == "math":
         return "".join(answer.split()) if is_readable_math(answer) else None
+    if rule.name == "python":
+        return program_of(answer).strip() or None
     return (canonical_text(answer) if len(answer) <= MAX_TEXT_CHARACTERS else answer) or None
 
 

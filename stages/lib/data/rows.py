@@ -14,6 +14,7 @@ from typing import Any
 from stages.lib.answers import formats
 from stages.lib.answers.formats import Format
 from stages.lib.answers.grade import Kind, canonical, kind_of, shown_answer
+from stages.lib.answers.sandbox import FENCED, why_unusable
 from stages.lib.data.batch import Batch
 from stages.lib.data.files import Lines
 from stages.lib.errors import UserError
@@ -26,6 +27,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 encode = json.JSONEncoder(ensure_ascii=False).encode
 quote = json.encoder.encode_basestring  # as `encode` does for a string, but faster
+PROGRAM_ALONE = "The function below does what is asked."
 COMMA = str(Kind("number", decimal=","))
 READS_TWO_WAYS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}[.,]\d{3}(?![\d.,])")
 
@@ -67,6 +69,8 @@ def problem_of(question: Any, answer: Any, solution: Any, style: str, kind: str 
         worked, mark, text = (part.strip() for part in text.rpartition("####"))
         if not mark:
             raise Unusable("unreadable answer", "a GSM8K answer ends with a line '#### N'; this one has no '####'")
+    if kind == "python" and (wrong := why_unusable(text)):
+        raise Unusable("unusable tests", f"{wrong}: {text[:80]!r}")
     if canonical(kind, text) is None:
         raise Unusable("unreadable answer", unread(text, kind))
     if not (question.isascii() and worked.isascii() and text.isascii()) and SURROGATE.search(question + worked + text):
@@ -104,6 +108,18 @@ def separators_in(answer: str, kind: str) -> str:
     if kind.startswith("number") and READS_TWO_WAYS.search(text):
         return "two ways"
     return "decimal comma" if has_decimal_comma(text, kind) else ""
+
+
+def parts_of(solution: str) -> tuple[str, str]:
+    """Return thought and program of a solution: the words around its one fenced block, and the block.
+
+    A solution that is a program alone gets `PROGRAM_ALONE` for a thought: a format has no empty one.
+    """
+    match = FENCED.search(solution + "\n")
+    if match is None or not match[1].strip():
+        return PROGRAM_ALONE if solution else "", solution
+    words = solution[: match.start()] + solution[match.end() :]
+    return words.strip() or PROGRAM_ALONE, match[0].strip()
 
 
 def completion_of(worked: str, answer: str, style: str, answer_format: Format) -> str:
@@ -192,7 +208,8 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
     for row in np.flatnonzero(sets & BIT["sft"]).tolist():
         _, answer, worked = problems[row]
         try:
-            completions[row] = completion_of(worked, shown_answer(kind, answer), source.style, answer_format)
+            thought, taught = parts_of(worked) if kind == "python" else (worked, shown_answer(kind, answer))
+            completions[row] = completion_of(thought, taught, source.style, answer_format)
         except Unusable as error:
             leave_out(places[row], error, "sft", ids[row])
             sets[row] -= BIT["sft"]

@@ -110,7 +110,7 @@ class Source:
     use: list[Literal["sft", "grpo", "eval"]]  # the sets that its rows go to: each row to all, unless `shares` split
     question: str  # the column of the problem
     answer: str  # the column of the answer
-    answers: Literal["number", "math", "text", "choice", "scored"] = "number"  # their kind (`docs/answers.md`)
+    answers: Literal["number", "math", "text", "choice", "python", "scored"] = "number"  # kind (`docs/answers.md`)
     decimal: Literal[".", ","] | None = None  # number: the decimal mark; None: ".", and what reads two ways is refused
     tolerance: Annotated[float, FROM_0_UNDER_1] = 0.005  # number: share that a rounded answer may be off a long float
     scorer: str = ""  # scored: the name of the scorer

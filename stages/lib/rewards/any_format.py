@@ -1,6 +1,8 @@
-"""Rewards for any format: `math_correct`, and two penalties by length, `length_penalty` and `repetition_penalty`."""
+"""Rewards for any format: `math_correct`, `python_tests`, `length_penalty` and `repetition_penalty`."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from stages.lib.answers.formats import Format
@@ -22,6 +24,27 @@ def math_correct(
     """
     parts = map(format.read, texts_of(completions))
     return grades((read.answer if read else None for read in parts), answer, kind or ["math"] * len(answer))
+
+
+def python_tests(
+    completions: Sequence[Completion],
+    answer: Sequence[str],
+    kind: Sequence[str] | None = None,
+    *,
+    format: Format,
+    **columns: Any,
+) -> list[float]:
+    """Reward 1.0 for a program that passes all tests of its row, else 0.0. Each runs in a sandbox of its own.
+
+    `answer` is the column of the tests. Rows of another kind are graded as that kind.
+    """
+    parts = [format.read(text) for text in texts_of(completions)]
+    given = [read.answer if read else None for read in parts]
+    kinds = kind or ["python"] * len(answer)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # grades wait for processes
+        return list(
+            pool.map(lambda row: grades([row[0]], [row[1]], [row[2]])[0], zip(given, answer, kinds, strict=True))
+        )
 
 
 def length_penalty(

@@ -16,10 +16,11 @@ from typing import Any
 
 from stages.lib.answers import formats
 from stages.lib.answers.formats import Format
+from stages.lib.answers.sandbox import check_sandbox
 from stages.lib.answers.worker import WORKER
 from stages.lib.errors import UserError, nearest
 from stages.lib.recipe.tables import Recipe, Rewards
-from stages.lib.rewards.any_format import length_penalty, math_correct, repetition_penalty
+from stages.lib.rewards.any_format import length_penalty, math_correct, python_tests, repetition_penalty
 from stages.lib.rewards.judge import Completion, Reward
 from stages.lib.rewards.own import check_own, is_own, load_own
 from stages.lib.rewards.think import check_answer, check_numbers, match_format_approximately, match_format_exactly
@@ -29,7 +30,9 @@ SUITES: dict[str, dict[str, Reward]] = {
     "xml": {f.__name__: f for f in (xmlcount, soft_format, strict_format, integer, correctness)},
     "think": {f.__name__: f for f in (match_format_exactly, match_format_approximately, check_answer, check_numbers)},
 }
-FOR_ANY_FORMAT: dict[str, Reward] = {f.__name__: f for f in (math_correct, length_penalty, repetition_penalty)}
+FOR_ANY_FORMAT: dict[str, Reward] = {
+    f.__name__: f for f in (math_correct, python_tests, length_penalty, repetition_penalty)
+}
 
 
 def load_rewards(recipe: Recipe) -> list[Reward]:
@@ -69,6 +72,8 @@ def _load_one(name: str, recipe: Recipe) -> Reward:
     reward = _known(name, formats.get(recipe.format.name))
     if name == "math_correct":
         WORKER.start()
+    if name == "python_tests":
+        check_sandbox()
     parameters = _parameters_of(name, recipe)
     return _named(name, functools.partial(reward, **parameters)) if parameters else reward
 
@@ -81,7 +86,7 @@ def _known(name: str, format: Format) -> Reward:
 
 
 def _parameters_of(name: str, recipe: Recipe) -> dict[str, Any]:
-    if name == "math_correct":
+    if name in ("math_correct", "python_tests"):
         return {"format": formats.get(recipe.format.name)}
     if name == "length_penalty":
         limit = recipe.grpo.max_completion_tokens

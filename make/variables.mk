@@ -16,10 +16,12 @@ DATA ?=
 SUBSET ?=
 ## where the stages run: local or docker; left out, in a container if an engine answers
 RUNTIME ?=
-## the GPUs that the stages see: all, none, or numbers, as in 0 or 0,1; left out, all that the engine can hand over
+## the GPUs: all, none, or numbers, as in 0 or 0,1; sft and grpo train on each of them, left out on one
 GPUS ?=
 ## where training is logged besides TensorBoard's files: swanlab, wandb, trackio, mlflow; left out, as the recipe says
 TRACK ?=
+## training on a CPU: how many processes share it, as in 2
+PROCESSES ?=
 ## the container image: cpu or cuda; left out, as GPUS asks
 IMAGE ?=
 ## more folders and files that a container sees, read-only, with : between them
@@ -83,7 +85,7 @@ define newline
 
 
 endef
-asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS TRACK IMAGE VENV PORT PUBLIC YES
+asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS PROCESSES TRACK IMAGE VENV PORT PUBLIC YES
 $(foreach each,$(asked) SET PYTHON DOCKER TORCH_INDEX BASE CA_BUNDLE PIP_CONFIG HUB WHAT,$(if $(findstring $(newline),$($(each))), \
   $(error $(each)=$(subst $(newline), ,$($(each))): there is a line break in it, which make can't hand on)))
 wrong := $(shell $(foreach each,$(asked),$(each)=$(call quoted,$($(each)))) make/asked)

@@ -1,6 +1,10 @@
 # Where a stage runs: in a container if an engine answers, with the GPUs if it can hand them over; else in the virtual
 # environment. Targets that start no stage do not ask.
 
+# Training takes a process a GPU where GPUS names several.
+export TEMPER_GPUS := $(GPUS)
+export PROCESSES
+
 goals := $(or $(MAKECMDGOALS),help)
 ifneq ($(filter-out help clean setup check test lock doctor,$(goals)),)
   ifeq ($(RUNTIME),)

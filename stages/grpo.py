@@ -23,9 +23,10 @@ from stages.lib.report.figures import GrpoFigures, Rewarded, ScoreBaseFigures, f
 from stages.lib.rewards.judge import Reward
 from stages.lib.rewards.names import load_rewards
 from stages.lib.rewards.own import own_reward_files
-from stages.lib.train import ladder, trackers
+from stages.lib.train import ladder, ranks, trackers
 from stages.lib.train.callbacks import settle_heap
 from stages.lib.train.config import shared_arguments
+from stages.lib.train.launch import train_on_gpus
 from stages.lib.train.microbatches import arrange_micro_batches
 from stages.lib.train.rollouts import keep_completions
 from stages.lib.train.run import configure, read_rows, run_trainer, save_adapter
@@ -54,7 +55,8 @@ def main(
     tables |= {"data": {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}}
     sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent) | local_model(run_recipe)
     with write_artifact(out, "grpo", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
-        run.metrics.update(train(run_recipe, problems, sft / "adapter", run))
+        adapter = sft / "adapter"
+        run.metrics.update(train_on_gpus(run_recipe, "grpo", run, lambda: train(run_recipe, problems, adapter, run)))
 
 
 def subset(score_base: Path) -> Path:
@@ -138,7 +140,7 @@ def unsloth_arguments(recipe: Recipe) -> dict[str, int]:
     all completions in the scoring pass before it (`needs_scoring_pass`). That pass keeps no activations, so a part of
     it holds four micro-batches. `unsloth_logit_chunk_multiplier` is the number of chunks of a completion's logits.
     """
-    completions = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt
+    completions = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt // ranks.world_size()
     parts = -(-completions // (4 * recipe.grpo.micro_batch_size)) if needs_scoring_pass(recipe) else 1
     return {"unsloth_grpo_mini_batch": parts, "unsloth_logit_chunk_multiplier": 1}
 
@@ -183,7 +185,8 @@ def learn(
     if recipe.model.engine == "unsloth":  # on a CPU, the published figures are of TRL's own micro-batches
         arrange_micro_batches(trainer)
     completions = run.checkpoints / "completions.jsonl"
-    trainer.add_callback(keep_completions(trainer, completions, knobs.show_completions_steps))
+    if ranks.is_first():  # it has those of all ranks
+        trainer.add_callback(keep_completions(trainer, completions, knobs.show_completions_steps))
     trainer.add_callback(settle_heap())
     for callback in trackers.follow(recipe, "grpo", run.folder.parent, trainer, knobs.show_completions_steps):
         trainer.add_callback(callback)
@@ -191,7 +194,8 @@ def learn(
     with ladder.stepping_down(recipe, "grpo", run.checkpoints, trainer):
         run_trainer(trainer, bar, recipe.health, round_steps=knobs.num_iterations)
     save_adapter(trainer, tokenizer, run)
-    shutil.copyfile(completions, run.folder / completions.name)
+    if ranks.is_first():
+        shutil.copyfile(completions, run.folder / completions.name)
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     tenth = max(1, len(log) // 10)
     names = [function.__name__ for function in functions]

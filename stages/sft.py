@@ -17,6 +17,7 @@ from stages.lib.recipe.tables import Recipe
 from stages.lib.report.figures import SftFigures
 from stages.lib.train import ladder, trackers
 from stages.lib.train.config import shared_arguments
+from stages.lib.train.launch import train_on_gpus
 from stages.lib.train.run import configure, read_rows, run_trainer, save_adapter
 
 ROOM_BYTES = 500_000_000
@@ -34,7 +35,8 @@ def main(recipe: Path, prepare_data: Path, base_model: Path | None, out: Path) -
     tables = run_recipe.tables("model", "format", "lora", "sft")
     sources = local_model(run_recipe)
     with write_artifact(out, "sft", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
-        run.metrics.update(train(run_recipe, prepare_data / "sft.jsonl", run))
+        examples = prepare_data / "sft.jsonl"
+        run.metrics.update(train_on_gpus(run_recipe, "sft", run, lambda: train(run_recipe, examples, run)))
 
 
 def arguments(recipe: Recipe, output: Path) -> dict[str, Any]:

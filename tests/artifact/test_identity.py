@@ -307,4 +307,4 @@ def test_the_environment_is_that_of_the_start(tmp_path, monkeypatch):
     revision = ["a"]
     monkeypatch.setattr("stages.lib.artifact.folder.environment_now", lambda: {"git": revision[0]})
     make(tmp_path / "out", body=lambda: revision.__setitem__(0, "b"))
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["environment"] == {"git": "a"}
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["environment"] == {"git": "a", "world_size": 1}

@@ -14,6 +14,7 @@ FRAME = (
     "stages/lib/artifact/", "stages/lib/errors.py", "stages/lib/options.py", "stages/lib/recipe/read.py",
     "stages/lib/recipe/rules.py", "stages/lib/report/figures.py", "stages/lib/report/terminal.py",
     "stages/lib/train/callbacks.py", "stages/lib/train/checkpoints.py", "stages/lib/train/health.py",
+    "stages/lib/train/launch.py",
     "stages/lib/train/trackers.py",
 )  # fmt: skip
 # Python 3.12 takes an f-string apart; before, it is one token like any other string.

@@ -39,6 +39,8 @@ from stages.lib.errors import UserError
 
 # Before the recipe and the code are read. It becomes the manifest's mtime: make starts the stage after a later change.
 STARTED = time.time()
+# In the environment of a rank, one of several processes that train for a stage: the folder that it writes in.
+RANK_FOLDER = "TEMPER_RANK_FOLDER"
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Run:
     folder: Path
     metrics: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    world_size: int = 1  # how many processes trained
 
     @property
     def checkpoints(self) -> Path:
@@ -76,6 +79,9 @@ def write_artifact(
     Raises `UserError` when an input is not finished, or was replaced while the body ran, when `out` holds a file that
     this stage did not write, when another process is writing it, or when the disk has too little room.
     """
+    if RANK_FOLDER in os.environ:  # a rank: the process that started it holds the artifact
+        yield Run(Path(os.environ[RANK_FOLDER]))
+        return
     if out.name in ("", ".."):
         raise UserError(f"--out {out}: expected the name of a folder for {stage} to write, such as artifacts/{stage}")
     identity, to_read = take_identity(stage, tables, inputs, sources or {})
@@ -105,6 +111,7 @@ def write_artifact(
         yield run
         refuse_replaced(to_read, folder, stage)
         result = {"metrics": run.metrics, "files": describe_files(folder)}
+        environment |= {"world_size": run.world_size}
         manifest = {**identity, **result, "environment": environment, "wall": wall(start, run.seconds)}
         write_whole(folder / OUTSIDE, outside)
         sync_files(folder)

@@ -1,5 +1,6 @@
 """Unsloth's model with a LoRA adapter, and its GRPO without the scoring pass."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ def load_unsloth(recipe: Recipe, adapter: Path | None) -> Any:
     # A folder, not a hub name: vLLM takes no revision, and Unsloth replaces a name by another repository's.
     folder = whole_model_folder(*locate_model(recipe))
     vllm = adapter is not None  # for GRPO, which samples
+    own = int(os.environ.get("RANK", "0"))
     max_tokens = recipe.data.max_prompt_tokens + recipe.grpo.max_completion_tokens if vllm else recipe.sft.max_tokens
     sequences = recipe.vllm.sequences + (recipe.vllm.sequences == 256)  # Unsloth reads 256 as "not given"
     checkpointing = "unsloth" if (recipe.grpo if vllm else recipe.sft).gradient_checkpointing else False
@@ -34,7 +36,7 @@ def load_unsloth(recipe: Recipe, adapter: Path | None) -> Any:
         max_lora_rank=recipe.lora.rank,
         use_gradient_checkpointing=checkpointing,
         use_exact_model_name=True,
-        random_state=recipe.sft.seed,
+        random_state=recipe.sft.seed + (own if vllm else 0),  # vLLM's seed too: no two ranks draw the same
         **SAFE,
     )
     if (folder / "generation_config.json").is_file():  # the model rebuilt from vLLM's weights has none

@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Health
-from stages.lib.train import health
+from stages.lib.train import health, ranks
 from stages.lib.train.checkpoints import mark_complete
 
 
@@ -52,11 +52,14 @@ def make_callbacks(bar: tuple[str, ...], round_steps: int) -> tuple[Any, Any]:
                 signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
 
         def on_step_end(self, args, state, control, **kwargs):
+            self.signal = ranks.largest(self.signal or 0) or None  # what one rank got, all heed
             if self.signal is not None and state.global_step % round_steps == 0:
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args, state, control, **kwargs):
-            mark_complete(Path(args.output_dir), state.global_step)
+            ranks.largest(0)  # all ranks have written theirs
+            if ranks.is_first():
+                mark_complete(Path(args.output_dir), state.global_step)
 
         def on_train_end(self, args, state, control, **kwargs):
             for number, handler in self.before.items():
@@ -91,6 +94,21 @@ def watch_health(knobs: Health) -> Any:
                     tqdm.write(f"step {state.global_step}, {check} check: {advice}")
 
     return Watch()
+
+
+def reseed() -> Any:
+    """Return a callback that seeds this rank by the step from which it goes on.
+
+    It is for a checkpoint of another number of ranks, which has no random state for each: without this they would draw
+    again what the first steps drew.
+    """
+    from transformers import TrainerCallback, set_seed
+
+    class Reseed(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            set_seed(args.seed + 1_000_003 * state.global_step + ranks.rank())
+
+    return Reseed()
 
 
 def settle_heap() -> Any:

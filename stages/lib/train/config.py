@@ -1,18 +1,25 @@
 """The fields that TRL's SFTConfig and GRPOConfig share: every one that changes the result is stated."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from stages.lib.recipe.tables import Grpo, Recipe, Sft
+from stages.lib.train import ranks
 
 
 def shared_arguments(recipe: Recipe, knobs: Sft | Grpo, rows: int, output: Path) -> dict[str, Any]:
-    """Return the fields that both trainers have, from `[sft]` or `[grpo]`; an optimizer step takes `rows` rows."""
+    """Return the fields that both trainers have, from `[sft]` or `[grpo]`; an optimizer step takes `rows` rows.
+
+    Of several ranks each takes as many of them, so that the step does not depend on their number.
+    """
+    own = rows // ranks.world_size()
+    micro_batch = math.gcd(knobs.micro_batch_size, own)
     return {
         "output_dir": str(output),
         "max_steps": knobs.steps,
-        "per_device_train_batch_size": knobs.micro_batch_size,
-        "gradient_accumulation_steps": rows // knobs.micro_batch_size,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": own // micro_batch,
         "learning_rate": knobs.learning_rate,
         "lr_scheduler_type": knobs.lr_scheduler,
         "lr_scheduler_kwargs": None,

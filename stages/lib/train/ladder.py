@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from stages.lib.artifact.folder import RANK_FOLDER
 from stages.lib.artifact.manifest import write_json
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe, Vllm
@@ -28,6 +29,14 @@ OUT_OF_MEMORY = ("out of memory", "Free memory on device")
 # TRL sets these to start vLLM. A process that starts with them would wait for others.
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NOT_MEMORY = "NOT an out of memory error"  # in two of Unsloth's errors that more memory does not fix
+
+
+class OutOfMemory(Exception):
+    """A rank's GPU has too little memory: at which optimizer step, and the error's first line."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(reason)
+        self.step = step
 
 
 def lower(recipe: Recipe, stage: str, *, share_stays: bool = False) -> Recipe | None:
@@ -100,7 +109,22 @@ def stepping_down(recipe: Recipe, stage: str, checkpoints: Path, trainer: Any = 
 
 
 def step_down(recipe: Recipe, stage: str, checkpoints: Path, step: int, error: Exception) -> None:
-    """Write the rung under `recipe` beside the checkpoints and start this process anew on it; this does not return.
+    """Write the rung under `recipe` and start this process anew on it; this does not return.
+
+    Raises `OutOfMemory` in a rank: the process that started it starts all ranks anew.
+    """
+    if RANK_FOLDER in os.environ:
+        raise OutOfMemory(step, str(error).splitlines()[0]) from error
+    write_rung(recipe, stage, checkpoints, step, error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for name in DISTRIBUTED:
+        os.environ.pop(name, None)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def write_rung(recipe: Recipe, stage: str, checkpoints: Path, step: int, error: Exception) -> None:
+    """Write the rung under `recipe` beside the checkpoints.
 
     `error`, the lack of memory, came at the optimizer step `step`. Where vLLM's share is too small, it goes back to the
     one before, and stays there. Raises `UserError` when no rung is left.
@@ -132,11 +156,6 @@ def step_down(recipe: Recipe, stage: str, checkpoints: Path, step: int, error: E
     write_json(checkpoints / FILE, steps)
     changes = ", ".join(f"{name} {old} -> {after[name]}" for name, old in before.items() if old != after[name])
     click.echo(f"out of GPU memory at step {step}: {changes}, and on from the last checkpoint", err=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for name in DISTRIBUTED:
-        os.environ.pop(name, None)
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,8 @@ import click
 from stages.lib.artifact.folder import Run
 from stages.lib.artifact.manifest import LOGS
 from stages.lib.recipe.tables import Health
-from stages.lib.train.callbacks import make_callbacks, watch_health
+from stages.lib.train import ranks
+from stages.lib.train.callbacks import make_callbacks, reseed, watch_health
 from stages.lib.train.checkpoints import last_checkpoint
 
 if TYPE_CHECKING:
@@ -33,10 +34,13 @@ def run_trainer(trainer: "Trainer", bar: tuple[str, ...], knobs: Health, *, roun
     progress, stop = make_callbacks(bar, round_steps)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    for callback in (progress, stop, watch_health(knobs)):
+    for callback in ([progress] if ranks.is_first() else []) + [stop, watch_health(knobs)]:
         trainer.add_callback(callback)
     checkpoints = Path(trainer.args.output_dir)
-    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints, trainer.args.max_steps))
+    start = last_checkpoint(checkpoints, trainer.args.max_steps)
+    if start and ranks.lacks_random_state(Path(start)):
+        trainer.add_callback(reseed())
+    trainer.train(resume_from_checkpoint=start)
     if stop.signal is not None:
         name = signal.Signals(stop.signal).name
         click.echo(f"stopped by {name}, saved at step {trainer.state.global_step}", err=True)
@@ -62,11 +66,17 @@ def configure(kind: "type[TrainingArguments]", fields: dict[str, Any]) -> "Train
     os.environ["TENSORBOARD_LOGGING_DIR"] = f"{fields['output_dir']}/{LOGS}"
     config = kind(**fields, **({} if torch.accelerator.is_available() else {"use_cpu": True}))
     config._n_gpu = min(config.n_gpu, 1)
+    if ranks.world_size() > 1:
+        config.ddp_find_unused_parameters = False  # every adapter weight has a gradient
+        if config.use_cpu:  # a checkpoint's optimizer is read to this device, and torch.load knows no cpu:0
+            config.__dict__["_setup_devices"] = torch.device("cpu")
     return config
 
 
 def save_adapter(trainer: "Trainer", tokenizer: Any, run: Run) -> None:
     """Save the adapter in `adapter/`, the tokenizer with its chat template in `tokenizer/`, the curves in `logs/`."""
+    if not ranks.is_first():
+        return
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(run.folder / "adapter")
     (run.folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     path = run.folder / "adapter" / "adapter_config.json"

@@ -30,6 +30,7 @@ from stages.lib.train.launch import train_on_gpus
 from stages.lib.train.microbatches import arrange_micro_batches
 from stages.lib.train.rollouts import keep_completions
 from stages.lib.train.run import configure, read_rows, run_trainer, save_adapter
+from stages.lib.train.teaching import sample_groups_that_teach
 
 ROOM_BYTES = 500_000_000
 COLUMNS = ("prompt", "answer", "kind")  # of a row: what is asked, and what the rewards need
@@ -140,7 +141,8 @@ def unsloth_arguments(recipe: Recipe) -> dict[str, int]:
     all completions in the scoring pass before it (`needs_scoring_pass`). That pass keeps no activations, so a part of
     it holds four micro-batches. `unsloth_logit_chunk_multiplier` is the number of chunks of a completion's logits.
     """
-    completions = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt // ranks.world_size()
+    prompts = recipe.grpo.sampled_prompts or recipe.grpo.prompts_per_step
+    completions = prompts * recipe.grpo.completions_per_prompt // ranks.world_size()
     parts = -(-completions // (4 * recipe.grpo.micro_batch_size)) if needs_scoring_pass(recipe) else 1
     return {"unsloth_grpo_mini_batch": parts, "unsloth_logit_chunk_multiplier": 1}
 
@@ -182,6 +184,7 @@ def learn(
             processing_class=tokenizer,
         )
     skip_scoring_pass(recipe, trainer)
+    sample_groups_that_teach(recipe, trainer)
     if recipe.model.engine == "unsloth":  # on a CPU, the published figures are of TRL's own micro-batches
         arrange_micro_batches(trainer)
     completions = run.checkpoints / "completions.jsonl"

@@ -389,6 +389,10 @@ def test_what_is_fetched_from_the_hub_without_a_whole_commit_is_refused(
             "completions_per_prompt = 8", "completions_per_prompt = 2",
             "[grpo] prompts_per_step x completions_per_prompt = 16 is not a multiple of micro_batch_size = 64",
         ),
+        (
+            "prompts_per_step = 8", "prompts_per_step = 8\nsampled_prompts = 7",
+            "[grpo] sampled_prompts = 7; expected at least prompts_per_step = 8, out of which a step trains",
+        ),
         ("log_steps = 10\n", "log_steps = 501\n", "[sft] log_steps = 501; expected at most steps = 500"),
         ("log_steps = 10\n", "log_steps = 0\n", "[sft] log_steps = 0; expected 1 or more"),
         ("save_steps = 100", "save_steps = 0", "[sft] save_steps = 0; expected 1 or more"),

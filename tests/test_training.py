@@ -451,6 +451,21 @@ def test_with_two_passes_over_a_batch_grpo_stops_only_where_it_can_be_carried_on
 
 
 @pytest.mark.torch
+def test_groups_that_teach_are_sampled_again_alike_when_grpo_goes_on_from_a_checkpoint(finished, tmp_path, monkeypatch):
+    knobs = {"sampled_prompts": 5, "repeat_share": 0.4}
+    recipe = micro.write_recipe(tmp_path, grpo=knobs)
+    assert micro.run("grpo", finished, tmp_path / "whole", recipe).exit_code == 0
+    monkeypatch.setenv("TERM_AT_CALL", "5")
+    assert micro.run("grpo", finished, tmp_path / "resumed", recipe).exit_code == 143
+    monkeypatch.delenv("TERM_AT_CALL")
+    assert micro.run("grpo", finished, tmp_path / "resumed", recipe).exit_code == 0
+    is_as_undisturbed(tmp_path / "resumed", tmp_path, "whole")
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "completions.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 * 5 * 4  # all that were sampled; two groups of five are trained on
+    assert sha256_of(tmp_path / "resumed" / "completions.jsonl") == sha256_of(tmp_path / "whole" / "completions.jsonl")
+
+
+@pytest.mark.torch
 def test_with_several_gpus_in_sight_one_is_trained_on():
     config = configure(lambda **fields: SimpleNamespace(n_gpu=2, **fields), {"output_dir": "out"})
     assert (config._n_gpu, config.output_dir) == (1, "out")

@@ -160,6 +160,11 @@ def steps(recipe: Recipe) -> Iterator[str]:
     batch = grpo.prompts_per_step * grpo.completions_per_prompt
     what = "[grpo] prompts_per_step x completions_per_prompt"
     yield from uneven(what, batch, "micro_batch_size", grpo.micro_batch_size)
+    if grpo.sampled_prompts is not None and grpo.sampled_prompts < grpo.prompts_per_step:
+        yield (
+            f"[grpo] sampled_prompts = {grpo.sampled_prompts}; expected at least prompts_per_step = "
+            f"{grpo.prompts_per_step}, out of which a step trains"
+        )
     for where, table in (("[sft]", sft), ("[grpo]", grpo)):
         if table.log_steps > table.steps:
             yield f"{where} log_steps = {table.log_steps}; expected at most steps = {table.steps}"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 # Keys that change no result are in no identity: when one changes, a run goes on from its checkpoint.
 UNCHANGING = ("save_steps", "log_steps", "show_completions_steps")
 # Keys that came later: left out of the identity where they are unset, so that an older result stays up to date.
-LATER = ("template_kwargs",)
+LATER = ("template_kwargs", "sampled_prompts", "repeat_share")
 MAX_VLLM_RANK = 512  # of a LoRA (vllm/config/lora.py)
 
 
@@ -238,6 +238,10 @@ class Grpo:
     log_steps: Annotated[int, FROM_1]  # each step is logged; so many are an entry that [health] counts
     show_completions_steps: Annotated[int, FROM_1]  # every so many steps, a table of samples on the terminal
     min_completion_tokens: int | None = None  # out of GPU memory, completions shorten down to this; None: never
+    sampled_prompts: Annotated[int, FROM_1] | None = None  # a step samples so many prompts and trains on
+    #   prompts_per_step of them, groups with an advantage first; None: on all that it samples
+    repeat_share: Annotated[float, FROM_0_UNDER_1] | None = None  # of a step's prompts, drawn from problems whose last
+    #   group had an advantage; None: every problem comes once an epoch
 
 
 @dataclass(frozen=True)

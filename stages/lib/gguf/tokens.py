@@ -41,6 +41,10 @@ def save_tokenizer(tokenizer: Any, base: Path, out: Path) -> Any:
         saved["tokenizer_class"] = stated
     elif saved["tokenizer_class"] == "TokenizersBackend":  # which transformers 4 does not know
         saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(
+        saved.get("extra_special_tokens"), list
+    ):  # on which transformers 4 fails: its word, which 5 reads too
+        saved["additional_special_tokens"] = saved.pop("extra_special_tokens")
     plain = tokenizer("a")["input_ids"]
     saved["add_bos_token"] = adds_bos(tokenizer)
     saved["add_eos_token"] = tokenizer.eos_token_id is not None and plain[-1] == tokenizer.eos_token_id

@@ -28,6 +28,11 @@ ifneq ($(filter-out help clean setup check test lock doctor,$(goals)),)
   endif
 endif
 
+# A mirror of the hub holds no Xet storage: with it, files would come from the hub's own storage, past the mirror.
+ifneq ($(HF_ENDPOINT),)
+  export HF_HUB_DISABLE_XET ?= 1
+endif
+
 # `docker/run` mounts what MOUNT, DATA and the recipe name; the virtual environment sees this machine anyway.
 ifeq ($(RUNTIME),docker)
   ready := data/cache/image-$(IMAGE)
@@ -36,6 +41,7 @@ ifeq ($(RUNTIME),docker)
   export RECIPE_FILE := $(recipe)
   export GPUS CA_BUNDLE MOUNT
 else
+  export HF_HUB_DISABLE_TELEMETRY ?= 1
   ready := $(VENV)/installed
   python := $(VENV)/bin/python
   ifneq ($(filter-out all,$(GPUS)),)

@@ -105,6 +105,30 @@ def test_the_first_run_sets_up_and_runs_every_stage_in_order_and_the_second_runs
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, {"HF_HUB_DISABLE_TELEMETRY": "1"}),
+        ({"HF_ENDPOINT": ""}, {"HF_ENDPOINT": "", "HF_HUB_DISABLE_TELEMETRY": "1"}),
+        (
+            {"HF_ENDPOINT": "http://mirror"},
+            {"HF_ENDPOINT": "http://mirror", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"},
+        ),
+        (
+            {"HF_ENDPOINT": "http://mirror", "HF_HUB_DISABLE_XET": "0", "HF_HUB_DISABLE_TELEMETRY": "0"},
+            {"HF_ENDPOINT": "http://mirror", "HF_HUB_DISABLE_TELEMETRY": "0", "HF_HUB_DISABLE_XET": "0"},
+        ),
+    ],
+)
+def test_a_mirror_turns_xet_off_and_no_stage_sends_telemetry(copy, monkeypatch, given, seen):
+    for name in ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.delenv(name, raising=False)
+    fake = copy / "fake-python"
+    fake.write_text(fake.read_text().replace("#!/bin/bash", "#!/bin/bash\nenv | grep -E '^HF_(E|HUB_D)' > seen", 1))
+    assert make(copy, "all", **given).returncode == 0
+    assert dict(line.split("=", 1) for line in (copy / "seen").read_text().splitlines()) == seen
+
+
 def test_what_is_not_whole_is_not_called_ready(copy):
     assert "are ready" in make(copy, "all").stdout
     done = make(copy, "all", BREAK="stages.verify")

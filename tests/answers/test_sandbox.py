@@ -152,7 +152,7 @@ def test_two_hundred_hostile_programs_get_nothing_and_leave_nothing(tmp_path, mo
         programs = hostile_programs(str(tmp_path), str(canary), listening.getsockname()[1])
         assert len(set(programs)) >= 200
         answers = json.dumps(["assert f(6) == 42"])
-        honest = programs[0].partition("PORT = ")[0] + "PORT = 1\ndef f(x):\n    return 7 * x"
+        honest = programs[0].partition("FOLDER, CANARY")[0] + "def f(x):\n    return 7 * x"
         assert grade("python", answers, honest) == 1.0  # what stands before each attack runs
 
         def timed(program: str) -> tuple[float, float]:

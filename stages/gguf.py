@@ -15,12 +15,13 @@ from stages.lib.artifact.manifest import read_manifest, write_json
 from stages.lib.errors import UserError
 from stages.lib.gguf import imatrix
 from stages.lib.gguf.convert import convert_lora, convert_model, quantize
+from stages.lib.gguf.prompted import Prompted, compare_prompts, conversations
 from stages.lib.gguf.tokens import Vocabulary
 from stages.lib.gguf.types import GGUF_TYPES
 from stages.lib.jsonl import first_rows
 from stages.lib.model.files import refuse_quantized, vocabulary_size, whole_model_folder
 from stages.lib.model.locate import local_model, locate_model
-from stages.lib.model.parity import evaluate_adapter, evaluate_file, refer
+from stages.lib.model.parity import Reference, evaluate_adapter, evaluate_file, refer
 from stages.lib.model.reference import load_reference
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Gguf, Recipe
@@ -173,6 +174,7 @@ def prove(
             **cast(Accuracy, reference.completions.accuracy),
             "ended": reference.completions.ended,
         },
+        "llama_server": ask_llama_server(min(paths.values(), key=lambda path: path.stat().st_size), reference, run),
         "files": {},
     }
     max_kl = limits(recipe.gguf)
@@ -194,6 +196,21 @@ def prove(
     failures += adapter_misses(figures["lora"]) if adapter else []
     if failures:
         raise UserError("the files do not answer like the merged model:\n  " + "\n  ".join(failures))
+    return figures
+
+
+def ask_llama_server(path: Path, reference: Reference, run: Run) -> Prompted:
+    """Return how llama-server prompts the model in `path`, and warn of differences in text that no run asks.
+
+    Raises `UserError` for a difference in what this run prompts with.
+    """
+    start = time.monotonic()
+    prompts = [row["prompt"] for row in reference.rows]
+    asked, others = conversations(prompts, reference.tokenizer)
+    figures = compare_prompts(path, reference.tokenizer, asked, others)
+    for found in figures["differences"]:
+        click.echo(f"warning: llama-server prompts otherwise in text that no run asks: {found}", err=True)
+    run.seconds["llama-server"] = time.monotonic() - start
     return figures
 
 

@@ -154,6 +154,7 @@ METRICS: dict[str, Mapping[str, Any]] = {
             "accuracy": 0.74, "accuracy_low": 0.68, "accuracy_high": 0.8, "ended": 199, "positions": 6400,
             "prompts": 200,
         },
+        llama_server={"conversations": 207, "tokens": 20_345, "differences": []},
         lora={**adapter_file(6.7e-5, 20_000), "max_kl": 8.9e-4, "same_top": 0.9978},
     ),
     "ollama-modelfile": OllamaModelfileFigures(

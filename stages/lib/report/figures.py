@@ -9,6 +9,7 @@ from typing import Any, NotRequired, TypedDict, TypeVar
 
 from stages.lib.distance import Distance
 from stages.lib.errors import UserError
+from stages.lib.gguf.prompted import Prompted
 
 F = TypeVar("F")
 
@@ -222,9 +223,10 @@ class GgufFile(AdapterFile, Accuracy):
 
 
 class GgufFigures(TypedDict):
-    """The files by type, and the adapter's where there is one."""
+    """llama-server's prompts, the files by type, and the adapter's where there is one."""
 
     reference: MergedReference
+    llama_server: Prompted
     files: dict[str, GgufFile]
     lora: NotRequired[AdapterFile]
 

@@ -102,7 +102,7 @@ def distances(file: AdapterFile) -> tuple[str, ...]:
 
 def gguf(figures: GgufFigures) -> str:
     """Return a line for each file, for the adapter's and for the merged model."""
-    reference, perplexity = figures["reference"], ""
+    reference, served, perplexity = figures["reference"], figures["llama_server"], ""
     rows: list[Sequence[str]] = [(
         "type", "MB", "mean KL", "p99 KL", "max KL", "same top", "perplexity", "same text", "right", "flips", "ended",
     )]  # fmt: skip
@@ -121,6 +121,8 @@ def gguf(figures: GgufFigures) -> str:
         f"{reference['prompts']} prompts, {reference['positions']:,} positions; KL in nats against the merged model; "
         f"right: {interval(reference['accuracy_low'], reference['accuracy_high'])} (95%) for the merged model; "
         f"flips: answers gone wrong/right",
+        f"llama-server prompts as trained in {served['conversations'] - len(served['differences'])} of "
+        f"{served['conversations']} conversations, {served['tokens']:,} tokens",
     ])  # fmt: skip
 
 

@@ -428,13 +428,13 @@ def test_what_is_fetched_from_the_hub_without_a_whole_commit_is_refused(
         (
             '"correctness"]', '"corectness"]',
             "[rewards] 'corectness' is not known (did you mean 'correctness'?); known: xmlcount, soft_format, "
-            "strict_format, int, correctness, math_correct, length_penalty, repetition_penalty, or your own as "
-            "'FILE.py:FUNCTION'",
+            "strict_format, int, correctness, math_correct, python_tests, length_penalty, repetition_penalty, or your "
+            "own as 'FILE.py:FUNCTION'",
         ),
         (
             '"correctness"]', '"check_answer"]',
             "[rewards] 'check_answer' is of suite 'think', but [format] name = 'xml'; its own: xmlcount, soft_format, "
-            "strict_format, int, correctness, math_correct, length_penalty, repetition_penalty",
+            "strict_format, int, correctness, math_correct, python_tests, length_penalty, repetition_penalty",
         ),
         ('"correctness"]', '"length_penalty"]', "[rewards] length_cache_tokens is missing: length_penalty needs it"),
         (

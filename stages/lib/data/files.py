@@ -16,8 +16,9 @@ from typing import Any
 
 from stages.lib.data.batch import BATCH_BYTES, BATCH_ROWS, Batch, columns_of, require_columns, values_of
 from stages.lib.data.hub import read_hub
+from stages.lib.data.reasoning_gym import read_gym
 from stages.lib.errors import UserError
-from stages.lib.recipe.tables import DATA_SUFFIXES, Source, is_hub_name
+from stages.lib.recipe.tables import DATA_SUFFIXES, GYM, Source, is_hub_name
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_FIELD_CHARACTERS = 1 << 26  # of CSV; more is a quote that was never closed
@@ -57,12 +58,14 @@ class Lines:
 
 
 def files_of_source(source: Source, base_model: Path | None, data: Path | None) -> list[Path]:
-    """Return the files of a source in the order they are read; none for a dataset to fetch from the hub.
+    """Return the files of a source in the order they are read; none for one that is fetched or made.
 
     `base_model` is the artifact for a source named "base-model". `data` is a file or folder, the local copy of the
     datasets that the recipe names on the hub. Raises `UserError` for a file that does not exist, and for a dataset to
     fetch without a revision.
     """
+    if source.name == GYM:
+        return []
     if source.name == "base-model":
         if base_model is None:
             raise UserError(f"the recipe takes {source.split!r} problems from base-model; give --base-model FOLDER")
@@ -123,7 +126,7 @@ def read_batches(source: Source, files: list[Path]) -> Iterator[Batch | Lines]:
     """
     names = list(dict.fromkeys(name for name in (source.question, source.answer, source.solution) if name))
     of_files = itertools.chain.from_iterable(read_file(file, names) for file in files)
-    read = of_files if files else read_hub(source, names)
+    read = of_files if files else (read_gym if source.name == GYM else read_hub)(source, names)
     if not source.max_rows:
         yield from read
         return

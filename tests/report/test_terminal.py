@@ -44,7 +44,8 @@ q4_k_m  0.1  1.3e-02  1.3e-01  1.3e+00    97.21%      1.2346      92.5%  70.5%  
 lora    0.0  6.7e-05  6.7e-04  8.9e-04    99.78%      1.2346
 merged                                                1.2345             74.0%           199
 200 prompts, 6,400 positions; KL in nats against the merged model; right: 68.0% to 80.0% (95%) for the merged model; \
-flips: answers gone wrong/right""",
+flips: answers gone wrong/right
+llama-server prompts as trained in 207 of 207 conversations, 20,345 tokens""",
 }
 FIGURES = {
     **{name.replace("-", "_"): metrics for name, metrics in METRICS.items()},

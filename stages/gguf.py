@@ -167,6 +167,12 @@ def prove(
     start = time.monotonic()
     reference = refer(model, rows, recipe, run.checkpoints)
     run.seconds["reference"] = time.monotonic() - start
+    max_kl = limits(recipe.gguf)
+    files: dict[str, GgufFile] = {}
+    for kind, path in paths.items():
+        start = time.monotonic()
+        files[kind] = cast(GgufFile, evaluate_file(path, reference) | {"max_mean_kl": max_kl[kind]})
+        run.seconds[f"examine {kind}"] = time.monotonic() - start
     figures: GgufFigures = {
         "reference": {
             "prompts": len(rows),
@@ -175,13 +181,8 @@ def prove(
             "ended": reference.completions.ended,
         },
         "llama_server": ask_llama_server(min(paths.values(), key=lambda path: path.stat().st_size), reference, run),
-        "files": {},
+        "files": files,
     }
-    max_kl = limits(recipe.gguf)
-    for kind, path in paths.items():
-        start = time.monotonic()
-        figures["files"][kind] = cast(GgufFile, evaluate_file(path, reference) | {"max_mean_kl": max_kl[kind]})
-        run.seconds[f"examine {kind}"] = time.monotonic() - start
     if adapter:
         start = time.monotonic()
         # The merged model is a sum rounded once, these are two files rounded to float16 each.

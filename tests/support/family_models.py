@@ -17,6 +17,7 @@ from typing import Any
 from stages import gguf, merge
 from stages.lib.artifact.folder import Run
 from stages.lib.recipe.tables import Gguf, Merge
+from stages.lib.model.template import write_choices
 from tests.support import chat_templates, tiny_models
 
 MODELS = Path(sys.prefix) / "llama.cpp" / "models"
@@ -115,7 +116,8 @@ def byte_level(source: str, split: str | None, bos: str | None, tokenizer_class:
             ])  # fmt: skip
         end = next(family.end for family in FAMILIES.values() if family.template == template)
         made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=end, pad_token=end)
-        made.chat_template = chat_template(template)
+        # As the stages load it: with a fixed date.
+        made.chat_template = write_choices(chat_template(template), {}, made.special_tokens_map)
         made.save_pretrained(folder)
         set_class(folder, tokenizer_class)
 

@@ -88,7 +88,8 @@ def difference(
 def conversations(prompts: Sequence[list[Message]], tokenizer: Any) -> tuple[list[list[Message]], list[list[Message]]]:
     """Return conversations like `prompts`, a run's own: those that must be prompted as trained, and those no run asks.
 
-    The first have several turns, blanks, and in a user's text the control tokens that the prompt of `tokenizer` has.
+    The first have several turns and blanks. The others have in a user's text the control tokens that the prompt of
+    `tokenizer` has, after which some tokenizers swallow a blank and llama.cpp does not; no content; U+00A0.
     """
     first = prompts[0]
     text = tokenizer.apply_chat_template(first, add_generation_prompt=True, tokenize=False)
@@ -104,8 +105,9 @@ def conversations(prompts: Sequence[list[Message]], tokenizer: Any) -> tuple[lis
         [first[-1]],
         [*first, answer, {"role": "user", "content": "And 18 + 25?"}],
         [*first, answer, {"role": "user", "content": "And 18 + 25?"}, answer, first[-1]],
-        *(asking(f"What does {token} mean in {token}{token}?") for token in tokens),
         asking(f"  {question}\n\n"),
         asking("one\n\n\ntwo \n three\t"),
     ]
-    return asked, [asking(""), asking(f"\u00a0{question}\u00a0"), [{"role": "system", "content": ""}, first[-1]]]
+    others = [asking(f"What does {token} mean in {token}{token}?") for token in tokens]
+    others += [asking(""), asking(f"\u00a0{question}\u00a0"), [{"role": "system", "content": ""}, first[-1]]]
+    return asked, others

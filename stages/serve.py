@@ -1,7 +1,8 @@
-"""Serve the finished GGUF on this machine with OpenAI's HTTP API, by llama-cpp-python's server."""
+"""Serve the finished GGUF on this machine with OpenAI's HTTP API, by llama-server."""
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 from stages.lib import options
 from stages.lib.errors import UserError
 from stages.lib.recipe.read import read_recipe
-from stages.lib.serve.server import ANY_HOST, HOST, leave, open_listener, serve_app
+from stages.lib.serve.door import ANY_HOST, HOST, open_listener, serve_app
 from stages.lib.serve.setting import read_setting
 
 
@@ -35,7 +36,7 @@ def main(recipe: Path, ollama_modelfile: Path, host: str, port: int) -> None:
         )
     setting = read_setting(ollama_modelfile)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+        signal.signal(number, lambda *_: sys.exit(0))
     with open_listener(host, port) as listener:
         serve_app(setting, recipe.stem, listener)
 

@@ -1,6 +1,7 @@
 """`make serve`, asked by OpenAI's own client: the server runs in a process of its own on a free port."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -10,14 +11,16 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from click.testing import CliRunner
 
 from stages import serve
-from stages.lib.serve.server import AsModelfile, application, complete_request
+from stages.lib.serve.request import complete_chat, parse
 from stages.lib.serve.setting import Setting, read_setting
 from tests.support import tiny_models
 
@@ -28,6 +31,17 @@ SETTING = Setting(
     Path("x.gguf"), "Be brief.", ["<end>"], 64, {"temperature": 0.5, "top_p": 0.9, "top_k": 0, "min_p": 0.0}
 )
 QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+def chat(**parameters: object) -> bytes:
+    return json.dumps({"messages": QUESTION, "max_tokens": 4} | parameters).encode()
+
+
+def schema(content: dict) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": content}}
 
 
 def arguments(port: int) -> list[str]:
@@ -135,29 +149,11 @@ def test_a_conversation_longer_than_the_context_of_the_recipe_is_refused(client,
     import openai
 
     long = [{"role": "user", "content": "What is 1 + 1? " * 400}]
-    with pytest.raises(openai.BadRequestError, match="maximum context length is 1024 tokens") as raised:
+    with pytest.raises(
+        openai.BadRequestError, match=r"request \(\d+ tokens\) exceeds the available context size"
+    ) as raised:
         client.chat.completions.create(model="tiny", messages=long, stream=stream)
     assert raised.value.code == "context_length_exceeded"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_grammar_that_llama_cpp_can_not_take_ends_the_request_and_not_the_server(client, stream):
-    import openai
-
-    day = {"type": "object", "properties": {"day": {"type": "string", "pattern": r"^\d{4}$"}}, "required": ["day"]}
-    for refused in (
-        {"response_format": {"type": "json_object", "schema": day}},
-        {"extra_body": {"grammar": "root ::= ("}},
-        {"logprobs": True, "top_logprobs": 2},
-    ):
-        with pytest.raises(openai.BadRequestError, match=r"grammar|logprobs"):
-            client.chat.completions.create(model="tiny", messages=QUESTION, stream=stream, **refused)
-    with pytest.raises(openai.BadRequestError, match="grammar"):
-        client.completions.create(model="tiny", prompt="1", stream=stream, extra_body={"grammar": "root ::= ("})
-    number = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    taken = {"response_format": {"type": "json_object", "schema": number}, "max_tokens": 20}
-    answer = client.chat.completions.create(model="tiny", messages=QUESTION, **taken)
-    assert re.match(r'\{\s*"n"', answer.choices[0].message.content)
 
 
 def test_an_answer_without_text_may_be_sent_back(client):
@@ -188,22 +184,49 @@ def test_text_in_parts_is_the_same_text(client):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
+        (b"", "Expecting value"),
         (b"{", "Expecting property name"),
-        (b"[]", "expected a JSON object with a list of messages; found '[]'"),
-        (b"{}", "expected a JSON object with a list of messages"),
-        (b'{"messages": null}', "expected a JSON object with a list of messages"),
-        (b'{"messages": [{"role": "robot", "content": "x"}]}', "messages"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}', "temperature"),
+        (b"[]", "expected a JSON object; found '[]'"),
+        (b"{}", "messages: Field required"),
+        (chat(messages=None), "messages: expected a list with at least one message; found None"),
+        (chat(messages=[]), "messages: expected a list with at least one message; found []"),
+        (chat(messages=[{"role": "robot", "content": "x"}]), "messages.0: expected an object with a role of system,"),
+        (chat(messages=["x"]), "messages.0: expected an object with a role of system,"),
+        (chat(messages=[{"role": "user", "content": 5}]), "messages.0: expected a text as content; found 5"),
+        (chat(messages=[{"role": "user"}]), "messages.0: expected a text as content; found None"),
         (
-            b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}',
+            chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
             "expected text, all that this model reads; found the part {'type': 'image_url', 'image_url': 'x'}",
         ),
-        (b'{"messages": [{"role": "system", "content": ["x"]}]}', "expected text, all that this model reads"),
-        (b'{"messages": [], "max_completion_tokens": 0.5}', "max_tokens"),
-        (b"[" * 100_000, "recursion"),
+        (chat(messages=[{"role": "system", "content": ["x"]}]), "expected text, all that this model reads"),
+        (b'{"messages":[{"role":"user","content":"\xff\xfe"}]}', "can't decode byte 0xff"),
+        (b'{"messages":[{"role":"user","content":"\\ud800"}]}', "surrogates not allowed"),
+        (b"[" * 100_000, "brackets in one another"),
         (b'{"messages": [], "temperature": NaN}', "expected a finite number; found NaN"),
         (b'{"messages": [], "temperature": 1e999}', "expected a finite number; found 1e999"),
-        (b'{"messages": [], "repeat_penalty": 0}', "repeat_penalty over 0"),
+        (chat(temperature="0.5"), "temperature: Input should be a valid number; found '0.5'"),
+        (chat(temperature=-1), "temperature: Input should be greater than or equal to 0"),
+        (chat(repeat_penalty=0), "repeat_penalty: Input should be greater than 0"),
+        (chat(n=2), "n: Input should be 1; found '2'"),
+        (chat(max_tokens=0), "max_tokens: Input should be greater than or equal to 1"),
+        (chat(max_completion_tokens=0.5), "max_completion_tokens: Input should be a valid integer"),
+        (chat(foo=1), "foo: is not supported here; leave it out"),
+        (chat(grammar="root ::= ("), "grammar: is not supported here"),
+        (chat(chat_template_kwargs={}), "chat_template_kwargs: is not supported here"),
+        (chat(reasoning_effort="low"), "reasoning_effort: is not supported here"),
+        (chat(store=True), "store: Input should be False"),
+        (chat(logit_bias={"x": 1}), "logit_bias"),
+        (chat(top_logprobs=3), "top_logprobs: expected logprobs = true"),
+        (chat(tools=[TOOL]), "tools: this model's chat template shows no tools to it"),
+        (chat(response_format={"type": "regex"}), "response_format.type: expected text, json_object or json_schema"),
+        (chat(response_format={"type": "json_schema"}), "response_format.json_schema.schema: expected an object"),
+        (chat(response_format=schema({"type": "string", "pattern": "^" + "(" * 200_000})), "20,000 characters"),
+        (
+            chat(response_format=schema({"type": "string", "pattern": "^" + "(" * 9_000 + ")" * 9_000 + "$"})),
+            "patterns",
+        ),
+        (chat(response_format=schema({"type": "string", "pattern": "^(a$"})), "pattern"),
+        (chat(response_format=schema({"$ref": "#/nowhere"})), "ref"),
     ],
 )
 def test_what_is_no_request_gets_400_and_what_is_wrong(address, body, message):
@@ -214,6 +237,125 @@ def test_what_is_no_request_gets_400_and_what_is_wrong(address, body, message):
     error = json.load(raised.value)["error"]
     assert error["type"] == "invalid_request_error"
     assert message in error["message"]
+
+
+def test_a_json_schema_is_kept_and_parsed_by_the_client(client):
+    import pydantic
+
+    class Answer(pydantic.BaseModel):
+        answer: Literal[41, 42]
+
+    kept = client.chat.completions.parse(model="tiny", messages=QUESTION, response_format=Answer, max_tokens=200)
+    assert kept.choices[0].message.parsed.answer in (41, 42)
+
+
+def test_the_usage_of_a_stream_comes_when_asked_for_and_only_then(client):
+    def usages(**parameters: object) -> list:
+        chunks = client.chat.completions.create(
+            model="tiny", messages=QUESTION, stream=True, max_tokens=3, **parameters
+        )
+        return [chunk.usage.completion_tokens for chunk in chunks if chunk.usage]
+
+    assert usages(stream_options={"include_usage": True}) == [3]
+    assert usages() == []
+
+
+def test_an_answer_goes_on_from_what_the_assistant_has_begun(client):
+    whole = client.chat.completions.create(model="tiny", messages=QUESTION, temperature=0).choices[0].message.content
+    begun = {"role": "assistant", "content": whole[:20]}
+    rest = client.chat.completions.create(model="tiny", messages=[*QUESTION, begun], temperature=0)
+    assert rest.choices[0].message.content.endswith("</answer>")
+    assert rest.usage.completion_tokens < 40
+
+
+def test_a_seed_makes_the_same_answer(client):
+    asked = {"model": "tiny", "messages": QUESTION, "temperature": 1.5, "max_tokens": 20}
+    first, second = (client.chat.completions.create(**asked, seed=7).choices[0].message.content for _ in range(2))
+    assert first == second
+
+
+def test_another_model_s_name_is_refused(client):
+    import openai
+
+    with pytest.raises(openai.NotFoundError, match="'gpt-4o' is not served here; expected 'tiny'"):
+        client.chat.completions.create(model="gpt-4o", messages=QUESTION)
+    with pytest.raises(openai.NotFoundError, match="expected 'tiny'"):
+        client.models.retrieve("gpt-4o")
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"prompt": [2, 4, 5]}, "prompt: Input should be a valid string"),
+        ({"prompt": [999_999]}, "prompt: Input should be a valid string"),
+        ({"prompt": ["a", "b"]}, "prompt: Input should be a valid string"),
+        ({"prompt": "x", "max_tokens": 0, "echo": True}, "max_tokens: Input should be greater"),
+        ({"prompt": "1 + 1 " * 3000}, "context"),
+        ({"prompt": "x", "grammar": "root ::= ("}, "grammar: is not supported here"),
+    ],
+)
+def test_raw_text_is_continued_and_what_is_none_refused(address, parameters, said):
+    assert answered(f"{address}/completions", json.dumps({"prompt": "What is", "max_tokens": 3}).encode())[0] == 200
+    status, error = answered(f"{address}/completions", json.dumps(parameters).encode())
+    assert status == 400
+    assert said in error["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "path", ["embeddings", "responses", "chat/completions/", "../tokenize", "../detokenize", "../slots/0"]
+)
+def test_no_other_address_of_llama_server_is_reached(address, path):
+    status, error = answered(f"{address}/{path}", b'{"tokens": [999999999]}')
+    assert status == 404
+    assert "is not offered here; there are /health, /v1/models" in error["error"]["message"]
+
+
+def test_a_body_of_200_mb_is_refused_and_not_kept(address):
+    status, error = answered(f"{address}/chat/completions", b"[" * 200_000_000)
+    assert (status, error["error"]["message"]) == (413, "expected a body of at most 8,000,000 bytes; found 200,000,000")
+
+
+def test_twenty_clients_at_once_get_the_same_answer(client):
+    with ThreadPoolExecutor(20) as pool:
+        asked = {"model": "tiny", "messages": QUESTION, "temperature": 0}
+        answers = list(
+            pool.map(lambda _: client.chat.completions.create(**asked).choices[0].message.content, range(20))
+        )
+    assert len(set(answers)) == 1
+    assert answers[0].endswith("</answer>")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_answer(address, stream):
+    port = int(address.rsplit(":", 1)[1].removesuffix("/v1"))
+    body = chat(stream=stream, max_tokens=900, logit_bias={"1": -100, "5": -100}, temperature=5)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            time.sleep(0.05)
+    started = time.monotonic()
+    assert answered(f"{address}/chat/completions", chat())[0] == 200
+    assert time.monotonic() - started < 5
+
+
+def test_llama_server_is_started_again_when_it_ends():
+    with running() as (process, address):
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        assert answered(f"{address}/chat/completions", chat())[0] == 500
+        assert answered(f"{address}/chat/completions", chat())[0] == 200
+
+
+def answered(address: str, body: bytes) -> tuple[int, dict]:
+    """Return status and body of a request that says that it is JSON."""
+    request = urllib.request.Request(address, body, {"Content-Type": "Application/JSON; charset=utf-8"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
 
 
 def got(address: str, **headers: str) -> tuple[int, dict[str, str]]:
@@ -291,58 +433,30 @@ def test_a_port_that_is_taken_is_refused_with_another():
     assert f"Run: make serve PORT={port + 1}" in result.output
 
 
-def test_a_file_that_is_cut_short_is_refused(tmp_path):
-    path = tmp_path / "model.q8_0.gguf"
-    path.write_bytes((tiny_models.quantized() / "model.q8_0.gguf").read_bytes()[:100_000])
-    setting = Setting(path, "", [], 64, {})
-    with pytest.raises(serve.UserError, match=r"llama.cpp can't load it. Delete its folder and run: make gguf"):
-        application(setting, "tiny")
-
-
 @pytest.mark.parametrize(
-    ("request_body", "expected"),
+    ("parameters", "expected"),
     [
-        ({"messages": []}, {"messages": [{"role": "system", "content": "Be brief."}], "stop": ["<end>"]}),
-        ({"messages": [], "stop": None, "top_p": None}, {"stop": ["<end>"], "top_p": 0.9}),
-        ({"messages": [], "stop": "x"}, {"stop": ["x", "<end>"]}),
-        ({"messages": [], "stop": ["<end>", "x"]}, {"stop": ["<end>", "x"]}),
-        ({"messages": [], "temperature": 0, "top_k": 5}, {"temperature": 0, "top_p": 0.9, "top_k": 5}),
-        ({"messages": [], "max_completion_tokens": 7}, {"max_tokens": 7}),
-        ({"messages": [], "max_completion_tokens": 7, "max_tokens": 9}, {"max_tokens": 9}),
+        ({}, {"messages": [{"role": "system", "content": "Be brief."}, *QUESTION], "stop": ["<end>"], "top_p": 0.9}),
+        ({"stop": None, "top_p": None}, {"stop": ["<end>"], "top_p": 0.9}),
+        ({"stop": "x"}, {"stop": ["x", "<end>"]}),
+        ({"stop": ["<end>", "x"]}, {"stop": ["<end>", "x"]}),
+        ({"temperature": 0, "top_k": 5}, {"temperature": 0, "top_p": 0.9, "top_k": 5}),
+        ({"max_completion_tokens": 7}, {"max_tokens": 7}),
+        ({"max_completion_tokens": 7, "max_tokens": 9}, {"max_tokens": 7}),
+        ({"messages": [{"role": "system", "content": ""}]}, {"messages": [{"role": "system", "content": ""}]}),
         (
-            {"messages": [{"role": "system", "content": ""}]},
-            {"messages": [{"role": "system", "content": ""}]},
+            {"messages": [{"role": "developer", "content": "No."}, *QUESTION]},
+            {"messages": [{"role": "system", "content": "No."}, *QUESTION]},
         ),
     ],
 )
-def test_a_request_gets_what_it_does_not_state_from_the_modelfile(request_body, expected):
-    made = complete_request(json.dumps(request_body).encode(), SETTING)
+def test_a_request_gets_what_it_does_not_state_from_the_modelfile(parameters, expected):
+    made = complete_chat(parse(json.dumps({"messages": QUESTION} | parameters).encode()), SETTING, "tiny", False)
     assert {key: made[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        (b"", "Expecting value"),
-        (b"{", "Expecting property name"),
-        (b"[]", "expected a JSON object with a list of messages"),
-        (b"3", "expected a JSON object with a list of messages"),
-        (b"{}", "expected a JSON object with a list of messages"),
-        (b'{"messages": 3}', "expected a JSON object with a list of messages"),
-        (b'{"messages": ["x"]}', "validation error"),
-        (b"\xff", "can't decode byte 0xff"),
-    ],
-)
-def test_what_is_no_request_is_refused(body, said):
-    with pytest.raises(ValueError, match=said):
-        complete_request(body, SETTING)
-
-
-def test_messages_that_the_chat_template_can_not_render_are_refused():
-    class Think:
-        def render(self, messages):
-            return "<user>" + messages[0]["content"]  # as a template does that adds texts
-
-    middleware = AsModelfile(None, SETTING, Think())
-    with pytest.raises(ValueError, match="the model's chat template can't render these messages"):
-        middleware.check_room([{"role": "user", "content": None}])
+@pytest.mark.parametrize("name", ["user", "metadata", "store", "service_tier", "prompt_cache_key", "n", "tool_choice"])
+def test_what_changes_no_answer_is_taken_and_not_passed_on(name):
+    values = {"metadata": {"a": "b"}, "store": False, "service_tier": "auto", "n": 1}
+    made = complete_chat({"messages": QUESTION, name: values.get(name, "auto")}, SETTING, "tiny", False)
+    assert name not in made

@@ -19,7 +19,7 @@ from stages.lib import options
 from stages.lib.answers.sandbox import check_sandbox
 from stages.lib.artifact.folder import write_artifact
 from stages.lib.artifact.manifest import read_manifest
-from stages.lib.data.files import files_of_source
+from stages.lib.data.place import files_of_source
 from stages.lib.data.rows import label
 from stages.lib.data.sets import Draft, Ruler, helpers
 from stages.lib.errors import UserError
@@ -27,7 +27,7 @@ from stages.lib.model.locate import local_model
 from stages.lib.model.rehearsal import check_chat_template, check_completion, check_tokenizer, refuse_base
 from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.read import read_recipe
-from stages.lib.recipe.tables import Recipe, is_hub_name
+from stages.lib.recipe.tables import PACKED_SUFFIXES, Recipe, is_hub_name
 from stages.lib.report import terminal
 from stages.lib.report.figures import PrepareDataFigures
 
@@ -53,7 +53,9 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
         read_manifest(base_model, "base-model")  # refuses an unfinished one before its files are looked for
     source_files = [files_of_source(source, base_model, data) for source in sources]
     raw = {label(source, file): file for source, files in zip(sources, source_files, strict=True) for file in files}
-    room = sum((32 if file.suffix == ".parquet" else 8) * file.stat().st_size for file in raw.values()) + (1 << 26)
+    swelling = (".parquet", *PACKED_SUFFIXES)
+    bytes_on_disk = ((file.suffix.lower() in swelling, file.stat().st_size) for file in raw.values())
+    room = sum((32 if swells else 8) * size for swells, size in bytes_on_disk) + (1 << 26)
     if base_model:  # its problems are an input
         raw = {name: file for name, file in raw.items() if not file.is_relative_to(base_model)}
     folders = [path for path in (data, *(Path(source.name) for source in sources)) if path and path.is_dir()]

@@ -1,5 +1,6 @@
 """Rows come out of every kind of file as they are in it; a bad file is refused by name, line and what it lacks."""
 
+import gzip
 import json
 import os
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.lib.data import files
+from stages.lib.data import delimited, documents, files
 from stages.lib.data.batch import Batch
-from stages.lib.data.files import files_of_source, read_batches
+from stages.lib.data.files import read_batches
+from stages.lib.data.place import files_of_source
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Source
 
@@ -85,7 +87,8 @@ def test_where_a_file_is_cut_into_pieces_does_not_matter(
     rows = [{"q": f'question \\ " {i} {{[,]}} \u00fc', "a": str(i)} for i in range(40)]
     path = write(tmp_path / f"mine{suffix}", rows)
     monkeypatch.setattr(files, "BATCH_BYTES", size)
-    monkeypatch.setattr(files, "BATCH_ROWS", size)
+    for module in (files, delimited, documents):
+        monkeypatch.setattr(module, "BATCH_ROWS", size)
     assert [values for _, *values in read(path)] == [[row["q"], row["a"]] for row in rows]
 
 
@@ -140,7 +143,8 @@ def test_a_parquet_file_that_is_damaged_amid_its_rows_is_said(tmp_path: Path) ->
 def test_max_rows_takes_the_first_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, limit: int
 ) -> None:
-    monkeypatch.setattr(files, "BATCH_ROWS", 2)
+    for module in (files, delimited, documents):
+        monkeypatch.setattr(module, "BATCH_ROWS", 2)
     assert len(read(write(tmp_path / f"mine{suffix}", ROWS), max_rows=limit)) == min(limit, 3)
 
 
@@ -162,10 +166,19 @@ BAD = {
     ),
     "latin.csv": ("q,a\nx,1\ncaf\u00e9,2\n".encode("latin-1"), "line 3: not UTF-8 (byte 0xe9 at column 4)"),
     "latin.json": ('[\n{"q": "caf\u00e9", "a": 1}]'.encode("latin-1"), "line 2: not UTF-8 (byte 0xe9 at column 11)"),
-    "utf16.jsonl": ('{"q": "x", "a": 1}\n'.encode("utf-16"), "line 1: not UTF-8 (byte 0xff at column 1)"),
+    "utf16.jsonl": (b"\xff\xfe{\x00\x00", "begins as UTF-16 does and is none"),
+    "cut.jsonl.gz": (gzip.compress(b'{"q": "x", "a": 1}\n' * 50)[:-9], "can't be unpacked"),
+    "fake.csv.gz": (b"q,a\nx,1\n", "can't be unpacked"),
+    "fake.csv.zst": (b"q,a\nx,1\n", "can't be unpacked"),
+    "header.tsv": (b"x\t1\ny\t2\n", "if the file has no header line, write one above: 'q\\ta'"),
+    "several.json": (b'{"one": [{"q": "x"}], "two": [{"q": "x"}]}', "found one, two"),
+    "other.json": (
+        b'{"version": 3}',
+        "or an object that holds one; found an object with version",
+    ),
     "column.jsonl": (b'{"q": "x", "anser": 1}\n', "has no column 'a'"),
     "column.csv": (b"question,a\nx,1\n", "has no column 'q'; found: question, a"),
-    "semicolon.csv": (b"q;a\nx;1\n", "has no column 'q'"),
+    "semicolon.csv": (b"question;a\nx;1\n", "has no column 'q'"),
     "twice.csv": (b"q,a,a\nx,1,2\n", "found the column 'a' 2 times; expected 1"),
     "mixed.csv": (b"q,a\nx,1\ny,1,200\nz,3\n", "line 3: 3 fields; the header has 2 (q, a)"),
     "short.csv": (b'q,a\n"x\ny",1\nz\n', "line 4: 1 fields; the header has 2"),
@@ -206,6 +219,73 @@ def test_a_bad_file_is_refused_with_its_name_and_what_is_wrong(tmp_path: Path, n
     assert message in raised.value.message
 
 
+def zst(content: bytes) -> bytes:
+    import pyarrow
+
+    packed = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(content)
+    return packed.getvalue().to_pybytes()
+
+
+LINES = b'{"q": "x", "a": "1"}\n\n{"q": "caf\xc3\xa9\xe2\x80\xa8 y", "a": "2"}\n'
+SPREADSHEET = 'q\ta\r\nx\t1\r\n"caf\u00e9\u2028 y"\t2\r\n'
+READ = [["x", "1"], ["caf\u00e9\u2028 y", "2"]]
+AS_PEOPLE_HAVE_IT = {
+    "mine.NDJSON": LINES,
+    "mine.jsonl.gz": gzip.compress(LINES),
+    "mine.jsonl.GZ": gzip.compress(LINES[:20]) + gzip.compress(LINES[20:]),
+    "mine.jsonl.zst": zst(LINES),
+    "mine.jsonl": LINES.decode().encode("utf-16"),
+    "list.jsonl": b"[" + LINES.replace(b"\n\n", b",") + b"]",
+    "mine.tsv": SPREADSHEET.encode(),
+    "mine.tsv.zst": zst(SPREADSHEET.encode()),
+    "unicode.csv": SPREADSHEET.encode("utf-16"),
+    "big endian.csv": b"\xfe\xff" + SPREADSHEET.encode("utf-16-be"),
+    "semicolon.csv": SPREADSHEET.replace("\t", ";").encode("utf-8-sig"),
+    "bar.CSV": SPREADSHEET.replace("\t", "|").encode(),
+    "sep.csv": b"sep=;\r\n" + SPREADSHEET.replace("\t", ";").encode(),
+    "sep unix.csv": b"\xef\xbb\xbfsep=^\n" + SPREADSHEET.replace("\t", "^").encode(),
+    "data.json": json.dumps({"version": "1", "data": [{"q": q, "a": a} for q, a in READ]}).encode(),
+    "split.json": json.dumps({"test": [{"q": "no", "a": "no"}], "train": [{"q": q, "a": a} for q, a in READ]}).encode(),
+    "pandas.json": json.dumps({"q": {"0": "x", "7": READ[1][0]}, "a": {"0": "1", "7": "2"}}).encode(),
+    "lists.json": json.dumps({"q": ["x", READ[1][0]], "a": ["1", "2"]}, indent=1).encode(),
+    "lists.json.gz": gzip.compress(json.dumps({"q": ["x", READ[1][0]], "a": ["1", "2"]}).encode()),
+}
+
+
+@pytest.mark.parametrize("name", AS_PEOPLE_HAVE_IT)
+def test_a_file_is_read_as_the_programs_of_people_write_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(AS_PEOPLE_HAVE_IT[name])
+    assert [values for _, *values in read(tmp_path / name)] == READ
+
+
+def test_a_row_after_a_line_that_states_the_separator_is_numbered_as_an_editor_numbers_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_bytes(AS_PEOPLE_HAVE_IT["sep.csv"])
+    assert [number for number, *_ in read(tmp_path / "mine.csv")] == [3, 4]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_dotted_name_is_a_field_of_a_struct(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"mine{suffix}", [{"q": "x", "a": {"b": {"c": "7"}}}, {"q": "y", "a": {"b": None}}])
+    (batch,) = parsed(source(path, answer="a.b.c"), [path])
+    assert batch.columns == {"q": ["x", "y"], "a.b.c": ["7", None]}
+
+
+def test_a_column_with_a_dot_in_its_name_is_that_column(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"q": "x", "a.b": "1", "a": {"b": "2"}}\n')
+    (batch,) = parsed(source(path, answer="a.b"), [path])
+    assert batch.columns["a.b"] == ["1"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_whole_rows_are_read_where_they_are_asked_for(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"mine{suffix}", ROWS)
+    batches = [piece.parsed() for piece in read_batches(source(path, answer="q"), [path], whole=True)]
+    assert [row for batch in batches for row in batch.rows] == ROWS
+
+
 def test_a_missing_column_is_told_with_the_nearest_one(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.csv", ROWS)
     with pytest.raises(UserError, match=r"no column 'qq' \(did you mean 'q'\?\); found: q, a"):
@@ -230,7 +310,7 @@ def test_a_json_list_may_be_as_large_as_the_limit(tmp_path: Path, monkeypatch, l
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(ROWS[:2]))
     assert path.stat().st_size == 85
-    monkeypatch.setattr(files, "MAX_LIST_BYTES", limit)
+    monkeypatch.setattr(documents, "MAX_WHOLE_BYTES", limit)
     if is_read:
         assert len(read(path)) == 2
         return
@@ -246,6 +326,17 @@ LAYOUTS = {
         ["main/train-00000-of-00001.jsonl"],
     ),
     "data": (["data/train-00000-of-00001.jsonl", "README.md"], ["data/train-00000-of-00001.jsonl"]),
+    "old shards": (
+        ["data/train-00000-of-00002-0123456789abcdef.jsonl", "data/train-00001-of-00002-fedcba9876543210.jsonl"],
+        ["data/train-00000-of-00002-0123456789abcdef.jsonl", "data/train-00001-of-00002-fedcba9876543210.jsonl"],
+    ),
+    "converted": (["main/train/0000.jsonl", "main/test/0000.jsonl"], ["main/train/0000.jsonl"]),
+    "configuration in the name": (["main-train.jsonl", "main-test.jsonl"], ["main-train.jsonl"]),
+    "folder of a split": (
+        ["train/part-1.JSONL.GZ", "train/part-0.jsonl", "train/notes.txt", "test/part-0.jsonl"],
+        ["train/part-0.jsonl", "train/part-1.JSONL.GZ"],
+    ),
+    "packed": (["TRAIN.jsonl", "train.jsonl.zst"], ["train.jsonl.zst"]),
     "shards": (
         ["train-00001-of-00002.jsonl", "train-00000-of-00002.jsonl", "train-extra.jsonl"],
         ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"],
@@ -257,7 +348,7 @@ LAYOUTS = {
 def test_a_split_is_found_in_every_layout_of_a_folder(tmp_path: Path, layout: str) -> None:
     present, expected = LAYOUTS[layout]
     for name in present:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"q": "x", "a": 1}\n')
     found = files_of_source(source(tmp_path, config="main"), None, None)
     assert [path.relative_to(tmp_path).as_posix() for path in found] == expected
@@ -271,6 +362,7 @@ def test_a_split_is_found_in_every_layout_of_a_folder(tmp_path: Path, layout: st
         ([], "found nothing"),
         (["train.jsonl", "train.csv"], "more than once (train.csv, train.jsonl)"),
         (["train.jsonl", "train-00000-of-00001.jsonl"], "more than once"),
+        (["mgsm_de.tsv"], "mgsm_de.tsv. For one of these files write: name = "),
         (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], "has 2 of the 3 files"),
     ],
 )
@@ -282,6 +374,58 @@ def test_a_folder_that_does_not_say_which_file_is_meant_is_refused(
     with pytest.raises(UserError) as raised:
         files_of_source(source(tmp_path), None, None)
     assert message in raised.value.message
+
+
+CARDS = {
+    "path": ("configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: q-*.jsonl\n", "default"),
+    "paths": ("configs:\n- config_name: main\n  data_files:\n  - split: train\n    path: [q-1.jsonl, q-2.jsonl]\n", ""),
+    "table": ("configs:\n- config_name: main\n  data_files: {train: q-*.jsonl, test: r-*.jsonl}\n", "main"),
+    "text": ("configs:\n- config_name: main\n  data_files: 'q-[12].jsonl'\n", "main"),
+    "list": ("configs:\n- config_name: other\n  data_files: r\n- config_name: main\n  data_files: ['q-*']\n", "main"),
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_dataset_card_says_which_files_are_a_split(tmp_path: Path, card: str) -> None:
+    front, config = CARDS[card]
+    (tmp_path / "README.md").write_text(f"---\n{front}---\n# Questions\n")
+    for name in ("q-2.jsonl", "q-1.jsonl", "r-1.jsonl"):
+        (tmp_path / name).write_text("")
+    assert [path.name for path in files_of_source(source(tmp_path, config=config), None, None)] == [
+        "q-1.jsonl",
+        "q-2.jsonl",
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["../outside.jsonl", "/etc/*", "gone.jsonl", "."])
+def test_a_dataset_card_names_no_file_outside_its_folder(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "outside.jsonl").write_text("")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n- data_files: {pattern!r}\n---\n")
+    with pytest.raises(UserError, match=r"README.md: lists .* for the split 'train'; there is no such file"):
+        files_of_source(source(tmp_path / "set"), None, None)
+
+
+@pytest.mark.parametrize(
+    "front", ["", "---\n---\n", "---\nlicense: mit\n---\n", "---\n- a\n---\n", "---\nconfigs: 7\n---\n"]
+)
+def test_a_card_without_files_leaves_the_choice_to_the_names(tmp_path: Path, front: str) -> None:
+    (tmp_path / "README.md").write_text(front)
+    (tmp_path / "train.jsonl").write_text("")
+    assert files_of_source(source(tmp_path), None, None) == [tmp_path / "train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "name", ["mine/questions.ndjson", "mine/questions.TSV", "mine/questions.jsonl.gz", "mine/q.csv.zst"]
+)
+def test_a_local_file_that_is_missing_is_not_sought_on_the_hub(name: str) -> None:
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        files_of_source(source(name), None, None)
+
+
+def test_a_name_that_may_be_of_the_hub_is_told_to_be_neither_here_nor_pinned() -> None:
+    with pytest.raises(UserError, match="no such file or folder, and for a dataset of that name on the hub"):
+        files_of_source(source("mine/questions"), None, None)
 
 
 def test_a_file_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:

@@ -1,13 +1,21 @@
 """A batch of rows, column by column."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.lib.errors import UserError, nearest
 
 BATCH_ROWS = 2000
 BATCH_BYTES = 1 << 20  # of a text file
+
+
+class Wanted(NamedTuple):
+    """What is read of each row: the columns `names`, a field within a struct by a dotted name, and with `whole` all."""
+
+    names: list[str]
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,7 @@ class Batch:
     unit: str  # "line" or "row"
     numbers: list[int]  # each row's place in the file, from 1
     columns: dict[str, list[Any]]  # None where a row has no such value
+    rows: list[dict[str, Any]] | None = None  # whole, where a reward may ask for any column
 
     def where(self, index: int) -> str:
         """Return the place of the batch's row `index`, for a message."""
@@ -28,23 +37,45 @@ class Batch:
         return self
 
 
-def columns_of(path: Path, unit: str, numbers: list[int], rows: list[Any], names: list[str], is_start: bool) -> Batch:
+def columns_of(path: Path, unit: str, numbers: list[int], rows: list[Any], wanted: Wanted, is_start: bool) -> Batch:
     """Return a batch of JSON values. Raises `UserError` for one that is no object or, at the start, lacks a column."""
     for number, row in zip(numbers, rows, strict=True):
         if not isinstance(row, dict):
             raise UserError(f"{path}, {unit} {number}: a JSON {type(row).__name__}; expected an object with columns")
     if is_start:
-        require_columns(str(path), names, list(rows[0]))
-    return Batch(str(path), unit, numbers, {name: [row.get(name) for row in rows] for name in names})
+        require_columns(str(path), wanted.names, list(rows[0]))
+    return batch_of(str(path), unit, numbers, rows, wanted)
 
 
-def require_columns(origin: str, names: list[str], found: list[str]) -> None:
+def batch_of(origin: str, unit: str, numbers: list[int], rows: list[dict[str, Any]], wanted: Wanted) -> Batch:
+    """Return a batch of rows that are dicts."""
+    columns = {
+        name: [value_of(row, name) for row in rows] if "." in name else [row.get(name) for row in rows]
+        for name in wanted.names
+    }
+    return Batch(origin, unit, numbers, columns, rows if wanted.whole else None)
+
+
+def value_of(row: Any, name: str) -> Any:
+    """Return a row's value in the column `name`, or in the field that a dotted name leads to; None without one."""
+    if isinstance(row, dict) and name not in row and "." in name:
+        first, _, rest = name.partition(".")
+        return value_of(row.get(first), rest)
+    return row.get(name) if isinstance(row, dict) else None
+
+
+def top_column(name: str, found: Sequence[str]) -> str:
+    """Return the column that holds `name`: itself, or what stands before its first dot."""
+    return name if name in found else name.partition(".")[0]
+
+
+def require_columns(origin: str, names: list[str], found: list[str], hint: str = "") -> None:
     """Raise `UserError` for a column of `names` that is not among those `found`."""
     for name in names:
-        if name not in found:
+        if top_column(name, found) not in found:
             raise UserError(
                 f"{origin}: has no column {name!r}{nearest(name, found)}; found: {', '.join(found) or 'none'}. "
-                f"Name the right one in [[data.sources]]"
+                f"{hint or 'Name the right one in [[data.sources]]'}"
             )
 
 

@@ -3,13 +3,13 @@
 import itertools
 from collections.abc import Iterator
 
-from stages.lib.data.batch import BATCH_ROWS, Batch, require_columns
+from stages.lib.data.batch import BATCH_ROWS, Batch, Wanted, batch_of, require_columns
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Source
 
 
-def read_hub(source: Source, names: list[str]) -> Iterator[Batch]:
-    """Yield the named columns of a dataset on the hub, at the recipe's revision, while they arrive.
+def read_hub(source: Source, wanted: Wanted) -> Iterator[Batch]:
+    """Yield the wanted columns of a dataset on the hub, at the recipe's revision, while they arrive.
 
     Raises `UserError` for a dataset that the hub does not give, that lacks a column or that has no rows.
     """
@@ -24,10 +24,10 @@ def read_hub(source: Source, names: list[str]) -> Iterator[Batch]:
         rows = iter(stream)
         while part := list(itertools.islice(rows, BATCH_ROWS)):
             if not row:
-                require_columns(origin, names, list(part[0]))
+                require_columns(origin, wanted.names, list(part[0]))
             numbers = list(range(row + 1, row + len(part) + 1))
             row += len(part)
-            yield Batch(origin, "row", numbers, {name: [values.get(name) for values in part] for name in names})
+            yield batch_of(origin, "row", numbers, part, wanted)
     except (OSError, ValueError, RuntimeError) as error:
         # `datasets` raises these for no network and for no such dataset, configuration, split or revision.
         raise UserError(

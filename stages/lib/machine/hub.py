@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from stages.lib.data.files import files_of_source
+from stages.lib.data.place import files_of_source
 from stages.lib.errors import UserError
 from stages.lib.machine.copies import hub_home
 from stages.lib.machine.disk import ARTIFACTS

@@ -99,7 +99,8 @@ class BaseModel:
     warmup_steps: Annotated[int, FROM_0]
 
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # in any case, each also packed
+PACKED_SUFFIXES = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -355,4 +356,5 @@ class Recipe:
 def is_hub_name(name: str) -> bool:
     """Say whether `name` is a hub repository (`owner/name`) and not a path on this disk, or one that is misspelt."""
     looks = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
-    return looks and not name.endswith(DATA_SUFFIXES) and not Path(name).exists()
+    ends = (*DATA_SUFFIXES, *PACKED_SUFFIXES)
+    return looks and not name.lower().endswith(ends) and not Path(name).exists()

@@ -348,6 +348,17 @@ def test_llama_server_is_started_again_when_it_ends():
         assert answered(f"{address}/chat/completions", chat())[0] == 200
 
 
+def test_killed_it_leaves_no_llama_server_behind():
+    with running() as (process, _):
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        process.wait()
+        until = time.monotonic() + 10
+        while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not Path(f"/proc/{child}").exists()
+
+
 def answered(address: str, body: bytes) -> tuple[int, dict]:
     """Return status and body of a request that says that it is JSON."""
     request = urllib.request.Request(address, body, {"Content-Type": "Application/JSON; charset=utf-8"})

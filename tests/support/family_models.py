@@ -16,8 +16,8 @@ from typing import Any
 
 from stages import gguf, merge
 from stages.lib.artifact.folder import Run
-from stages.lib.recipe.tables import Gguf, Merge
 from stages.lib.model.template import write_choices
+from stages.lib.recipe.tables import Gguf, Merge
 from tests.support import chat_templates, tiny_models
 
 MODELS = Path(sys.prefix) / "llama.cpp" / "models"

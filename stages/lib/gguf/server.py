@@ -1,8 +1,10 @@
 """llama-server, which docker/llama compiles with llama-cpp-python: started on a GGUF file, reached by a Unix socket."""
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 LOAD_SECONDS = 600  # of a large file on a slow disk
 STOP_SECONDS = 5
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)
 
 
 class LlamaServer:
@@ -50,8 +54,9 @@ class LlamaServer:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+                preexec_fn=end_with_parent,
+            )  # fmt: skip
         try:
             with self.client() as client:
                 until = time.monotonic() + LOAD_SECONDS
@@ -96,6 +101,12 @@ class LlamaServer:
     ) -> None:
         self.stop()
         self.folder.cleanup()
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process when the one that started it is gone, also by KILL."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def program() -> Path:

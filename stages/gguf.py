@@ -14,7 +14,7 @@ from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.artifact.manifest import read_manifest, write_json
 from stages.lib.errors import UserError
 from stages.lib.gguf import imatrix
-from stages.lib.gguf.convert import convert_lora, convert_model, quantize
+from stages.lib.gguf.convert import convert_lora, convert_model, name_of, quantize
 from stages.lib.gguf.prompted import Prompted, compare_prompts, conversations
 from stages.lib.gguf.tokens import Vocabulary
 from stages.lib.gguf.types import GGUF_TYPES
@@ -123,11 +123,6 @@ def make_files(model: Path, training: Path, recipe: Recipe, run: Run) -> dict[st
             quantize(source_path, paths[kind], kind, importance)
             run.seconds[f"quantize {kind}"] = time.monotonic() - start
     return paths
-
-
-def name_of(recipe: Recipe) -> str:
-    """Return general.name: llama.cpp knows Phi-3's control tokens by the base's name in it (src/llama-vocab.cpp)."""
-    return f"{Path(recipe.model.name).name} {recipe.path.stem}"
 
 
 def make_adapter(base: Path, lora: Path, recipe: Recipe, run: Run) -> tuple[Path, Path]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import click
 
@@ -12,7 +12,6 @@ from stages.lib.artifact.folder import write_artifact
 from stages.lib.distance import Text, compare_logits, spread_positions, store_logits
 from stages.lib.ends import end_ids, verify_end
 from stages.lib.errors import UserError
-from stages.lib.gguf.tokens import save_tokenizer
 from stages.lib.jsonl import first_rows
 from stages.lib.model.files import (
     local_model_folder,
@@ -24,6 +23,7 @@ from stages.lib.model.files import (
     weight_shapes,
     whole_model_folder,
 )
+from stages.lib.model.fold import SHARD_SIZE, fold
 from stages.lib.model.locate import local_model, locate_model
 from stages.lib.model.nf4 import nf4_lacks, require_nf4, training_cost, verify_nf4, write_nf4
 from stages.lib.model.reference import load_reference, model_logits
@@ -32,10 +32,6 @@ from stages.lib.recipe.tables import Merge
 from stages.lib.report import terminal
 from stages.lib.report.figures import FourBitDistance, MergeFigures
 
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
-
-SHARD_SIZE = "5GB"
 REFERENCE = "adapter-on-base.npy"  # among the checkpoints: the logits to compare with
 
 
@@ -85,61 +81,6 @@ def room_bytes(base: Path | None, knobs: Merge, *, four_bits: bool = False) -> i
     logits = 2 * knobs.prompts * knobs.positions_per_prompt * vocabulary_size(base) * 4
     model = 2 * parameter_count(base) + 2 * tokenizer + 1_000_000
     return model * (2 if four_bits else 1) + logits
-
-
-def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
-    """Write to `out` the base with the adapter folded in (in float32, rounded once to `dtype`), and its tokenizer."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(grpo / "tokenizer", trust_remote_code=False)
-    model = PeftModel.from_pretrained(load_reference(base), grpo / "adapter").merge_and_unload(safe_merge=True)
-    for parameter in reversed(list(model.parameters())):  # the embedding last: it is the largest, and needs a copy
-        parameter.data = parameter.data.to(getattr(torch, dtype))
-    model.config.dtype = getattr(torch, dtype)
-    model.generation_config.eos_token_id = end_ids(model.generation_config, tokenizer)
-    model.generation_config = savable(model.generation_config)
-    model.save_pretrained(out, max_shard_size=SHARD_SIZE)
-    write_rope_keys(out / "config.json")
-    save_tokenizer(tokenizer, base, out)
-
-
-def write_rope_keys(path: Path) -> None:
-    """Add to the config.json at `path` the keys by which transformers 4, and what is built on it, reads RoPE.
-
-    transformers 5 writes rope_parameters alone; 4 does not read that, and takes its own default without a word.
-    """
-    config = json.loads(path.read_text())
-    text = config.get("text_config", config)
-    stated = text.get("rope_parameters") or {}
-    scaling = dict(stated.get("full_attention", stated))
-    for name in ("rope_theta", "partial_rotary_factor"):
-        if name in scaling:
-            text[name] = scaling.pop(name)
-    if scaling:
-        text["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
-    if "sliding_attention" in stated:
-        text["rope_local_base_freq"] = stated["sliding_attention"]["rope_theta"]
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def savable(stated: "GenerationConfig") -> "GenerationConfig":
-    """Return `stated`, or only its token ids where transformers refuses to save it.
-
-    It refuses contradictions such as a temperature without do_sample; older bases were published with these.
-    """
-    from transformers import GenerationConfig
-
-    try:
-        stated.validate(strict=True)
-    except ValueError as error:
-        click.echo(
-            f"generation_config.json of the base contradicts itself; only its token ids are kept. {error}", err=True
-        )
-        ids = {name: getattr(stated, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return GenerationConfig(**{name: of for name, of in ids.items() if isinstance(of, list) or (of or 0) >= 0})
-    return stated
 
 
 def verify(base: Path, grpo: Path, merged: Path, rows: Sequence[dict], knobs: Merge, scratch: Path) -> MergeFigures:

@@ -10,8 +10,10 @@ are sent between processes.
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -23,13 +25,14 @@ from stages.lib.data.place import files_of_source
 from stages.lib.data.rows import label
 from stages.lib.data.sets import Draft, Ruler, helpers
 from stages.lib.errors import UserError
+from stages.lib.model.dress import rehearse
 from stages.lib.model.locate import local_model
 from stages.lib.model.rehearsal import check_chat_template, check_completion, check_tokenizer, refuse_base
 from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import PACKED_SUFFIXES, Recipe, is_hub_name
 from stages.lib.report import terminal
-from stages.lib.report.figures import PrepareDataFigures
+from stages.lib.report.figures import PrepareDataFigures, Rehearsal
 
 # Of base-model: all but the weights, which change no row.
 BASE_MODEL_FILES = ("problems/*", "model/*.json", "model/*.jinja", "model/*.model")
@@ -62,9 +65,10 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
     folders += [file.parent for file in raw.values() if any(file.is_relative_to(folder) for folder in folders)]
     raw |= {str(folder): folder for folder in folders} | local_model(run_recipe)
     tables = {
-        **run_recipe.tables("data", "format"),
-        "model": {"name": run_recipe.model.name, "revision": run_recipe.model.revision},
+        **run_recipe.tables("data", "format", "model"),
         "sft": {"max_tokens": run_recipe.sft.max_tokens},
+        "lora": {"target_modules": run_recipe.lora.target_modules},
+        "save": ["lora"] if "lora" in run_recipe.save else [],
     }
     inputs = {"base-model": (base_model, BASE_MODEL_FILES)} if base_model else {}
     if any(source.answers == "python" for source in sources):
@@ -73,15 +77,30 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
         with helpers(source_files) as pool:  # they start while this process loads the tokenizer
             refuse_base(run_recipe)
             tokenizer = load_tokenizer(run_recipe)
-            with ThreadPoolExecutor(1) as beside:  # llama.cpp's converter takes seconds to start
+            with ThreadPoolExecutor(2) as beside:  # llama.cpp's converter takes seconds to start
                 tokenizer_check = beside.submit(check_tokenizer, run_recipe, tokenizer)
                 check_chat_template(run_recipe, tokenizer)
                 check_completion(run_recipe, tokenizer)
+                rehearsal = beside.submit(rehearse_beside, run_recipe)
                 ruler = Ruler(tokenizer, run_recipe.format.system_prompt)
                 metrics = prepare(run_recipe, source_files, ruler, run.folder, pool)
                 tokenizer_check.result()
+                metrics["rehearsal"] = cast(Rehearsal, rehearsal.result())
         run.metrics.update(metrics)
         click.echo(terminal.prepare_data(metrics))
+
+
+def rehearse_beside(recipe: Recipe) -> dict[str, float]:
+    """Return the figures of `rehearse`, from a process of its own: it needs torch, and llama.cpp may end it."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(rehearse, recipe).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"{recipe.path}: a small copy of {recipe.model.name} ended the process that trained, merged and "
+                f"converted it; the reason is above, of llama.cpp or of torch. Training would end so as well. Choose "
+                f"another base model"
+            ) from error
 
 
 def prepare(

@@ -9,6 +9,7 @@ from stages import merge
 from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
 from stages.lib.jsonl import first_rows
+from stages.lib.model import fold
 from stages.lib.model.files import weight_shapes
 from stages.lib.recipe.tables import Merge
 from stages.lib.report.figures import MergeFigures, figures_of
@@ -54,7 +55,7 @@ def test_the_manifest_holds_the_gates_figures():
 @pytest.mark.torch
 def test_merging_twice_gives_the_same_bytes(tmp_path):
     base = tiny_models.made() / "base-model" / "model"
-    merge.fold(base, tiny_models.made() / "grpo", "float16", tmp_path / "model")
+    fold.fold(base, tiny_models.made() / "grpo", "float16", tmp_path / "model")
     again = (tmp_path / "model" / "model.safetensors").read_bytes()
     assert again == (tiny_models.merged() / "model" / "model.safetensors").read_bytes()
 
@@ -70,7 +71,7 @@ def test_the_room_asked_for_is_enough():
 def test_an_adapter_that_does_nothing_is_refused(tmp_path):
     made = tiny_models.made()
     tiny_models.adapter(made / "base-model" / "model", tmp_path / "grpo", steps=0)  # B starts at 0
-    merge.fold(made / "base-model" / "model", tmp_path / "grpo", "float16", tmp_path / "model")
+    fold.fold(made / "base-model" / "model", tmp_path / "grpo", "float16", tmp_path / "model")
     rows = tiny_models.rows(4, seed=5)
     with pytest.raises(UserError, match="does next to nothing"):
         merge.verify(
@@ -89,9 +90,9 @@ def test_a_generation_config_that_contradicts_itself_keeps_its_token_ids(tmp_pat
     from transformers import GenerationConfig
 
     sound = GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=[1, 5])
-    assert merge.savable(sound) is sound
-    merge.savable(GenerationConfig(pad_token_id=-1, eos_token_id=[1, 5])).save_pretrained(tmp_path)
-    made = merge.savable(GenerationConfig(temperature=0.6, top_p=0.9, eos_token_id=[1, 5], pad_token_id=0))
+    assert fold.savable(sound) is sound
+    fold.savable(GenerationConfig(pad_token_id=-1, eos_token_id=[1, 5])).save_pretrained(tmp_path)
+    made = fold.savable(GenerationConfig(temperature=0.6, top_p=0.9, eos_token_id=[1, 5], pad_token_id=0))
     made.save_pretrained(tmp_path)  # which refuses what contradicts itself
     kept = json.loads((tmp_path / "generation_config.json").read_text())
     assert (kept["eos_token_id"], kept["pad_token_id"], "temperature" in kept) == ([1, 5], 0, False)
@@ -171,7 +172,7 @@ def test_config_json_states_rope_for_transformers_4_as_well(tmp_path, stated, ad
     text = {"rope_parameters": stated, "vocab_size": 8}
     written = {inside: text, "model_type": "x"} if inside else text
     (tmp_path / "config.json").write_text(json.dumps(written))
-    merge.write_rope_keys(tmp_path / "config.json")
+    fold.write_rope_keys(tmp_path / "config.json")
     read = json.loads((tmp_path / "config.json").read_text())
     assert (read[inside] if inside else read) == text | added
     assert not inside or read["model_type"] == "x"

@@ -193,6 +193,7 @@ def test_a_recipe_prepares_its_data_from_local_copies(
 ) -> None:
     # There is a tokenizer here and no model: whether llama.cpp knows it, test_families.py asks.
     monkeypatch.setattr(prepare_data, "check_tokenizer", lambda *_: None)
+    monkeypatch.setattr(prepare_data, "rehearse_beside", lambda *_: {"base": 1.0, "adapter": 0.0, "gguf": 0.0})
     local = {
         "openai/gsm8k": gsm8k(tmp_path / "gsm8k"),
         "open-r1/DAPO-Math-17k-Processed": dapo(tmp_path / "dapo"),

@@ -11,6 +11,7 @@ from stages import gguf, merge
 from stages.lib.artifact.folder import Run
 from stages.lib.errors import UserError
 from stages.lib.gguf.file import Loaded
+from stages.lib.model import fold
 from stages.lib.model.files import refuse_quantized, weight_shapes
 from stages.lib.recipe.tables import Gguf, Merge
 from tests.support import micro, tiny_models
@@ -180,7 +181,7 @@ def test_a_config_that_unties_the_embeddings_is_caught(tmp_path):
 
 def test_an_adapter_on_one_use_of_a_tied_embedding_is_caught(tmp_path):
     tiny_models.adapter(base(), tmp_path / "grpo", target_modules=["q_proj", "embed_tokens"])
-    merge.fold(base(), tmp_path / "grpo", "float16", tmp_path / "model")
+    fold.fold(base(), tmp_path / "grpo", "float16", tmp_path / "model")
     with pytest.raises(UserError, match="Cause: tied embeddings broken: the adapter changes embed_tokens"):
         merge_gate(tmp_path / "model", tmp_path, tmp_path / "grpo")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from stages import gguf, merge
 from stages.lib.artifact.folder import Run
+from stages.lib.model import fold
 from stages.lib.model.template import write_choices
 from stages.lib.recipe.tables import Gguf, Merge
 from tests.support import chat_templates, tiny_models
@@ -289,7 +290,7 @@ def through(name: str, folder: Path, types: list[str], prompts: int, positions: 
     run.checkpoints.mkdir(parents=True)
     rows = tiny_models.rows(prompts, seed=7)
 
-    merge.fold(base_folder, grpo, "bfloat16", merged)
+    fold.fold(base_folder, grpo, "bfloat16", merged)
     knobs = Merge("bfloat16", prompts=prompts, positions_per_prompt=positions)
     gate = merge.verify(base_folder, grpo, merged, rows, knobs, run.checkpoints)
     recipe = SimpleNamespace(

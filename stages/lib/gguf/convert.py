@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING
 
 from stages.lib.errors import UserError
 from stages.lib.gguf.library import LOG, llama_library, llama_said, threads_for
+from stages.lib.recipe.tables import Recipe
 
 if TYPE_CHECKING:
     import numpy as np
 
 HOME = Path(sys.prefix) / "llama.cpp"
+
+
+def name_of(recipe: Recipe) -> str:
+    """Return general.name: llama.cpp knows Phi-3's control tokens by the base's name in it (src/llama-vocab.cpp)."""
+    return f"{Path(recipe.model.name).name} {recipe.path.stem}"
 
 
 def convert_model(model: Path, out: Path, kind: str, name: str, log: Path) -> None:

@@ -51,11 +51,21 @@ class ProblemSet(TypedDict):
     example_tokens: NotRequired[Lengths]
 
 
+class Rehearsal(TypedDict):
+    """Mean KLs (nats) from the merged model, of a small copy with random weights: what `model.dress` returns."""
+
+    base: float
+    adapter: float
+    gguf: float
+    lora: NotRequired[float]
+
+
 class PrepareDataFigures(TypedDict):
     """The sources in the recipe's order, and the sets `sft`, `grpo` and `eval`."""
 
     sources: list[SourceRead]
     sets: dict[str, ProblemSet]
+    rehearsal: NotRequired[Rehearsal]
 
 
 # `from` and `to`: a `train.ladder.Rung` each; `at_step`: the optimizer step that ran out of memory.

@@ -427,13 +427,14 @@ def test_what_is_fetched_from_the_hub_without_a_whole_commit_is_refused(
         (
             '"correctness"]', '"corectness"]',
             "[rewards] 'corectness' is not known (did you mean 'correctness'?); known: xmlcount, soft_format, "
-            "strict_format, int, correctness, math_correct, python_tests, length_penalty, repetition_penalty, or your "
-            "own as 'FILE.py:FUNCTION'",
+            "strict_format, int, correctness, math_correct, python_tests, reasoning_gym, length_penalty, "
+            "repetition_penalty, or your own as 'FILE.py:FUNCTION'",
         ),
         (
             '"correctness"]', '"check_answer"]',
             "[rewards] 'check_answer' is of suite 'think', but [format] name = 'xml'; its own: xmlcount, soft_format, "
-            "strict_format, int, correctness, math_correct, python_tests, length_penalty, repetition_penalty",
+            "strict_format, int, correctness, math_correct, python_tests, reasoning_gym, length_penalty, "
+            "repetition_penalty",
         ),
         ('"correctness"]', '"length_penalty"]', "[rewards] length_cache_tokens is missing: length_penalty needs it"),
         (
@@ -619,8 +620,8 @@ def test_a_source_without_the_name_of_a_column_is_refused(key: str, tmp_path: Pa
     ("stated", "message"),
     [
         ('answers = "numbers"', "answers = 'numbers'; expected "),
-        ('answers = "scored"', "'base-model' scorer = ''; expected one of: none is known yet"),
-        ('answers = "scored"\nscorer = "mine"', "'base-model' scorer = 'mine'; expected one of: none is known yet"),
+        ('answers = "scored"', "'base-model' scorer = ''; expected one of: reasoning_gym"),
+        ('answers = "scored"\nscorer = "mine"', "'base-model' scorer = 'mine'; expected one of: reasoning_gym"),
         ('scorer = "mine"', "'base-model' scorer = 'mine' goes with answers = 'scored'; found 'number'"),
         ('answers = "text"\ndecimal = ","', "'base-model' decimal = ',' goes with answers = 'number'; found 'text'"),
         ('decimal = ";"', "decimal = ';'; expected "),

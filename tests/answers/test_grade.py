@@ -92,7 +92,7 @@ def test_a_kind_is_written_as_it_is_read(text):
         ("number colour=red", "unknown kind of answer 'number colour=red'"),
         ("number tolerance=wide", "unknown kind of answer 'number tolerance=wide'"),
         ("number decimal=;", "unknown kind of answer 'number decimal=;'"),
-        ("scored", "expected 'scored scorer=NAME' with one of the scorers: none"),
+        ("scored", "expected 'scored scorer=NAME' with one of the scorers: reasoning_gym"),
         ("scored scorer=mine", "expected 'scored scorer=NAME'"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.lib.answers.formats import FORMATS, THINK, XML, Answer
-from stages.lib.answers.worker import MATH_TIMEOUT_SECONDS
+from stages.lib.answers.worker import TIMEOUT_SECONDS
 from stages.lib.errors import UserError
 from stages.lib.rewards.names import FOR_ANY_FORMAT, SUITES
 from tests.support.rewards import check_reward_names, load_rewards
@@ -278,7 +278,7 @@ def test_math_correct_reads_the_answer_by_the_format(math_correct, tmp_path):
     "answer", ["10^{10^{10}}", "9999999!", "(" * 400, "{" * 400, "2^{2^{2^{2^{2^{2}}}}}", r"\frac{" * 80]
 )
 def test_math_correct_gives_up_and_goes_on(answer, math_correct):
-    assert MATH_TIMEOUT_SECONDS == 0.5  # of processor time, however long the machine takes to give it
+    assert TIMEOUT_SECONDS == 0.5  # of processor time, however long the machine takes to give it
     hard, easy = XML.write(Answer("a", answer)), XML.write(Answer("a", r"\sqrt{4}/4"))
     start = time.perf_counter()
     assert math_correct([hard], answer=[r"\sqrt{2}^{9999999}+1"]) == [0.0]
@@ -294,7 +294,7 @@ def test_math_correct_does_not_take_the_time_that_it_was_kept_waiting_for_its_ow
     os.kill(worker.pid, signal.SIGSTOP)
     thread = threading.Thread(target=lambda: given.extend(math_correct([completion], answer=["5x"])))
     thread.start()
-    thread.join(2 * MATH_TIMEOUT_SECONDS)
+    thread.join(2 * TIMEOUT_SECONDS)
     assert given == []
     os.kill(worker.pid, signal.SIGCONT)
     thread.join()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from stages.lib.answers import gym
 from stages.lib.answers.formats import Format
 from stages.lib.answers.math import is_readable_math, same_math
 from stages.lib.answers.number import FLOAT_TOLERANCE, MAX_TEXT_CHARACTERS, Number, read_number, same_number
@@ -28,7 +29,7 @@ from stages.lib.recipe.tables import Source
 
 KINDS = ("number", "math", "text", "choice", "python", "scored")
 # A task's own scorer by name: score(answer, given) is from 0, wrong, to 1, right. `answer` is the row's, as written.
-SCORERS: dict[str, Callable[[str, str], float]] = {}
+SCORERS: dict[str, Callable[[str, str], float]] = {"reasoning_gym": gym.score}
 
 
 class Kind(NamedTuple):
@@ -59,7 +60,7 @@ def read_kind(text: str) -> Kind:
     if kind.name not in KINDS or kind.decimal not in (".", ","):
         raise UserError(f"unknown kind of answer {text!r}{nearest(name, KINDS)}; known: {', '.join(KINDS)}")
     if kind.name == "scored" and kind.scorer not in SCORERS:
-        known = ", ".join(SCORERS) or "none"
+        known = ", ".join(SCORERS)
         raise UserError(f"kind of answer {text!r}: expected 'scored scorer=NAME' with one of the scorers: {known}")
     return kind
 
@@ -80,7 +81,10 @@ def accepted_answers(answer: str) -> list[str]:
 
 def shown_answer(kind: str, answer: str) -> str:
     """Return the answer to teach and to show: the first of several accepted ones, else the answer as written."""
-    return accepted_answers(answer)[0] if read_kind(kind).name in ("text", "choice") else answer
+    rule = read_kind(kind)
+    if rule.scorer == "reasoning_gym":
+        return gym.right_answer(answer)
+    return accepted_answers(answer)[0] if rule.name in ("text", "choice") else answer
 
 
 @functools.lru_cache(1 << 12)
@@ -122,6 +126,7 @@ def canonical(kind: str, answer: str) -> str | None:
         return "".join(answer.split()) if is_readable_math(answer) else None
     if rule.name == "python":
         return program_of(answer).strip() or None
+    answer = shown_answer(kind, answer) if rule.name == "scored" else answer
     return (canonical_text(answer) if len(answer) <= MAX_TEXT_CHARACTERS else answer) or None
 
 

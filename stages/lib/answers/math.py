@@ -148,7 +148,7 @@ def _is_same(true: str, given: str) -> bool:
         read = read_number(given)
         return read is not None and same_number(number, read)
     alike = true.replace(" ", "") == given.replace(" ", "")
-    return alike or (not _has_more_to_do(true, given) and WORKER.ask(true, given))
+    return alike or (not _has_more_to_do(true, given) and WORKER.ask(true, given) == 1.0)
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A process that compares LaTeX by math-verify, and dies when that takes long."""
+"""Processes that grade answers, by math-verify and by the scorers of reasoning-gym, and die when that takes long."""
 
 import contextlib
 import functools
@@ -11,19 +11,21 @@ from typing import Any
 
 from stages.lib.errors import UserError
 
-MATH_TIMEOUT_SECONDS = 0.5  # of processor time, so that other work of the machine does not count
+TIMEOUT_SECONDS = 0.5  # of processor time, so that other work of the machine does not count
 _WALL_SECONDS = 60.0  # for a process that waits instead of working
 _MAX_MEMORY_BYTES = 4 << 30  # of address space, of which SymPy alone takes a good part
 
 
-class MathWorker:
-    """The process that compares; after it was killed, a new one is forked from a server with math-verify loaded.
+class Worker:
+    """A process that grades; after it was killed, a new one is forked from a server with math-verify loaded.
 
-    math-verify's own time limit works in the main thread only and not inside one long step of SymPy or of integer
-    arithmetic (10 to the power of 10 to the power of 10), so the limit is the worker's death by SIGPROF or SIGALRM.
+    `load` is called in the process and returns the function that grades. math-verify's own time limit works in the main
+    thread only and not inside one long step of SymPy or of integer arithmetic (10 to the power of 10 to the power of
+    10), so the limit is the worker's death by SIGPROF or SIGALRM.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, load: Callable[[], Callable[[str, str], float]]) -> None:
+        self.name, self.load = name, load
         self._lock = threading.Lock()
         self._pipe: Any = None
 
@@ -33,7 +35,7 @@ class MathWorker:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["math_verify", __name__])
             self._pipe, remote = context.Pipe()
-            process = context.Process(target=_serve_math, args=(remote,), name="math", daemon=True)
+            process = context.Process(target=_serve, args=(remote, self.load), name=self.name, daemon=True)
             with _no_main_module():
                 process.start()
             remote.close()  # so that the worker's death ends the pipe
@@ -41,25 +43,22 @@ class MathWorker:
                 self._pipe.recv()  # ready
             except EOFError as error:
                 self._pipe = None
-                raise UserError("math-verify's process could not start; its error is above") from error
+                raise UserError(f"the process that grades ({self.name}) could not start; its error is above") from error
 
-    def ask(self, true: str, given: str) -> bool:
-        """Return whether `given` equals `true`."""
+    def ask(self, true: str, given: str) -> float:
+        """Return the grade of `given`, from 0 to 1, where `true` is the right answer; 0.0 if that takes too long."""
         with self._lock:
             self.start()
             # The pipe is kept only if the answer came: a late one must not answer the next question.
             pipe, self._pipe = self._pipe, None
             try:
                 pipe.send((true, given))
-                equal: bool = pipe.recv()
+                grade: float = pipe.recv()
             except (EOFError, ConnectionError):
                 self.start()
-                return False
+                return 0.0
             self._pipe = pipe
-            return equal
-
-
-WORKER = MathWorker()
+            return grade
 
 
 @contextlib.contextmanager
@@ -73,19 +72,37 @@ def _no_main_module() -> Iterator[None]:
         spawn.get_preparation_data = told
 
 
-def _serve_math(pipe: Any) -> None:
+def _serve(pipe: Any, load: Callable[[], Callable[[str, str], float]]) -> None:
     """Answer the questions from the pipe until it closes; the worker's main function."""
-    import logging
     import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end closes the pipe
+    grade = load()
+    pipe.send(True)
+    while True:
+        try:
+            true, given = pipe.recv()
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_PROF, TIMEOUT_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, _WALL_SECONDS)
+        graded = grade(true, given)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        pipe.send(graded)
+
+
+def _load_math() -> Callable[[str, str], float]:
+    """Return the comparison of two LaTeX texts by math-verify."""
+    import logging
 
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own time limit is off
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
-    for number in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end closes the pipe
     # LaTeX only: math-verify gives plain expressions to SymPy's parse_expr, which evaluates them as Python.
     # Units stay: "2m" is twice m.
     spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
@@ -96,15 +113,7 @@ def _serve_math(pipe: Any) -> None:
         parsing_timeout=None,
     )
     verify(read("$1$"), read("$\\frac{2}{2}$"), timeout_seconds=None)  # loads the parser
-    pipe.send(True)
-    while True:
-        try:
-            true, given = pipe.recv()
-        except EOFError:
-            return
-        signal.setitimer(signal.ITIMER_PROF, MATH_TIMEOUT_SECONDS)
-        signal.setitimer(signal.ITIMER_REAL, _WALL_SECONDS)
-        equal = verify(read(f"${true}$"), read(f"${given}$"), timeout_seconds=None)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        pipe.send(equal)
+    return lambda true, given: float(verify(read(f"${true}$"), read(f"${given}$"), timeout_seconds=None))
+
+
+WORKER = Worker("math", _load_math)

@@ -27,8 +27,9 @@ from stages.lib.data.documents import is_document, read_document
 from stages.lib.data.hub import read_hub
 from stages.lib.data.opened import decoded, is_as_stored, opened
 from stages.lib.data.place import kind_of_file
+from stages.lib.data.reasoning_gym import read_gym
 from stages.lib.errors import UserError
-from stages.lib.recipe.tables import Source
+from stages.lib.recipe.tables import GYM, Source
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read_batches(source: Source, files: list[Path], whole: bool = False) -> Iter
     names = (source.question, source.answer, source.solution)
     wanted = Wanted([name for name in dict.fromkeys(names) if name], whole)
     of_files = itertools.chain.from_iterable(read_file(file, wanted, source.split) for file in files)
-    read = of_files if files else read_hub(source, wanted)
+    read = of_files if files else (read_gym if source.name == GYM else read_hub)(source, wanted)
     if not source.max_rows:
         yield from read
         return

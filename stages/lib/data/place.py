@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.errors import UserError
-from stages.lib.recipe.tables import DATA_SUFFIXES, PACKED_SUFFIXES, Source, is_hub_name
+from stages.lib.recipe.tables import DATA_SUFFIXES, GYM, PACKED_SUFFIXES, Source, is_hub_name
 
 SHARD = r"-(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?"  # the hub's older names end in a hash
 
 
 def files_of_source(source: Source, base_model: Path | None, data: Path | None) -> list[Path]:
-    """Return the files of a source in the order they are read; none for a dataset to fetch from the hub.
+    """Return the files of a source in the order they are read; none for one that is fetched or made.
 
     `base_model` is the artifact for a source named "base-model". `data` is a file or folder, the local copy of the
     datasets that the recipe names on the hub. Raises `UserError` for a file that does not exist, and for a dataset to
     fetch without a revision.
     """
+    if source.name == GYM:
+        return []
     if source.name == "base-model":
         if base_model is None:
             raise UserError(f"the recipe takes {source.split!r} problems from base-model; give --base-model FOLDER")

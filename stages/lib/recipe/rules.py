@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterator
 
 from stages.lib.answers.grade import SCORERS
+from stages.lib.answers.gym import TASKS
 from stages.lib.errors import UserError, nearest
 from stages.lib.gguf.types import GGUF_TYPES, NEED_IMPORTANCE
 from stages.lib.ollama import modelfile
-from stages.lib.recipe.tables import MAX_VLLM_RANK, Recipe, Source, is_hub_name
+from stages.lib.recipe.tables import GYM, MAX_VLLM_RANK, Recipe, Source, is_hub_name
 from stages.lib.rewards.names import check_reward_names
 
 # Variables of a chat template that are about the conversation, or the tokenizer's.
@@ -112,8 +113,14 @@ def base_model(recipe: Recipe) -> Iterator[str]:
 def data(recipe: Recipe) -> Iterator[str]:
     """Yield what keeps the sources from making the three sets."""
     for source in recipe.data.sources:
-        for wrong in (*columns(source), *sets(source)):
+        for wrong in (*columns(source), *sets(source), *gym(source)):
             yield f"[[data.sources]] {source.name!r} {wrong}"
+    seeds: dict[tuple[str, int | None], bool] = {}
+    for source in recipe.data.sources:
+        for task in source.tasks:
+            evaluates = "eval" in source.use and not source.shares
+            if seeds.setdefault((task, source.seed), evaluates) != evaluates:
+                yield f"[[data.sources]] {GYM!r} seed = {source.seed} makes {task!r} to train and for eval: two seeds"
     for name in ("sft", "grpo", "eval"):
         if not any(name in source.use for source in recipe.data.sources):
             yield f"no [[data.sources]] has {name!r} in its use; sft, grpo and eval all need one"
@@ -134,13 +141,34 @@ def sets(source: Source) -> Iterator[str]:
         yield f"would train on its own eval problems; give shares, one a set in {source.use}"
 
 
+def gym(source: Source) -> Iterator[str]:
+    """Yield what is wrong with the rows that reasoning-gym is to make; its tasks check their settings themselves."""
+    stated = [key for key in ("tasks", "settings", "rows", "seed") if getattr(source, key) not in (None, {})]
+    if source.name != GYM:
+        if stated:
+            yield f"{stated[0]} goes with name = {GYM!r}; found {source.name!r}"
+        return
+    for task in source.tasks:
+        if task not in TASKS:
+            yield f"tasks: {task!r} is none of those in docs/reasoning-gym.md{nearest(task, TASKS)}"
+    for task in source.settings:
+        if task not in source.tasks:
+            yield f"settings.{task}: the source has no such task{nearest(task, source.tasks)}"
+    if not source.tasks or source.seed is None or source.rows is None:
+        yield f"needs tasks, rows and seed; found tasks = {source.tasks}, rows = {source.rows}, " + (
+            f"seed = {source.seed}"
+        )
+    if (source.answers, source.scorer) != ("scored", "reasoning_gym"):
+        yield f"expected answers = 'scored' and scorer = 'reasoning_gym'; found {source.answers!r}, {source.scorer!r}"
+
+
 def columns(source: Source) -> Iterator[str]:
     """Yield what is wrong with a source's columns and with the kind of its answers."""
     for key, column in (("question", source.question), ("answer", source.answer)):
         if not column:
             yield f"{key} = ''; expected the name of a column"
     if source.answers == "scored" and source.scorer not in SCORERS:
-        scorers = ", ".join(SCORERS) or "none is known yet"
+        scorers = ", ".join(SCORERS)
         yield f"scorer = {source.scorer!r}{nearest(source.scorer, SCORERS)}; expected one of: {scorers}"
     for key, kind in (("decimal", "number"), ("scorer", "scored")):
         if getattr(source, key) and source.answers != kind:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 UNCHANGING = ("save_steps", "log_steps", "show_completions_steps")
 # Keys that came later: left out of the identity where they are unset, so that an older result stays up to date.
 LATER = ("template_kwargs", "sampled_prompts", "repeat_share")
+LATER_OF_SOURCE = ("tasks", "settings", "rows", "seed")
 MAX_VLLM_RANK = 512  # of a LoRA (vllm/config/lora.py)
 
 
@@ -99,6 +100,7 @@ class BaseModel:
     warmup_steps: Annotated[int, FROM_0]
 
 
+GYM = "reasoning-gym"  # the name of a source whose rows that package makes
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # in any case, each also packed
 PACKED_SUFFIXES = (".gz", ".zst")
 
@@ -107,7 +109,8 @@ PACKED_SUFFIXES = (".gz", ".zst")
 class Source:
     """One `[[data.sources]]`: where rows come from, which columns count and which sets they go to."""
 
-    name: str  # a hub name (then `revision` is a must), a file, a folder, or "base-model": the problems it made
+    name: str  # a hub name (then `revision` is a must), a file, a folder, "base-model": the problems it made,
+    #   or "reasoning-gym": rows that the tasks below make (`docs/reasoning-gym.md`)
     use: list[Literal["sft", "grpo", "eval"]]  # the sets that its rows go to: each row to all, unless `shares` split
     question: str  # the column of the problem
     answer: str  # the column of the answer
@@ -126,6 +129,12 @@ class Source:
     unreadable: Literal["refuse", "drop"] = "refuse"  # what a row does whose question, answer or solution is missing or
     #   unreadable: end the stage with an error, or be left out and counted
     max_rows: int = 0  # read so many rows from the start; 0: all
+    tasks: dict[str, Annotated[float, OVER_0]] = dataclasses.field(default_factory=dict)  # reasoning-gym: weights of
+    #   its tasks, by name
+    settings: dict[str, dict[str, bool | int | float | str | list]] = dataclasses.field(default_factory=dict)  # type: ignore[type-arg]
+    #   reasoning-gym: the tasks' own settings, by task; those left out are the package's
+    rows: Annotated[int, FROM_1] | None = None  # reasoning-gym: made in all
+    seed: Annotated[int, SEED] | None = None  # reasoning-gym: another seed, other rows
 
 
 @dataclass(frozen=True)
@@ -350,6 +359,10 @@ class Recipe:
         for table in tables.values():
             for key in (*UNCHANGING, *(key for key in LATER if not table.get(key))):
                 table.pop(key, None)
+            for source in table.get("sources", ()):
+                for key in LATER_OF_SOURCE:
+                    if source[key] in (None, {}):
+                        del source[key]
         return tables
 
 

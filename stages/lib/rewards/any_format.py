@@ -1,4 +1,4 @@
-"""Rewards for any format: `math_correct`, `python_tests`, `length_penalty` and `repetition_penalty`."""
+"""Rewards for any format: right answers by kind (`math_correct`, `python_tests`, `reasoning_gym`) and two penalties."""
 
 import os
 from collections.abc import Sequence
@@ -45,6 +45,24 @@ def python_tests(
         return list(
             pool.map(lambda row: grades([row[0]], [row[1]], [row[2]])[0], zip(given, answer, kinds, strict=True))
         )
+
+
+def reasoning_gym(
+    completions: Sequence[Completion],
+    answer: Sequence[str],
+    kind: Sequence[str] | None = None,
+    *,
+    format: Format,
+    **columns: Any,
+) -> list[float]:
+    """Reward the score of the answer by its row's task of reasoning-gym, from 0.0 to 1.0, which alone is right.
+
+    0.0 if the completion is not well formed, or if scoring takes more than half a second of processor time. Rows of
+    another kind are graded as that kind.
+    """
+    parts = map(format.read, texts_of(completions))
+    kinds = kind or ["scored scorer=reasoning_gym"] * len(answer)
+    return grades((read.answer if read else None for read in parts), answer, kinds)
 
 
 def length_penalty(

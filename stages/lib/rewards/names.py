@@ -20,7 +20,7 @@ from stages.lib.answers.sandbox import check_sandbox
 from stages.lib.answers.worker import WORKER
 from stages.lib.errors import UserError, nearest
 from stages.lib.recipe.tables import Recipe, Rewards
-from stages.lib.rewards.any_format import length_penalty, math_correct, python_tests, repetition_penalty
+from stages.lib.rewards.any_format import length_penalty, math_correct, python_tests, reasoning_gym, repetition_penalty
 from stages.lib.rewards.judge import Completion, Reward
 from stages.lib.rewards.own import check_own, is_own, load_own
 from stages.lib.rewards.think import check_answer, check_numbers, match_format_approximately, match_format_exactly
@@ -31,7 +31,7 @@ SUITES: dict[str, dict[str, Reward]] = {
     "think": {f.__name__: f for f in (match_format_exactly, match_format_approximately, check_answer, check_numbers)},
 }
 FOR_ANY_FORMAT: dict[str, Reward] = {
-    f.__name__: f for f in (math_correct, python_tests, length_penalty, repetition_penalty)
+    f.__name__: f for f in (math_correct, python_tests, reasoning_gym, length_penalty, repetition_penalty)
 }
 
 
@@ -86,7 +86,7 @@ def _known(name: str, format: Format) -> Reward:
 
 
 def _parameters_of(name: str, recipe: Recipe) -> dict[str, Any]:
-    if name in ("math_correct", "python_tests"):
+    if name in ("math_correct", "python_tests", "reasoning_gym"):
         return {"format": formats.get(recipe.format.name)}
     if name == "length_penalty":
         limit = recipe.grpo.max_completion_tokens

@@ -23,7 +23,7 @@ WITHOUT_RECIPE = ("grade", "compare")
 HEAVY = (
     "torch transformers datasets trl peft accelerate llama_cpp gguf numpy pandas pyarrow matplotlib sentencepiece "
     "tokenizers safetensors huggingface_hub math_verify sympy jinja2 tqdm unsloth vllm "
-    "fastapi starlette uvicorn openai pydantic bitsandbytes"
+    "starlette uvicorn openai pydantic bitsandbytes"
 ).split()
 
 

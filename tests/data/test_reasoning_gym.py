@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from stages.lib.data.files import files_of_source, read_batches
+from stages.lib.data.files import read_batches
+from stages.lib.data.place import files_of_source
 from stages.lib.data.reasoning_gym import rows_by_task, task_seed
 from stages.lib.errors import UserError
 from stages.lib.recipe.read import read_recipe

@@ -85,7 +85,8 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
                 ruler = Ruler(tokenizer, run_recipe.format.system_prompt)
                 metrics = prepare(run_recipe, source_files, ruler, run.folder, pool)
                 tokenizer_check.result()
-                metrics["rehearsal"] = cast(Rehearsal, rehearsal.result())
+                if rehearsed := rehearsal.result():
+                    metrics["rehearsal"] = cast(Rehearsal, rehearsed)
         run.metrics.update(metrics)
         click.echo(terminal.prepare_data(metrics))
 

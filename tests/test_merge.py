@@ -178,6 +178,22 @@ def test_config_json_states_rope_for_transformers_4_as_well(tmp_path, stated, ad
     assert not inside or read["model_type"] == "x"
 
 
+def test_a_rope_that_transformers_4_has_not_gets_no_older_keys(tmp_path):
+    turned = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}  # Gemma 4
+    text = json.dumps({"text_config": {"rope_parameters": {"full_attention": turned}}})
+    (tmp_path / "config.json").write_text(text)
+    fold.write_rope_keys(tmp_path / "config.json")
+    assert (tmp_path / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize(("model_type", "words"), [("granitemoehybrid", ["mamba", "attention"]), ("qwen3_next", None)])
+def test_the_layers_of_granite_4_have_the_words_that_the_converter_counts(tmp_path, model_type, words):
+    written = ["linear_attention", "full_attention"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "layer_types": written}))
+    fold.write_layer_types(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text())["layer_types"] == (words or written)
+
+
 @pytest.mark.torch
 def test_transformers_5_reads_the_same_rope_with_the_older_keys_beside_it():
     from transformers import AutoConfig

@@ -180,8 +180,12 @@ def tokenizer(name: str, folder: Path) -> Path:
     """Write the tokenizer of a recipe's family, with a configuration that makes the folder a model's."""
     family = family_models.FAMILIES[FAMILIES[name]]
     folder.mkdir()
-    family.tokenizer(folder, family.template)
-    (folder / "config.json").write_text(json.dumps({"model_type": re.sub("Text$", "_text", family.network).lower()}))
+    family.tokenizer(folder, family.template, family.end)
+    config = {
+        "architectures": [f"{family.network.removesuffix('Text')}ForCausalLM"],
+        "model_type": re.sub("Text$", "_text", family.network).lower(),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
     micro.write_weights(folder)
     return folder
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from stages.lib.model import sampled
 from stages.lib.model.engine import import_engine
 from stages.lib.model.generate import load_vllm, vllm_batch
 from stages.lib.model.unsloth import load_unsloth
@@ -64,10 +65,12 @@ def look(folder: Path) -> None:
     import_engine(ONE)
     import trl
     from unsloth import FastLanguageModel
+    from unsloth.models import loader, vision
     from unsloth.models.vision import FastBaseModel
     from unsloth_zoo.vllm_utils import load_vllm
     from vllm import LLM, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import registry
 
     seen: dict[str, Any] = {
         # What it does not name itself it hands to load_vllm, if that names it.
@@ -78,10 +81,15 @@ def look(folder: Path) -> None:
         ],
         "LLM": named(LLM.__init__) + [field.name for field in dataclasses.fields(EngineArgs)],
         "generator.model.generate": named(LLM.generate),
+        "networks": [
+            *registry._TEXT_GENERATION_MODELS, *registry._MULTIMODAL_MODELS, *registry._TRANSFORMERS_SUPPORTED_MODELS,
+        ],
+        "unshared": loader.VLLM_UNSUPPORTED_MODEL_TYPES,
+        "with images": vision.VLLM_SUPPORTED_VLM,
         "SamplingParams": list(SamplingParams.__struct_fields__),
         "sft": fate("sft", trl.SFTConfig, folder),
         "grpo": fate("grpo", trl.GRPOConfig, folder),
-    }
+    }  # fmt: skip
     (folder / "seen.json").write_text(json.dumps(seen, default=str))
 
 
@@ -141,6 +149,12 @@ def test_vllm_knows_what_the_trainer_is_to_tell_it(seen):
     grpo = STAGES["grpo"]
     told = grpo.arguments(ONE, Path("out"))["generation_kwargs"]
     assert told.keys() - set(seen["SamplingParams"]) == set()
+
+
+def test_models_that_are_taken_for_sampling_are_those_of_vllm_and_unsloth(seen):
+    assert set(seen["networks"]) >= sampled.ARCHITECTURES
+    assert seen["unshared"] == [*sampled.UNSHARED]
+    assert sorted(seen["with images"]) == sorted(sampled.WITH_IMAGES)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -7,6 +7,7 @@ import pytest
 
 from stages.lib.errors import UserError
 from stages.lib.model.dress import rehearse
+from stages.lib.model.network import network_class, outside_text
 from stages.lib.model.shrink import small_sizes
 from stages.lib.recipe.read import read_recipe
 from tests.support import tiny_models
@@ -69,13 +70,74 @@ def test_a_small_copy_has_each_kind_of_layer(network, settings, layers):
     import transformers
 
     config = getattr(transformers, f"{network}Config")(**settings)
-    assert small_sizes(config, config.to_dict())["num_hidden_layers"] == layers
+    assert small_sizes(config.to_dict(), {})["num_hidden_layers"] == layers
+
+
+def test_a_small_mamba_has_as_many_heads_as_its_width_asks_for():
+    known = {
+        "num_hidden_layers": 4, "hidden_size": 1536, "num_attention_heads": 12, "mamba_n_heads": 48, "mamba_d_head": 64,
+        "mamba_expand": 2, "mamba_n_groups": 1,
+    }  # fmt: skip
+    sizes = small_sizes(known, known)
+    assert sizes["hidden_size"] == 2 * 1536 // 12
+    assert sizes["mamba_n_heads"] * 64 == 2 * sizes["hidden_size"]
+
+
+def test_lists_with_an_entry_a_layer_are_cut_with_the_layers_and_sizes_in_them_made_small():
+    stated = {
+        "num_hidden_layers": 6, "hidden_size": 512, "head_dim": 64, "num_attention_heads": 8, "num_kv_shared_layers": 2,
+        "layer_types": ["s", "f"] * 3, "intermediate_size": [2048] * 6,
+        "per_layer_config": {"1": {"num_key_value_heads": 4}, "5": {"num_key_value_heads": 4}},
+    }  # fmt: skip
+    sizes = small_sizes(stated, stated)
+    assert sizes["num_hidden_layers"] == 4  # two of their own, two that share keys and values
+    assert sizes["num_kv_shared_layers"] == 2
+    assert sizes["layer_types"] == ["s", "f", "s", "f"]
+    assert sizes["intermediate_size"] == [64] * 4
+    assert sizes["per_layer_config"] == {"1": {"num_key_value_heads": 1}}
+
+
+def test_sizes_that_make_no_network_refuse_nothing(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("stages.lib.model.shrink.SIZES", {"hidden_size": 63, "intermediate_size": -1})
+    assert rehearse(recipe) == {}
+    assert "warning: base-model: no rehearsal with a small copy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_use_of_a_tied_embedding_is_refused_before_training(recipe, name):
+    lora = dataclasses.replace(recipe.lora, target_modules=["q_proj", name])
+    with pytest.raises(UserError, match=rf"make sft would fail(.|\n)*names '{name}'; (.|\n)*are one matrix"):
+        rehearse(dataclasses.replace(recipe, lora=lora))
+
+
+def test_a_model_that_generates_no_text_is_refused(recipe, tmp_path):
+    encoder = changed(recipe, tmp_path / "model", model_type="bert", architectures=["BertForMaskedLM"])
+    clip = changed(recipe, tmp_path / "clip", model_type="siglip_vision_model", architectures=["SiglipVisionModel"])
+    assert network_class(encoder.model_folder).__name__ == "AutoModelForCausalLM"
+    with pytest.raises(UserError, match="no network that generates text for model_type 'siglip_vision_model'"):
+        rehearse(clip)
+
+
+def test_an_adapter_sits_on_the_text_part_alone():
+    import re
+
+    from transformers import AutoModelForImageTextToText, Mistral3Config
+
+    text = {"model_type": "mistral", "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 64, "vocab_size": 64}  # fmt: skip
+    vision = {"model_type": "pixtral", "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2,
+              "head_dim": 32, "intermediate_size": 64, "image_size": 28}  # fmt: skip
+    model = AutoModelForImageTextToText.from_config(Mistral3Config(text_config=text, vision_config=vision))
+    left = [name for name, _ in model.named_modules() if not re.fullmatch(outside_text(model), name)]
+    assert "model.language_model.layers.0.self_attn.q_proj" in left
+    assert "lm_head" in left
+    assert not [name for name in left if "vision" in name or "projector" in name]
 
 
 def test_a_small_copy_keeps_what_a_head_and_rope_are():
     from transformers import Qwen3Config
 
     config = Qwen3Config(num_attention_heads=16, num_key_value_heads=8, head_dim=128)
-    sizes = small_sizes(config, config.to_dict())
+    sizes = small_sizes(config.to_dict(), config.to_dict())
     assert (sizes["num_attention_heads"], sizes["num_key_value_heads"]) == (2, 1)
     assert not {"head_dim", "rope_parameters", "vocab_size", "sliding_window"} & set(sizes)

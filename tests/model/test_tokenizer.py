@@ -39,14 +39,14 @@ def base(name: str, folder: Path, *, rows: int = 0, template: str | None = None)
     import transformers
 
     if name == "tinyllama":  # its tokenizer adds BOS, its chat template writes none
-        family_models.sentencepiece("llama-spm", [], TINYLLAMA)(folder, "gemma-3")
+        family_models.sentencepiece("llama-spm", [], TINYLLAMA)(folder, "gemma-3", "<end_of_turn>")
         blank = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         steps = [{"type": "Prepend", "prepend": "▁"}, blank]  # as on the hub: transformers 5 makes another of it
         edit(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps}, pre_tokenizer=None)
         template = template or ZEPHYR
     else:
         family = family_models.FAMILIES["qwen2.5" if name == "olmo2" else name]
-        family.tokenizer(folder, family.template)
+        family.tokenizer(folder, family.template, family.end)
     if name == "olmo2":  # the other way about
         edit(folder / "tokenizer_config.json", bos_token="<|endoftext|>")
         template = template or "{{ bos_token }}" + chat_templates.CHATML

@@ -27,6 +27,17 @@ MADE = {
     "gemma-3": base_model.CHAT_TEMPLATE,
     "qwen-3 with think": formats.THINK.chat_template,
     "phi-4": PHI_4,
+    "phi-4-mini": LOOP + "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    + PROMPT + "{{ '<|assistant|>' }}{% endif %}",
+    "mistral": "{{ bos_token }}" + LOOP + (
+        "{% if m.role == 'system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}"
+        "{% elif m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+        "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "olmo-2": "{{ bos_token }}" + LOOP + (
+        "{% if m.role == 'assistant' %}{{ '<|assistant|>\\n' + m.content + eos_token }}{{ '\\n' if not loop.last }}"
+        "{% else %}{{ '<|' + m.role + '|>\\n' + m.content + '\\n' }}{% endif %}{% endfor %}"
+    ) + PROMPT + "{{ '<|assistant|>\\n' }}{% endif %}",
     "chatml": CHATML,
     "chatml, prompt ends in a thought": CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"),
     "phi-3 medium": "{{ bos_token }}" + LOOP + (

@@ -34,13 +34,16 @@ CONTROL, USER_DEFINED = 3, 4
 RENAMED = {"<fim_prefix>": "<|im_start|>", "<fim_middle>": "<|im_end|>"}  # StarCoder's, in SmolLM2's places
 
 
+Writer = Callable[[Path, str, str], None]  # of a tokenizer to a folder, with a template and the end of a turn
+
+
 @dataclass(frozen=True)
 class Family:
     """How one family's model is put together; `name` is what the base is called, which llama.cpp looks at."""
 
     name: str
     network: str
-    tokenizer: Callable[[Path, str], None]
+    tokenizer: Writer
     template: str
     end: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -81,18 +84,20 @@ def vocabulary(name: str) -> dict[str, Any]:
     return found
 
 
-def byte_level(source: str, split: str | None, bos: str | None, tokenizer_class: str) -> Callable[[Path, str], None]:
+def byte_level(source: str, split: str | None, bos: str | None, tokenizer_class: str) -> Writer:
     """Return a function that writes a byte-level BPE tokenizer, with llama.cpp's vocabulary `source`, to a folder.
 
     It adds `bos` to a plain text. With no `split` it splits as GPT-2 does, and numbers into digits.
     """
 
-    def write(folder: Path, template: str) -> None:
+    def write(folder: Path, template: str, end: str) -> None:
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
 
         known = vocabulary(source)
         tokens = [RENAMED.get(token, token) for token in known["tokenizer.ggml.tokens"]]
+        if end not in tokens:
+            tokens[next(tokens.index(other) for other in ("<|im_end|>", "<|eot_id|>") if other in tokens)] = end
         kinds = known["tokenizer.ggml.token_type"]
         merges = [tuple(pair.split(" ")) for pair in known["tokenizer.ggml.merges"]]
         ids = {token: number for number, token in enumerate(tokens)}
@@ -115,7 +120,6 @@ def byte_level(source: str, split: str | None, bos: str | None, tokenizer_class:
                     single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids[bos])]
                 ),
             ])  # fmt: skip
-        end = next(family.end for family in FAMILIES.values() if family.template == template)
         made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=end, pad_token=end)
         # As the stages load it: with a fixed date.
         made.chat_template = write_choices(chat_template(template), {}, made.special_tokens_map)
@@ -125,20 +129,20 @@ def byte_level(source: str, split: str | None, bos: str | None, tokenizer_class:
     return write
 
 
-def smollm2(folder: Path, template: str) -> None:
+def smollm2(folder: Path, template: str, end: str) -> None:
     """Write a tokenizer like SmolLM2's: class GPT2Tokenizer, digits split, a turn marker as bos_token."""
-    byte_level("starcoder", None, None, "GPT2Tokenizer")(folder, template)
+    byte_level("starcoder", None, None, "GPT2Tokenizer")(folder, template, end)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|im_start|>"}))
 
 
-def sentencepiece(source: str, control: list[str], class_settings: dict[str, Any]) -> Callable[[Path, str], None]:
+def sentencepiece(source: str, control: list[str], class_settings: dict[str, Any]) -> Writer:
     """Return a function that writes a SentencePiece tokenizer, with llama.cpp's vocabulary `source`, to a folder.
 
     The tokens in `control` follow the vocabulary's own pieces.
     """
 
-    def write(folder: Path, template: str) -> None:
+    def write(folder: Path, template: str, end: str) -> None:
         from sentencepiece import sentencepiece_model_pb2
         from transformers import AutoTokenizer
 
@@ -257,7 +261,7 @@ def base(family: Family, folder: Path, **sizes: int) -> Path:
     import transformers
 
     folder.mkdir(parents=True)
-    family.tokenizer(folder, family.template)
+    family.tokenizer(folder, family.template, family.end)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     end = tokenizer.convert_tokens_to_ids(family.end)
     rows = -(-len(tokenizer) // 64) * 64  # embeddings are padded, as published models' are

@@ -1,6 +1,7 @@
 """llama.cpp's converter and quantizer."""
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -24,8 +25,15 @@ def name_of(recipe: Recipe) -> str:
 
 
 def convert_model(model: Path, out: Path, kind: str, name: str, log: Path) -> None:
-    """Convert the model in the folder `model` to the GGUF `out` of `kind`, called `name`: see `run_converter`."""
-    run_converter([str(model), "--outfile", str(out), "--outtype", kind, "--model-name", name], log)
+    """Convert the model in the folder `model` to the GGUF `out` of `kind`, called `name`: see `run_converter`.
+
+    Of layers that predict several tokens at once (MTP, Qwen3.5) transformers keeps no weights, only their count.
+    """
+    arguments = [str(model), "--outfile", str(out), "--outtype", kind, "--model-name", name]
+    config = json.loads((model / "config.json").read_text())
+    if "mtp_num_hidden_layers" in config.get("text_config", config):
+        arguments.append("--no-mtp")
+    run_converter(arguments, log)
 
 
 def convert_lora(adapter: Path, base: Path, out: Path, log: Path) -> None:

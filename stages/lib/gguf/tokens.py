@@ -175,9 +175,15 @@ class Vocabulary:
         self.path = path
         self.model = self.llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self.model:
+            cause = "a file cut short, as by a full disk, reads like this. Delete it and run: make gguf"
+            if "check_tensor_dims" in llama_said():
+                cause = (
+                    "the file is whole, and llama.cpp expects other tensors of this model than its converter wrote. "
+                    "Use another base model, or a newer llama-cpp-python"
+                )
             raise UserError(
-                f"{path}: llama.cpp can't load it ({path.stat().st_size:,} bytes); a file cut short, as by a full "
-                f"disk, reads like this. Delete it and run: make gguf. llama.cpp said:\n{llama_said()}"
+                f"{path}: llama.cpp can't load it ({path.stat().st_size:,} bytes); {cause}. llama.cpp said:\n"
+                f"{llama_said()}"
             )
         self.vocabulary = self.llama_cpp.llama_model_get_vocab(self.model)
         self.size = self.llama_cpp.llama_vocab_n_tokens(self.vocabulary)

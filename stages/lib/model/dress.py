@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import click
+
 from stages.lib.distance import Text, compare_logits, spread_positions, store_logits
 from stages.lib.errors import UserError
 from stages.lib.gguf.convert import convert_lora, convert_model, name_of
@@ -17,6 +19,7 @@ from stages.lib.model.files import model_folder
 from stages.lib.model.fold import fold
 from stages.lib.model.load import load_trainable
 from stages.lib.model.locate import locate_model
+from stages.lib.model.network import network_class
 from stages.lib.model.reference import load_reference, model_logits
 from stages.lib.model.shrink import write_small_copy
 from stages.lib.model.tokenizer import load_tokenizer
@@ -29,8 +32,9 @@ POSITIONS = 8  # of a conversation, at which models are compared
 def rehearse(recipe: Recipe) -> dict[str, float]:
     """Train, merge and convert a small copy of the recipe's model; return mean KLs (nats) from its merged model.
 
-    They are those of the "base", the "adapter" on it, the "gguf" file and, where `save` has it, the "lora" file. Raises
-    `UserError` with the stage that would fail, the cause and what to change.
+    They are those of the "base", the "adapter" on it, the "gguf" file and, where `save` has it, the "lora" file; {},
+    after a warning, for a model whose copy can't be made small. Raises `UserError` with the stage that would fail, the
+    cause and what to change.
     """
     from transformers.utils import logging
 
@@ -39,7 +43,11 @@ def rehearse(recipe: Recipe) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(1) as beside:
         folder = Path(temporary)
         with failing(recipe, "sft", "Choose another base model"):
-            write_small_copy(model_folder(*locate_model(recipe)), folder / "base")
+            base = model_folder(*locate_model(recipe))
+            network_class(base)
+        if not shrunk(recipe, base, folder / "base"):
+            return {}
+        with failing(recipe, "sft", "Choose another base model, or other [lora] target_modules"):
             model = dataclasses.replace(recipe.model, engine="trl", load_in_4bit=False)
             small = dataclasses.replace(recipe, model_folder=folder / "base", model=model)
             tokenizer = load_tokenizer(small)
@@ -59,6 +67,23 @@ def rehearse(recipe: Recipe) -> dict[str, float]:
                 figures["lora"] = compare_file(*adapter.result(), folder, texts)
                 refuse_far(figures["lora"], figures["base"], "GGUF file of the adapter, on its base,")
     return figures
+
+
+def shrunk(recipe: Recipe, base: Path, out: Path) -> bool:
+    """Write the small copy of `base` to `out`; say so, and return False, where its sizes make no network.
+
+    That is a fault of the copy and none of the model: it refuses nothing.
+    """
+    try:
+        write_small_copy(base, out)
+    except Exception as error:  # whatever transformers or torch raise for sizes that do not fit each other
+        click.echo(
+            f"warning: {recipe.model.name}: no rehearsal with a small copy, which can't be made of its config.json: "
+            f"{type(error).__name__}: {error}",
+            err=True,
+        )
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -85,13 +110,13 @@ def train(recipe: Recipe, tokenizer: Any, texts: list[Text], folder: Path) -> No
     """Take one step with the adapter that the trainer starts; save it and the tokenizer, as GRPO does, in `folder`."""
     import torch
 
-    model = load_trainable(recipe, adapter=None)
+    model = load_trainable(recipe, adapter=None).train()
     tokens = torch.tensor([texts[0].tokens])
     model(input_ids=tokens, labels=tokens).loss.backward()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "lora_B" in name:  # zero until its first step
-                weight.normal_(std=0.02)
+            if "lora_B" in name or "lora_embedding_A" in name:  # zero until its first step
+                weight.normal_(std=0.1)
     model.save_pretrained(folder / "adapter")
     tokenizer.save_pretrained(folder / "tokenizer")
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 SHARD_SIZE = "5GB"
+GRANITE_LAYERS = {"full_attention": "attention", "linear_attention": "mamba"}
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # of transformers 4
 
 
 def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
@@ -31,18 +33,22 @@ def fold(base: Path, grpo: Path, dtype: str, out: Path) -> None:
     model.generation_config = savable(model.generation_config)
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
     write_rope_keys(out / "config.json")
+    write_layer_types(out / "config.json")
     save_tokenizer(tokenizer, base, out)
 
 
 def write_rope_keys(path: Path) -> None:
     """Add to the config.json at `path` the keys by which transformers 4, and what is built on it, reads RoPE.
 
-    transformers 5 writes rope_parameters alone; 4 does not read that, and takes its own default without a word.
+    transformers 5 writes rope_parameters alone; 4 does not read that, and takes its own default without a word. A kind
+    that 4 has not, as Gemma 4's, is left alone: beside such keys 5 can't read it either.
     """
     config = json.loads(path.read_text())
     text = config.get("text_config", config)
     stated = text.get("rope_parameters") or {}
     scaling = dict(stated.get("full_attention", stated))
+    if scaling.get("rope_type", "default") not in ROPE_TYPES:
+        return
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in scaling:
             text[name] = scaling.pop(name)
@@ -51,6 +57,17 @@ def write_rope_keys(path: Path) -> None:
     if "sliding_attention" in stated:
         text["rope_local_base_freq"] = stated["sliding_attention"]["rope_theta"]
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_layer_types(path: Path) -> None:
+    """Put the words for the layers of a Granite 4 into the config.json at `path`, as it was published.
+
+    transformers 5 reads these and writes others. transformers 4 and llama.cpp's converter count these alone.
+    """
+    config = json.loads(path.read_text())
+    if config["model_type"] == "granitemoehybrid":
+        config["layer_types"] = [GRANITE_LAYERS.get(kind, kind) for kind in config["layer_types"]]
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def savable(stated: "GenerationConfig") -> "GenerationConfig":

@@ -6,6 +6,7 @@ from typing import Any
 from stages.lib.model.files import fetching_model
 from stages.lib.model.locate import SAFE, locate_model
 from stages.lib.model.lora import lora_settings, require_modules
+from stages.lib.model.network import network_class, outside_text
 from stages.lib.model.unsloth import load_unsloth
 from stages.lib.recipe.tables import Recipe
 
@@ -13,12 +14,12 @@ from stages.lib.recipe.tables import Recipe
 def load_model(recipe: Recipe) -> Any:
     """Return the base model in the recipe's dtype, as transformers loads it."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     name, revision = locate_model(recipe)
     dtype = getattr(torch, recipe.model.dtype)
     with fetching_model(name, revision):
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True, **SAFE)
+        network = network_class(name, revision)
+        return network.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True, **SAFE)
 
 
 def load_trainable(recipe: Recipe, adapter: Path | None) -> Any:
@@ -34,4 +35,5 @@ def load_trainable(recipe: Recipe, adapter: Path | None) -> Any:
     if adapter is not None:
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
     require_modules(recipe, model)
-    return get_peft_model(model, LoraConfig(**lora_settings(recipe), task_type="CAUSAL_LM"))
+    settings = lora_settings(recipe) | {"exclude_modules": outside_text(model)}
+    return get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))

@@ -15,7 +15,10 @@ def lora_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def require_modules(recipe: Recipe, model: Any) -> None:
-    """Raise `UserError` for a name in `[lora] target_modules` that no module of `model` has: PEFT ignores it."""
+    """Raise `UserError` for a name in `[lora] target_modules` that no module of `model` has: PEFT ignores it.
+
+    And for an embedding that is the output layer as well: an adapter changes one of the two uses, and merge both.
+    """
     named = [name for name in recipe.lora.target_modules if name != "all-linear"]
     found = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
     for name in named:
@@ -24,3 +27,12 @@ def require_modules(recipe: Recipe, model: Any) -> None:
                 f"{recipe.path}: [lora] target_modules names {name!r}; {recipe.model.name} has no such "
                 f"module{nearest(name, found)}; it has {', '.join(sorted(found - {''}))}"
             )
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    both = [name for name, module in model.named_modules() if module is embedding or module is output]
+    if len(both) == 2 and embedding.weight is output.weight:
+        for name in named:
+            if any(f".{module}".endswith(f".{name}") for module in both):
+                raise UserError(
+                    f"{recipe.path}: [lora] target_modules names {name!r}; in {recipe.model.name} input and output "
+                    f"embedding are one matrix, and an adapter would change one of its two uses. Leave it out"
+                )

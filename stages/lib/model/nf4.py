@@ -9,6 +9,7 @@ from typing import Any
 from stages.lib.distance import Text, compare_logits
 from stages.lib.errors import UserError
 from stages.lib.gguf.types import GGUF_TYPES
+from stages.lib.model.network import network_class
 from stages.lib.model.reference import model_logits
 
 MAX_MEAN_KL = GGUF_TYPES["q4_0"]  # nats; the plain 4-bit type's
@@ -38,7 +39,7 @@ def require_nf4(recipe: Path) -> None:
 def load_nf4(folder: Path, dtype: str) -> Any:
     """Return the 16-bit model in `folder`, on the GPU, in bitsandbytes' NF4, doubly quantized (arXiv 2305.14314)."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -46,7 +47,7 @@ def load_nf4(folder: Path, dtype: str) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
-    return AutoModelForCausalLM.from_pretrained(
+    return network_class(folder).from_pretrained(
         folder, quantization_config=settings, dtype=getattr(torch, dtype), device_map={"": 0}, trust_remote_code=False,
         use_safetensors=True,
     ).eval()  # fmt: skip
@@ -69,11 +70,11 @@ def training_cost(base: Path, adapter: Path, dtype: str, reference: Path, texts:
 
 def verify_nf4(folder: Path, reference: Path, texts: Sequence[Text]) -> dict[str, float]:
     """Return the distance of the saved 4-bit model from the logits `reference`. Raises `UserError` over MAX_MEAN_KL."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, device_map={"": 0}, trust_remote_code=False, use_safetensors=True
-    ).eval()
+    model = (
+        network_class(folder)
+        .from_pretrained(folder, device_map={"": 0}, trust_remote_code=False, use_safetensors=True)
+        .eval()
+    )
     distance = difference(model, reference, texts)
     if not distance["mean_kl"] <= MAX_MEAN_KL:
         raise UserError(

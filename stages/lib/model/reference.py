@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.lib.distance import Text
+from stages.lib.model.network import network_class
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,13 +25,12 @@ M_MMAP_THRESHOLD, LARGE_BYTES = -3, 4 << 20  # of glibc's malloc.h
 def load_reference(folder: str | Path, revision: str | None = None) -> Any:
     """Return the causal language model at `folder` in float32, for comparison, on the GPU where it has room."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a tensor, and no line of its own
     give_back_freed_memory()
     with read_weights():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = network_class(folder, revision).from_pretrained(
             folder,
             revision=revision,
             dtype=torch.float32,

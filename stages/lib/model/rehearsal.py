@@ -7,8 +7,9 @@ from typing import Any
 from stages.lib.answers import formats
 from stages.lib.errors import UserError
 from stages.lib.gguf.tokens import check_conversion
-from stages.lib.model.files import model_folder, refuse_quantized_base, vocabulary_size, weight_shapes
+from stages.lib.model.files import model_config, model_folder, refuse_quantized_base, vocabulary_size, weight_shapes
 from stages.lib.model.locate import locate_model
+from stages.lib.model.sampled import refuse_unsampled
 from stages.lib.model.template import THINKING
 from stages.lib.ollama.derive import of_tokenizer, refuse_unused_system
 from stages.lib.ollama.proof import compare_renderings
@@ -16,9 +17,14 @@ from stages.lib.recipe.tables import Recipe
 
 
 def refuse_base(recipe: Recipe) -> None:
-    """Raise `UserError` if merge would refuse the base: quantized, or a local folder without whole safetensors."""
+    """Raise `UserError` if merge would refuse the base: quantized, or a local folder without whole safetensors.
+
+    And if GRPO could not sample from it with the recipe's engine.
+    """
     name, revision = locate_model(recipe)
-    refuse_quantized_base(model_folder(name, revision), recipe.model.name)
+    folder = model_folder(name, revision)
+    refuse_quantized_base(folder, recipe.model.name)
+    refuse_unsampled(recipe, model_config(folder))
     if recipe.model.name != "base-model" and revision is None:
         weight_shapes(Path(name))
 

@@ -41,7 +41,19 @@ def prepare_data(figures: PrepareDataFigures) -> str:
         f"from {source['name']} ({source['split']}): {source['rows']:,} rows; dropped: {counted(source['dropped'])}"
         for source in figures["sources"]
     ]
-    return "\n".join([*aligned(rows), *sources])
+    return "\n".join([*aligned(rows), *sources, *rehearsal(figures)])
+
+
+def rehearsal(figures: PrepareDataFigures) -> list[str]:
+    """Return a line on the small copy of the model, if there was one."""
+    if "rehearsal" not in figures:
+        return []
+    found = figures["rehearsal"]
+    lora = f", with the adapter's {found['lora']:.0e}" if "lora" in found else ""
+    return [
+        f"rehearsal: a small copy of the model trains, merges and converts: its GGUF is {found['gguf']:.0e} nats "
+        f"from the merged model{lora}, the base {found['base']:.0e}"
+    ]
 
 
 def score_base(figures: ScoreBaseFigures) -> str:

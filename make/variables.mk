@@ -16,11 +16,11 @@ DATA ?=
 SUBSET ?=
 ## where the stages run: local or docker; left out, in a container if an engine answers
 RUNTIME ?=
-## the GPUs: all, none, or numbers, as in 0 or 0,1; sft and grpo train on each of them, left out on one
+## the GPUs: all, none, or numbers, as in 0 or 0,1; sft, grpo, infer and score-base use each of them; left out, one
 GPUS ?=
 ## where training is logged besides TensorBoard's files: swanlab, wandb, trackio, mlflow; left out, as the recipe says
 TRACK ?=
-## training on a CPU: how many processes share it, as in 2
+## on a CPU: how many processes train and sample, as in 2
 PROCESSES ?=
 ## the container image: cpu or cuda; left out, as GPUS asks
 IMAGE ?=

@@ -9,15 +9,17 @@ import click
 from stages.lib import options
 from stages.lib.answers import formats, stats
 from stages.lib.answers.grade import mark
-from stages.lib.artifact.folder import write_artifact
+from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.jsonl import rows_of, write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
 from stages.lib.model.locate import local_model
+from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
 from stages.lib.report import terminal
 from stages.lib.report.figures import Evaluation, InferFigures, Step
 from stages.lib.train import trackers
+from stages.lib.train.sampling import Completion, sample_on_gpus
 
 ROOM_BYTES = 100_000_000
 MODELS = ("base", "sft", "grpo")
@@ -40,7 +42,7 @@ def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Pa
     sources = local_model(run_recipe)
     with write_artifact(out, "infer", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
         problems = rows_of(prepare_data / "eval.jsonl", run_recipe.infer.problems)
-        rows = answer(run_recipe, problems, {"sft": sft / "adapter", "grpo": grpo / "adapter"})
+        rows = answer(run_recipe, problems, {"sft": sft / "adapter", "grpo": grpo / "adapter"}, run)
         write_rows(run.folder / "answers.jsonl", rows)
         figures = evaluate(rows)
         run.metrics.update(figures)
@@ -58,46 +60,57 @@ def tracked(figures: InferFigures) -> dict[str, float]:
     return values | {f"evaluation/{step}/p": own["p"] for step, own in figures["steps"].items()}
 
 
-def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, Path]) -> list[dict[str, Any]]:
+def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, Path], run: Run) -> list[dict[str, Any]]:
     """Return every model's greedy answer to every problem, a row each, in the order of the problems.
 
     A row holds `id`, `question`, `answer` (the right one), `model`, `completion`, `tokens` (with the end token),
     `ended` (false: truncated), `well_formed`, `given` (the canonical answer read, or None) and `right`.
     """
+
+    def sample(places: list[int]) -> list[list[Completion]]:
+        return complete(recipe, [problems[place] for place in places], adapters)
+
+    completions = sample_on_gpus(run, len(problems), recipe.infer.batch_size, sample)
+    answer_format, tokenizer = formats.get(recipe.format.name), load_tokenizer(recipe)
+    rows = []
+    for name, own in zip(MODELS, completions, strict=True):
+        for problem, (ids, has_end) in zip(problems, own, strict=True):
+            completion = tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
+            rows.append(
+                {
+                    "id": problem["id"],
+                    "question": problem["prompt"][-1]["content"],
+                    "answer": problem["answer"],
+                    "model": name,
+                    "completion": completion,
+                    "tokens": len(ids),
+                    "ended": has_end,
+                    **mark(answer_format, completion, problem["answer"], problem.get("kind", "number")),
+                }
+            )
+    return rows
+
+
+def complete(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, Path]) -> list[list[Completion]]:
+    """Return each model's greedy completions of `problems`, in their order."""
     from tqdm import tqdm
 
     knobs = recipe.infer
-    answer_format = formats.get(recipe.format.name)
     sampling = Sampling(knobs.max_completion_tokens)
-    rows = []
+    completions = []
     with (
         open_generator(recipe, adapters, knobs.max_completion_tokens, seed=0) as generator,
         tqdm(total=len(MODELS) * len(problems), desc="infer", unit="answer", dynamic_ncols=True) as bar,
     ):
-        tokenizer = generator.tokenizer
         conversations = [problem["prompt"] for problem in problems]
-        prompts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
+        prompts = generator.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
         for name in MODELS:
             adapter = name if name in adapters else None
             completion_ids = generate_completions(
                 generator, prompts, sampling, knobs.batch_size, adapter=adapter, advance=bar.update
             )
-            for problem, ids in zip(problems, completion_ids, strict=True):
-                has_end = ids[-1] in generator.ends
-                completion = tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
-                rows.append(
-                    {
-                        "id": problem["id"],
-                        "question": problem["prompt"][-1]["content"],
-                        "answer": problem["answer"],
-                        "model": name,
-                        "completion": completion,
-                        "tokens": len(ids),
-                        "ended": has_end,
-                        **mark(answer_format, completion, problem["answer"], problem.get("kind", "number")),
-                    }
-                )
-    return rows
+            completions.append([(ids, ids[-1] in generator.ends) for ids in completion_ids])
+    return completions
 
 
 def evaluate(rows: list[dict[str, Any]]) -> InferFigures:

@@ -1,6 +1,5 @@
 """Sample from the base or SFT model before GPU hours are spent: do the rewards tell its completions apart?"""
 
-import contextlib
 import dataclasses
 import random
 import statistics
@@ -12,18 +11,21 @@ import click
 from stages.lib import options
 from stages.lib.answers import formats
 from stages.lib.answers.grade import mark
-from stages.lib.artifact.folder import write_artifact
+from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
 from stages.lib.jsonl import rows_of, write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
 from stages.lib.model.locate import local_model
+from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe, ScoreBase
 from stages.lib.report import terminal
 from stages.lib.report.figures import ScoreBaseFigures, Scores, Spread, figures_of
 from stages.lib.rewards.names import load_rewards
 from stages.lib.rewards.own import own_reward_files
+from stages.lib.train import ranks
+from stages.lib.train.sampling import Completion, sample_on_gpus
 
 ROOM_BYTES = 100_000_000
 # The keys of [grpo] that this stage reads: with other values of these alone it samples again.
@@ -50,19 +52,22 @@ def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | 
     tables["grpo"] = {name: getattr(run_recipe.grpo, name) for name in GRPO_KNOBS}
     tables["data"] = {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}
     sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent) | local_model(run_recipe)
-    writing = write_artifact(out, "score-base", tables, inputs, sources=sources, room_bytes=ROOM_BYTES)
-    with contextlib.suppress(SystemExit), writing as run:  # it exits when up to date: its advice still holds
-        problems = draw(rows_of(prepare_data / "grpo.jsonl"), knobs)
-        rows = sample(run_recipe, problems, sft / "adapter" if sft else None)
-        write_rows(run.folder / "scores.jsonl", rows)
-        scores = score(rows, run_recipe.rewards.weights, knobs.completions_per_problem)
-        figures = ScoreBaseFigures(**scores, model="sft" if sft else "base", advice=[])
-        subset = choose(problems, rows, knobs)
-        if subset is not None:
-            write_rows(run.folder / "grpo.jsonl", subset)
-            figures["subset"] = len(subset)
-        figures["advice"] = advise(figures, run_recipe.grpo.prompts_per_step)
-        run.metrics.update(figures)
+    try:
+        with write_artifact(out, "score-base", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
+            problems = draw(rows_of(prepare_data / "grpo.jsonl"), knobs)
+            rows = sample(run_recipe, problems, sft / "adapter" if sft else None, run)
+            write_rows(run.folder / "scores.jsonl", rows)
+            scores = score(rows, run_recipe.rewards.weights, knobs.completions_per_problem)
+            figures = ScoreBaseFigures(**scores, model="sft" if sft else "base", advice=[])
+            subset = choose(problems, rows, knobs)
+            if subset is not None:
+                write_rows(run.folder / "grpo.jsonl", subset)
+                figures["subset"] = len(subset)
+            figures["advice"] = advise(figures, run_recipe.grpo.prompts_per_step)
+            run.metrics.update(figures)
+    except SystemExit as end:
+        if end.code:
+            raise  # it exits with 0 when up to date: its advice still holds
     figures = figures_of(read_manifest(out, "score-base"), ScoreBaseFigures)
     click.echo(terminal.score_base(figures))
     if figures["advice"]:
@@ -76,33 +81,26 @@ def draw(problems: list[dict[str, Any]], knobs: ScoreBase) -> list[dict[str, Any
     return [problems[place] for place in sorted(random.Random(knobs.seed).sample(range(len(problems)), count))]
 
 
-def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None) -> list[dict[str, Any]]:
+def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None, run: Run) -> list[dict[str, Any]]:
     """Return the completions of every problem, a row each, group after group, sampled and rewarded as in GRPO.
 
     A row holds `id`, `question`, `answer` (the right one), `completion`, `tokens` (with the end token), `ended` (false:
     truncated), `well_formed`, `given` (the canonical answer read, or None), `right`, `rewards` (by name, not weighted)
-    and `total`, their weighted sum.
+    and `total`, their weighted sum. Rewards see all completions in one call, on any number of GPUs.
     """
-    from tqdm import tqdm
-
     answer_format = formats.get(recipe.format.name)
     functions = load_rewards(recipe)
     knobs = recipe.score_base
-    sampling = Sampling(**{name: getattr(recipe.grpo, name) for name in SAMPLING})
-    adapters = {"sft": adapter} if adapter else {}
     each = [problem for problem in problems for _ in range(knobs.completions_per_problem)]
-    with (
-        open_generator(recipe, adapters, sampling.max_completion_tokens, knobs.seed) as generator,
-        tqdm(total=len(each), desc="score-base", unit="completion", dynamic_ncols=True) as bar,
-    ):
-        conversations = [problem["prompt"] for problem in each]
-        prompts = generator.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
-        completion_ids = generate_completions(
-            generator, prompts, sampling, knobs.batch_size, adapter="sft" if adapter else None, advance=bar.update
-        )
-    texts = generator.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+
+    def draw_own(places: list[int]) -> list[list[Completion]]:
+        return [complete(recipe, [each[place] for place in places], adapter)]
+
+    (completions,) = sample_on_gpus(run, len(each), knobs.batch_size, draw_own)
+    completion_ids = [ids for ids, _ in completions]
+    texts = load_tokenizer(recipe).batch_decode(completion_ids, skip_special_tokens=True)
     columns = {
-        "prompts": conversations,
+        "prompts": [problem["prompt"] for problem in each],
         "completions": [[{"role": "assistant", "content": text}] for text in texts],
         "completion_ids": completion_ids,
         "answer": [problem["answer"] for problem in each],
@@ -110,7 +108,7 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None)
     }
     rewards = {function.__name__: function(**columns) for function in functions}
     rows = []
-    for place, (problem, ids, text) in enumerate(zip(each, completion_ids, texts, strict=True)):
+    for place, (problem, (ids, has_end), text) in enumerate(zip(each, completions, texts, strict=True)):
         own = {name: values[place] for name, values in rewards.items()}
         total = sum(weight * value for weight, value in zip(recipe.rewards.weights, own.values(), strict=True))
         rows.append(
@@ -120,13 +118,33 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None)
                 "answer": problem["answer"],
                 "completion": text,
                 "tokens": len(ids),
-                "ended": ids[-1] in generator.ends,
+                "ended": has_end,
                 **mark(answer_format, text, problem["answer"], problem.get("kind", "number")),
                 "rewards": own,
                 "total": total,
             }
         )
     return rows
+
+
+def complete(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None) -> list[Completion]:
+    """Return a completion of each of `problems`, drawn as in GRPO; of several processes, each has a seed of its own."""
+    from tqdm import tqdm
+
+    knobs = recipe.score_base
+    sampling = Sampling(**{name: getattr(recipe.grpo, name) for name in SAMPLING})
+    adapters = {"sft": adapter} if adapter else {}
+    seed = knobs.seed + ranks.rank()
+    with (
+        open_generator(recipe, adapters, sampling.max_completion_tokens, seed) as generator,
+        tqdm(total=len(problems), desc="score-base", unit="completion", dynamic_ncols=True) as bar,
+    ):
+        conversations = [problem["prompt"] for problem in problems]
+        prompts = generator.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
+        completion_ids = generate_completions(
+            generator, prompts, sampling, knobs.batch_size, adapter="sft" if adapter else None, advance=bar.update
+        )
+    return [(ids, ids[-1] in generator.ends) for ids in completion_ids]
 
 
 def score(rows: list[dict[str, Any]], weights: list[float], group: int) -> Scores:

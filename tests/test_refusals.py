@@ -216,9 +216,9 @@ def test_a_reward_that_only_loading_shows_to_be_wrong_is_refused_before_a_model_
         raise AssertionError("a model is loaded before the rewards")
 
     monkeypatch.setattr(grpo, "load_trainable", load)
-    monkeypatch.setattr(score_base, "open_generator", load)
+    monkeypatch.setattr(score_base, "sample_on_gpus", load)
     with pytest.raises(UserError, match=rf"'own.py:variety'.*{message}"):
         if stage == "grpo":
             grpo.train(recipe, tmp_path, tmp_path, SimpleNamespace(folder=tmp_path, checkpoints=tmp_path))
         else:
-            score_base.sample(recipe, [], None)
+            score_base.sample(recipe, [], None, SimpleNamespace(folder=tmp_path))

@@ -1,8 +1,11 @@
 """score-base: what it makes of rewards, when it advises against GRPO, which problems it chooses, and one run of it."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -318,3 +321,25 @@ def test_a_recipe_without_the_table_is_told_to_have_one(tmp_path):
     result, out = run(recipe)
     assert (result.exit_code, out.exists()) == (1, False)
     assert "has no [score_base] table" in result.output
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_two_processes_draw_apart_and_rewards_see_all_completions_in_one_call(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def place(completions):\n    return [float(number) for number in range(len(completions))]\n"
+    )
+    recipe = arrange(tmp_path, ["own.py:place"], problems=1, completions_per_problem=8, batch_size=8)
+    out = tmp_path / "score-base"
+    given = [word for name in ("prepare-data", "base-model") for word in (f"--{name}", str(tmp_path / name))]
+    command = [sys.executable, "-m", "stages.score_base", "--recipe", str(recipe), *given, "--out", str(out)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env={**os.environ, "PROCESSES": "2"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (out / "manifest.json").is_file(), done.stdout + done.stderr
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    texts = [row["completion"] for row in rows]
+    assert texts[:4] != texts[4:]  # of one prompt, by one process and by the other
+    assert [row["rewards"]["place"] for row in rows] == list(range(8))
+    assert json.loads((out / "manifest.json").read_text())["environment"]["world_size"] == 2

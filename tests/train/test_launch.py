@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stages.lib.artifact.digests import sha256_of
 from stages.lib.errors import UserError
-from stages.lib.train.launch import process_count
+from stages.lib.train.launch import process_count, share_variables
+from stages.lib.train.sampling import share_of
 from tests.support import micro
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +149,7 @@ def test_two_ranks_of_sft_take_the_gradient_of_one_and_have_the_same_adapter_aft
     assert manifest["environment"]["world_size"] == 2
 
 
-def gradients(out: Path, rank: int) -> list["numpy.ndarray"]:
+def gradients(out: Path, rank: int) -> list[Any]:
     import numpy
 
     return [numpy.load(out.parent / "notes" / f"gradient-{step}-{rank}.npy") for step in range(4)]
@@ -263,6 +265,97 @@ def test_terminated_all_ranks_save_one_checkpoint_which_one_rank_carries_on_and_
     assert rows == [step for step in range(1, 9) for _ in range(8)]
 
 
+@pytest.mark.torch
+@pytest.mark.slow
+def test_hung_up_both_ranks_stop_at_one_step_and_leave_one_whole_checkpoint_of_it(finished, tmp_path):
+    out = tmp_path / "sft"
+    folder = out.with_name("sft.unfinished") / "checkpoints"
+    process = start("sft", finished, out, 2, PAUSE="0.3")
+    wait_for(folder / "checkpoint-2" / "complete", process)
+    process.send_signal(signal.SIGHUP)
+    said = ended(process)
+    assert process.returncode == 129, said
+    assert said.count("stopped by SIGHUP") == 1
+    step = int(said.split("saved at step ")[1].split()[0])
+    assert [notes(out, rank)[-1]["step"] for rank in (0, 1)] == [step, step]
+    assert max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")) == step
+    assert (folder / f"checkpoint-{step}" / "complete").is_file()
+    assert "sft: finished" in ended(start("sft", finished, out, 1))
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_a_stage_that_is_killed_leaves_no_rank_behind(finished, tmp_path):
+    out = tmp_path / "sft"
+    process = start("sft", finished, out, 2, PAUSE="0.3")
+    wait_for(out.with_name("sft.unfinished") / "checkpoints" / "checkpoint-2" / "complete", process)
+    started = ranks_of(process)
+    assert len(started) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5
+    while any(is_running(rank) for rank in started) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(rank) for rank in started)
+
+
+def is_running(process: int) -> bool:
+    """Say whether a process is there and no zombie."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_out_of_memory_in_one_rank_both_start_anew_from_the_checkpoint_one_rung_down(finished, tmp_path):
+    out = tmp_path / "grpo"
+    said = ended(start("grpo", finished, out, 2, FAILS="memory 1 3"))
+    assert "grpo: finished" in said
+    assert said.count("out of GPU memory at step 3: micro_batch_size 4 -> 2, and on from the last checkpoint") == 1
+    assert "Traceback" not in said
+    assert notes(out, 0) == notes(out, 1)
+    assert [note["step"] for note in notes(out, 0)] == [1, 2, 3, 3, 4, 5, 6, 7, 8]  # a checkpoint every 2 steps
+    (rung,) = json.loads((out / "manifest.json").read_text())["metrics"]["memory_ladder"]
+    assert (rung["at_step"], rung["to"]["micro_batch_size"]) == (3, 2)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_full_disk_is_said_once_and_the_run_goes_on_from_the_checkpoint_before(finished, tmp_path, count):
+    out = tmp_path / "sft"
+    process = start("sft", finished, out, count, FAILS="disk 0 3")
+    said = ended(process)
+    assert process.returncode == 1
+    assert said.count("a file can't be written; the disk has ") == 1
+    assert "Traceback" not in said
+    said = ended(start("sft", finished, out, count))
+    assert "sft: carrying on from" in said
+    assert "sft: finished" in said
+    steps = [note["step"] for note in notes(out, 0)]
+    assert steps == [1, 2, 3, 4, 3, 4, 5, 6, 7, 8]
+    if count == 1:
+        name = "adapter/adapter_model.safetensors"
+        assert sha256_of(out / name) == sha256_of(finished / "sft" / name)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_a_health_check_ends_both_ranks_at_one_step_with_one_message(finished, tmp_path):
+    changes = {"functions": ["own.py:variety"], "weights": [1.0]}
+    recipe = micro.write_recipe(tmp_path, rewards=changes, grpo={"log_steps": 1})
+    recipe.write_text(recipe.read_text() + "\n[health]\nlog_entries = 3\n")
+    (tmp_path / "own.py").write_text("def variety(completions):\n    return [0.5] * len(completions)\n")
+    out = tmp_path / "grpo"
+    process = start("grpo", finished, out, 2, recipe)
+    said = ended(process)
+    assert process.returncode == 1
+    assert said.count("stopped at step 3 by the constant_reward check") == 1
+    assert "Traceback" not in said
+    assert [[note["step"] for note in notes(out, rank)] for rank in (0, 1)] == [[1, 2, 3], [1, 2, 3]]
+    assert not out.exists()
+
+
 OWN = """
 import os
 def variety(completions):
@@ -291,3 +384,64 @@ def test_a_step_that_ranks_cannot_share_is_refused_before_any_is_started(finishe
     said = ended(process)
     assert process.returncode == 1
     assert "[grpo] prompts_per_step x completions_per_prompt = 8 can't be shared by 3 processes alike" in said
+
+
+def test_batches_are_shared_out_whole_and_in_turn():
+    assert share_of(20, 8, 0, 1) == list(range(20))
+    assert share_of(20, 8, 0, 2) == [0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19]
+    assert share_of(20, 8, 1, 2) == [8, 9, 10, 11, 12, 13, 14, 15]
+    assert [share_of(7, 200, number, 3) for number in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [share_of(1, 200, number, 2) for number in range(2)] == [[0], []]
+
+
+@pytest.mark.parametrize(
+    ("visible", "own"), [(None, ["0", "1"]), ("2,5", ["2", "5"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]), ("", ["", ""])]
+)
+def test_a_process_that_samples_sees_its_own_gpu_alone_and_waits_for_no_partner(monkeypatch, visible, own):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    variables = [share_variables(number, 2) for number in range(2)]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in variables] == own
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK"} & set(variables[0])
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_two_processes_of_infer_write_the_file_of_one(finished, tmp_path):
+    out = tmp_path / "infer"
+    said = ended(start("infer", finished, out, 2))
+    assert "infer: finished" in said, said
+    assert (out / "answers.jsonl").read_bytes() == (finished / "infer" / "answers.jsonl").read_bytes()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["environment"]["world_size"] == 2
+    assert manifest["metrics"] == json.loads((finished / "infer" / "manifest.json").read_text())["metrics"]
+    assert not (out / "checkpoints").exists()
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_two_processes_of_infer_end_together_with_one_message_when_one_is_killed_and_quietly_on_term(
+    finished, tmp_path
+):
+    for number, code, expected in (
+        (
+            signal.SIGKILL,
+            1,
+            ["Error: rank 1 of 2 was ended by SIGKILL. All ranks were ended. Run the same command again"],
+        ),
+        (signal.SIGTERM, 143, []),
+    ):
+        process = start("infer", finished, tmp_path / "infer", 2)
+        wait_for(tmp_path / "infer.unfinished" / "checkpoints" / "ranks" / "1.log", process)
+        while len(ranks_of(process)) < 2:
+            time.sleep(0.01)
+        if number == signal.SIGKILL:
+            os.kill(ranks_of(process)[1], number)
+        else:
+            process.send_signal(number)
+        said = ended(process)
+        assert process.returncode == code, said
+        assert [line for line in said.splitlines() if "rank" in line] == expected
+        assert "Traceback" not in said
+        assert not (tmp_path / "infer").exists()

@@ -1,4 +1,4 @@
-"""The launcher: training on several GPUs of one machine, a process (a rank) a GPU.
+"""The launcher: training and sampling on several GPUs of one machine, a process (a rank) a GPU.
 
 The stage's own process holds the artifact and supervises. It starts its own command once a GPU, with the variables of
 torch.distributed, and imports no torch. It hands signals on, ends all ranks when one fails, starts them anew one rung
@@ -16,9 +16,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -27,10 +27,13 @@ from stages.lib.artifact.manifest import write_json
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe
 from stages.lib.train import ladder, ranks
-from stages.lib.train.checkpoints import last_checkpoint
+from stages.lib.train.checkpoints import last_checkpoint, naming_full_disk
 
 FIGURES = "figures.json"  # what rank 0 found, for the process that writes the manifest
-RANKS = "checkpoints/ranks"  # beside the checkpoints: the output of each rank but 0, and why one failed
+RANKS = "checkpoints/ranks"  # beside the checkpoints: the output of each rank but 0
+# In a rank's environment: the pipe that takes why it failed. A file could not be written on a full disk.
+FAILURE = "TEMPER_FAILURE"
+MAX_FAILURE = 10_000  # characters of a traceback's end; a pipe holds 64 KiB, and an escaped character takes up to 6
 # In the errors of a rank whose partner is gone: the partner's own failure is the cause.
 PARTNER_GONE = (
     "onnection closed by peer",
@@ -47,11 +50,20 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Failure:
-    """Why a rank ended: the kind ("user", "memory", "crash"), the text to show, and the optimizer step."""
+    """Why a rank ended: the kind ("user", "memory", "crash"), the text to show, the optimizer step, and when."""
 
     kind: str
     text: str
     step: int = 0
+    time: float = 0.0
+
+
+@dataclass
+class Rank:
+    """A process that was started, and the end of the pipe from which its failure is read."""
+
+    process: subprocess.Popen
+    failures: int
 
 
 def process_count(environment: Mapping[str, str] = os.environ) -> int:
@@ -81,10 +93,11 @@ def train_on_gpus(recipe: Recipe, stage: str, run: Run, train: Callable[[], Any]
     Raises `UserError` for one that a rank raised, and `SystemExit` with 128 + the signal when one ended training.
     """
     if RANK_FOLDER in os.environ:
-        return work_as_rank(run, train)
+        work_as_rank(run, train)
     run.world_size = process_count()
     if run.world_size == 1:
-        return train()
+        with naming_full_disk(run.folder):
+            return train()
     rows = recipe.sft.batch_size
     if stage == "grpo":
         rows = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt
@@ -107,44 +120,44 @@ def train_on_gpus(recipe: Recipe, stage: str, run: Run, train: Callable[[], Any]
         return json.loads((run.checkpoints / FIGURES).read_text())
 
 
-def work_as_rank(run: Run, train: Callable[[], Any]) -> None:
-    """Train as one rank, leave the figures or the failure in files, and end this process."""
+def work_as_rank(run: Run, train: Callable[[], Any]) -> NoReturn:
+    """Train as one rank, leave the figures in a file or tell the failure, and end this process."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a supervisor that is killed leaves no rank behind
     code = 0
     try:
-        figures = train()
-        if ranks.is_first():
-            write_json(run.checkpoints / FIGURES, figures)
+        with naming_full_disk(run.folder):
+            figures = train()
+            if ranks.is_first():
+                write_json(run.checkpoints / FIGURES, figures)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException as error:
         code = 1
-        note_failure(run.folder, error)
+        note_failure(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # libraries wait at exit for partners that may be gone
 
 
-def note_failure(folder: Path, error: BaseException) -> None:
-    """Write why this rank failed, for the supervisor to say it once."""
-    kind, text, step = "crash", "".join(traceback.format_exception(error)), 0
+def note_failure(error: BaseException) -> None:
+    """Tell the supervisor why this rank failed; it says it once."""
+    kind, text, step = "crash", "".join(traceback.format_exception(error))[-MAX_FAILURE:], 0
     if isinstance(error, ladder.OutOfMemory):
         kind, text, step = "memory", str(error), error.step
     elif isinstance(error, click.ClickException):
         kind, text = "user", error.message
     record = {"kind": kind, "text": text, "step": step, "time": time.time()}
-    with contextlib.suppress(OSError):  # a full disk: the last lines of the rank's output say it
-        write_json(folder / RANKS / f"{ranks.rank()}.json", record)
+    os.write(int(os.environ[FAILURE]), json.dumps(record).encode())
     if kind == "crash" and not ranks.is_first():
         traceback.print_exception(error)
 
 
-def supervise(command: Sequence[str], count: int, folder: Path) -> None:
+def supervise(command: Sequence[str], count: int, folder: Path, *, apart: bool = False) -> None:
     """Run `command` in `count` ranks until all have ended; each writes under `folder`.
 
     Rank 0 speaks; the output of the others goes to files. Hands INT, TERM and HUP on to all. When a rank fails,
-    the others are killed. Raises `UserError` or `ladder.OutOfMemory` for a rank's own, else `SystemExit` after its
-    traceback.
+    the others are killed. `apart`: they know nothing of each other, and each sees its own GPU alone. Raises `UserError`
+    or `ladder.OutOfMemory` for a rank's own, else `SystemExit` after its traceback, or with 128 + the signal.
     """
     logs = folder / RANKS
     logs.mkdir(parents=True, exist_ok=True)
@@ -153,48 +166,81 @@ def supervise(command: Sequence[str], count: int, folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started: list[subprocess.Popen] = []
-    with handing_on(started):
+    started: list[Rank] = []
+    with handing_on(started) as handed:
         try:
             for number in range(count):
-                started.append(start_rank(command, number, count, port, folder))
-            codes = wait_for_all(started)
+                variables = share_variables(number, count) if apart else rank_variables(number, count, port)
+                started.append(start_rank(command, number, variables, folder))
+            codes = wait_for_all([rank.process for rank in started])
         finally:
-            for process in started:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
+            for rank in started:
+                if rank.process.poll() is None:
+                    rank.process.kill()
+                rank.process.wait()
+            failures = [read_failure(rank.failures) for rank in started]
     if any(codes):
-        raise_failure(codes, logs)
+        raise_failure(codes, failures, handed, logs)
 
 
-def start_rank(command: Sequence[str], number: int, count: int, port: int, folder: Path) -> subprocess.Popen:
+def rank_variables(number: int, count: int, port: int) -> dict[str, str]:
+    """Return the variables of torch.distributed for a rank."""
+    ids = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    return {name: str(value) for name, value in ids.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def share_variables(number: int, count: int) -> dict[str, str]:
+    """Return the variables of a process that samples apart: its number, and its GPU among those that are visible."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    own = str(number) if visible is None else visible.split(",")[number % len(visible.split(","))]
+    return {ranks.SHARE: f"{number}/{count}", "CUDA_VISIBLE_DEVICES": own}
+
+
+def start_rank(command: Sequence[str], number: int, variables: Mapping[str, str], folder: Path) -> Rank:
     """Start one rank, in a session of its own: a terminal's Ctrl-C reaches it once, through the supervisor."""
+    count = int(variables.get("WORLD_SIZE") or variables[ranks.SHARE].partition("/")[2])
     threads = max(1, (os.cpu_count() or 1) // count)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, RANK_FOLDER: str(folder.absolute())}
-    environment |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
-    environment |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)  # a process that the rank left behind may hold the other end
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **variables}
+    environment |= {RANK_FOLDER: str(folder.absolute()), FAILURE: str(writing)}
     with contextlib.ExitStack() as stack:
+        stack.callback(os.close, writing)
         log = stack.enter_context((folder / RANKS / f"{number}.log").open("wb")) if number else None
         errors = subprocess.STDOUT if log else None
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=errors, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=errors, start_new_session=True, pass_fds=[writing]
+        )
+    return Rank(process, reading)
+
+
+def read_failure(pipe: int) -> Failure | None:
+    """Return why a rank that has ended failed, if it said so; closes the pipe."""
+    try:
+        told = os.read(pipe, 1 << 16)
+    except BlockingIOError:
+        told = b""
+    os.close(pipe)
+    return Failure(**json.loads(told)) if told else None
 
 
 @contextlib.contextmanager
-def handing_on(started: Sequence[subprocess.Popen]) -> Iterator[None]:
-    """Hand INT, TERM and HUP on to all processes `started`; a signal that is ignored stays so."""
+def handing_on(started: Sequence[Rank]) -> Iterator[list[int]]:
+    """Hand INT, TERM and HUP on to all ranks `started`; yield the list of those that came. An ignored one stays so."""
+    handed: list[int] = []
 
     def hand_on(number: int, frame: Any) -> None:
-        for process in started:
-            if process.poll() is None:
-                process.send_signal(number)
+        handed.append(number)
+        for rank in started:
+            if rank.process.poll() is None:
+                rank.process.send_signal(number)
 
     heeded = [
         each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN
     ]
     before = {number: signal.signal(number, hand_on) for number in heeded}
     try:
-        yield
+        yield handed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -213,11 +259,14 @@ def wait_for_all(started: Sequence[subprocess.Popen]) -> list[int | None]:
         time.sleep(POLL_SECONDS)
 
 
-def raise_failure(codes: Sequence[int | None], logs: Path) -> None:
+def raise_failure(
+    codes: Sequence[int | None], failures: Sequence[Failure | None], handed: Sequence[int], logs: Path
+) -> None:
     """Raise what ended the ranks, whose exit codes are `codes`: the cause alone, not what followed in its partners."""
-    failure = cause(codes, logs)
-    if failure is None:  # all stopped by a signal, and rank 0 has said so
-        raise SystemExit(next(code for code in codes if code))
+    ended = [128 - code if code < 0 else code for code in codes if code and (code >= 128 or -code in handed)]
+    if not any(failures) and len(ended) == sum(bool(code) for code in codes):  # by a signal, and rank 0 has said so
+        raise SystemExit(ended[0])
+    failure = cause(codes, failures, logs)
     if failure.kind == "memory":
         raise ladder.OutOfMemory(failure.step, failure.text)
     if failure.kind == "user":
@@ -226,21 +275,21 @@ def raise_failure(codes: Sequence[int | None], logs: Path) -> None:
     raise SystemExit(1)
 
 
-def cause(codes: Sequence[int | None], logs: Path) -> Failure | None:
-    """Return the first failure of a rank's own; None when all ended by a signal that they heeded."""
-    records = [(int(path.stem), json.loads(path.read_text())) for path in logs.glob("*.json")]
-    for number, record in sorted(records, key=lambda each: each[1]["time"]):
-        if record["kind"] != "crash" or not any(text in record["text"] for text in PARTNER_GONE):
-            text = f"rank {number} failed:\n{record['text']}" if record["kind"] == "crash" else record["text"]
-            return Failure(record["kind"], text, record["step"])
+def cause(codes: Sequence[int | None], failures: Sequence[Failure | None], logs: Path) -> Failure:
+    """Return the first failure of a rank's own."""
+    told = sorted((failure.time, number, failure) for number, failure in enumerate(failures) if failure)
+    for _, number, failure in told:
+        if failure.kind != "crash":
+            return failure
+        if not any(text in failure.text for text in PARTNER_GONE):
+            return replace(failure, text=f"rank {number} failed:\n{failure.text}")
     for number, code in enumerate(codes):
-        if code is not None and (code < 0 or 0 < code < 128) and number not in dict(records):
+        if code and not failures[number]:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             log = logs / f"{number}.log"
             last = log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
-            again = "All ranks were ended. Run the same command again: it goes on from the last checkpoint"
+            again = "All ranks were ended. Run the same command again"
+            again += ": it goes on from the last checkpoint" if any(logs.parent.glob("checkpoint-*")) else ""
             return Failure("user", "\n".join([f"rank {number} of {len(codes)} {how}. {again}", *last]))
-    if records:
-        number, record = min(records, key=lambda each: each[1]["time"])
-        return Failure("crash", f"rank {number} failed:\n{record['text']}")
-    return None
+    _, number, failure = told[0]
+    return replace(failure, text=f"rank {number} failed:\n{failure.text}")

@@ -6,6 +6,10 @@ What one rank alone finds out, such as a signal, all act on at the same step: th
 import os
 from pathlib import Path
 
+# In the environment of a process that samples by itself, one of several: its number and theirs, as in "1/2". It has
+# none of torch.distributed's variables: with those, vLLM and accelerate would wait for partners.
+SHARE = "TEMPER_SHARE"
+
 
 def world_size() -> int:
     """Return how many processes train together; 1 where no launcher started this one."""
@@ -14,7 +18,13 @@ def world_size() -> int:
 
 def rank() -> int:
     """Return the number of this process among them, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or share()[0])
+
+
+def share() -> tuple[int, int]:
+    """Return the number of this process among those that sample, from 0, and how many they are; (0, 1) alone."""
+    number, _, count = os.environ.get(SHARE, "0/1").partition("/")
+    return int(number), int(count)
 
 
 def is_first() -> bool:

@@ -25,7 +25,7 @@ from stages.lib.data.place import files_of_source
 from stages.lib.data.rows import label
 from stages.lib.data.sets import Draft, Ruler, helpers
 from stages.lib.errors import UserError
-from stages.lib.model.dress import rehearse
+from stages.lib.model.dress import WITHOUT, rehearse
 from stages.lib.model.locate import local_model
 from stages.lib.model.rehearsal import check_chat_template, check_completion, check_tokenizer, refuse_base
 from stages.lib.model.tokenizer import load_tokenizer
@@ -81,12 +81,12 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
                 tokenizer_check = beside.submit(check_tokenizer, run_recipe, tokenizer)
                 check_chat_template(run_recipe, tokenizer)
                 check_completion(run_recipe, tokenizer)
-                rehearsal = beside.submit(rehearse_beside, run_recipe)
+                rehearsal = beside.submit(rehearse_beside, run_recipe) if run_recipe.model.rehearsal else None
                 ruler = Ruler(tokenizer, run_recipe.format.system_prompt)
                 metrics = prepare(run_recipe, source_files, ruler, run.folder, pool)
                 tokenizer_check.result()
-                if rehearsed := rehearsal.result():
-                    metrics["rehearsal"] = cast(Rehearsal, rehearsed)
+                if rehearsal and (figures := rehearsal.result()):
+                    metrics["rehearsal"] = cast(Rehearsal, figures)
         run.metrics.update(metrics)
         click.echo(terminal.prepare_data(metrics))
 
@@ -100,7 +100,7 @@ def rehearse_beside(recipe: Recipe) -> dict[str, float]:
             raise UserError(
                 f"{recipe.path}: a small copy of {recipe.model.name} ended the process that trained, merged and "
                 f"converted it; the reason is above, of llama.cpp or of torch. Training would end so as well. Choose "
-                f"another base model"
+                f"another base model. {WITHOUT}"
             ) from error
 
 

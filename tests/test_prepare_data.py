@@ -658,6 +658,18 @@ def test_the_stage_reads_a_local_copy_in_place_of_the_hub(tmp_path: Path, model:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rehearsed", [True, False])
+def test_a_recipe_may_leave_the_rehearsal_out(tmp_path: Path, model: Path, rehearsed: bool) -> None:
+    tables = {"model": {"name": str(model), "rehearsal": rehearsed}}
+    recipe = write_recipe(tmp_path, gsm8k_sources(), **tables)
+    arguments = ["--recipe", recipe, "--out", tmp_path / "out", "--data", DATA / "gsm8k"]
+    result = CliRunner().invoke(prepare_data.main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "out" / "manifest.json").read_text())["metrics"]
+    assert ("rehearsal" in metrics) == ("rehearsal: a small copy" in result.output) == rehearsed
+
+
+@pytest.mark.slow
 def test_two_runs_give_the_same_bytes(tmp_path: Path, model: Path) -> None:
     digests = []
     for name in ("one", "two"):

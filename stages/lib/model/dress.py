@@ -26,6 +26,7 @@ from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.tables import Recipe
 
 MERGED_LOGITS = "merged.npy"
+WITHOUT = "Where the copy is at fault and not the model, set [model] rehearsal = false"
 POSITIONS = 8  # of a conversation, at which models are compared
 
 
@@ -95,7 +96,7 @@ def failing(recipe: Recipe, stage: str, remedy: str) -> Iterator[None]:
         found = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(
             f"{recipe.path}: make {stage} would fail with {recipe.model.name}, as it does with a small copy of it: "
-            f"{found.strip()}\n{remedy}"
+            f"{found.strip()}\n{remedy}. {WITHOUT}"
         ) from error
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 # Keys that change no result are in no identity: when one changes, a run goes on from its checkpoint.
-UNCHANGING = ("save_steps", "log_steps", "show_completions_steps")
+UNCHANGING = ("save_steps", "log_steps", "show_completions_steps", "rehearsal")
 # Keys that came later: left out of the identity where they are unset, so that an older result stays up to date.
 LATER = ("template_kwargs", "sampled_prompts", "repeat_share")
 LATER_OF_SOURCE = ("tasks", "settings", "rows", "seed")
@@ -49,6 +49,7 @@ class Model:
     engine: Literal["trl", "unsloth"]
     revision: str = ""  # the hub commit, 40 hex digits
     load_in_4bit: bool = False  # engine unsloth: the base in 4 bits (NF4) while training; merge takes its 16 bits
+    rehearsal: bool = True  # prepare-data trains, merges and converts a small copy of it, and refuses what fails so
 
 
 @dataclass(frozen=True)

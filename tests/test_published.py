@@ -1,5 +1,6 @@
 """Models as published, each by its config.json: taken or refused before the training, as docs/models.md says."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,15 @@ def prepare(recipe, folder):
     check_chat_template(recipe, tokenizer)
     check_completion(recipe, tokenizer)
     return rehearse(recipe)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_an_adapter_file_that_llama_cpp_can_not_read_fails_before_training_with_what_to_change(tmp_path):
+    model = next(model for model in published.PUBLISHED if model.name == "mistralai/Ministral-3-3B-Reasoning-2512")
+    made = tiny_models.made()
+    folder = published.write(model, tmp_path / "model")
+    asked = dataclasses.replace(model, save=("lora",))
+    recipe = published.recipe_of(asked, folder, read_recipe(tiny_models.recipe(made), made / "base-model"))
+    with pytest.raises(UserError, match=r"make gguf would fail with mistralai/(.|\n)*Take 'lora' out of save"):
+        prepare(recipe, folder)

@@ -297,3 +297,16 @@ def test_a_missing_stop_token_is_caught_by_both_gates(tmp_path, ends):
     if ends is not None:
         with pytest.raises(UserError, match=message):
             gguf_gate(merged, tmp_path)
+
+
+def test_a_file_with_other_tensors_than_llama_cpp_expects_is_not_said_to_be_cut_short(tmp_path):
+    data = bytearray((tiny_models.quantized() / "model.q4_k_m.gguf").read_bytes())
+    key = b"gemma3.block_count"
+    at = data.index(key) + len(key) + 4  # after the type of its value
+    data[at] += 1
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    with pytest.raises(
+        UserError, match=r"the file is whole, and llama.cpp expects other tensors(.|\n)*check_tensor_dims"
+    ):
+        Loaded(path, context_tokens=64)

@@ -16,6 +16,7 @@ from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.write import as_toml, text_of
 
 MAX_RECIPES = 100
+MAX_NAME = 200  # of the 255 bytes that a file name may have: artifacts, logs and models are named after a recipe
 MARK = "# Written by a sweep"  # how a recipe begins that may be written again
 
 
@@ -32,7 +33,13 @@ def main(recipe: Path, wanted: str) -> None:
     variants = {}
     for values in combinations:
         changes = dict(zip(keys, values, strict=True))
-        variants[recipe.with_name(f"{variant_name(recipe.stem, changes)}.toml")] = changes
+        name = variant_name(recipe.stem, changes)
+        if len(name) > MAX_NAME:
+            raise UserError(
+                f"SET={wanted}: makes a recipe name of {len(name)} characters; expected at most {MAX_NAME}. Copy the "
+                f"recipe, set in the copy the keys that have one value, and sweep the others"
+            )
+        variants[recipe.with_name(f"{name}.toml")] = changes
     if len(variants) < len(combinations):
         raise UserError(f"SET={wanted}: some values make the same recipe name; expected each value once")
     written: list[Path] = []

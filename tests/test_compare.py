@@ -181,6 +181,7 @@ def test_a_key_of_a_source_is_set_by_its_place(tmp_path: Path) -> None:
     ("data.sources[9].max_rows=1", "there is no such key in a recipe"),
     ("--out=x", "expected keys once each"),
     (f"grpo.seed={','.join(map(str, range(101)))}", "gives more than 100 recipes"),
+    ("tracking.project=" + "a" * 200, "makes a recipe name of 213 characters; expected at most 200"),
 ])  # fmt: skip
 def test_what_cannot_be_swept_is_refused_and_nothing_is_written(tmp_path, wanted, said):
     result = swept(tmp_path, wanted)

@@ -26,7 +26,7 @@ from typing import Any
 import click
 
 from stages import base_model
-from stages.lib.data.rows import problem_of
+from stages.lib.data.problem import problem_of
 from stages.lib.recipe.read import read_recipe
 from tests.support import micro
 

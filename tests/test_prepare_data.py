@@ -18,8 +18,10 @@ from stages.lib.answers import formats
 from stages.lib.answers.grade import canonical
 from stages.lib.data.files import read_batches
 from stages.lib.data.fingerprint import BAND_ROWS, BANDS
-from stages.lib.data.rows import Unusable, completion_of, most_tokens, problem_of
+from stages.lib.data.problem import completion_of, problem_of
+from stages.lib.data.rows import most_tokens
 from stages.lib.data.sets import helpers
+from stages.lib.data.shapes import Unusable
 from stages.lib.errors import UserError
 from stages.lib.model.files import refuse_quantized_base
 from stages.lib.recipe.read import build_table, read_recipe
@@ -289,7 +291,7 @@ UNUSABLE = {
     "no question": [{**GOOD, "question": " "}, {"answer": "1"}, {**GOOD, "question": 5}],
     "no answer": [
         {"question": "q", "solution": "s"},
-        *({**GOOD, "answer": found} for found in (None, "  ", True, [1])),
+        *({**GOOD, "answer": found} for found in (None, "  ", True, [], [None], {})),
     ],
     "unreadable answer": [{**GOOD, "answer": found} for found in ("42 or 43", "x", float("nan"), "3,5")],
     "no solution": [{"question": "q", "answer": "1"}, {**GOOD, "solution": ""}, {**GOOD, "solution": 5}],

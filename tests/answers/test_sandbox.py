@@ -13,7 +13,8 @@ import pytest
 from stages.lib.answers import sandbox, sandbox_inside
 from stages.lib.answers.formats import THINK, XML, Answer
 from stages.lib.answers.grade import grade, mark
-from stages.lib.data.rows import PROGRAM_ALONE, Unusable, parts_of, problem_of
+from stages.lib.data.problem import PROGRAM_ALONE, parts_of, problem_of
+from stages.lib.data.shapes import Unusable
 from stages.lib.errors import UserError
 from stages.lib.rewards.any_format import python_tests
 from stages.lib.rewards.xml import correctness

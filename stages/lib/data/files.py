@@ -28,6 +28,7 @@ from stages.lib.data.hub import read_hub
 from stages.lib.data.opened import decoded, is_as_stored, opened
 from stages.lib.data.place import kind_of_file
 from stages.lib.data.reasoning_gym import read_gym
+from stages.lib.data.shapes import as_list
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import GYM, Source
 
@@ -74,7 +75,7 @@ def read_batches(source: Source, files: list[Path], whole: bool = False) -> Iter
     Raises `UserError`, here or in `parsed`, for a file that is not what its name says, for a missing column, and for no
     rows at all.
     """
-    names = (source.question, source.answer, source.solution)
+    names = (*as_list(source.question), source.answer, source.solution, *as_list(source.choices))
     wanted = Wanted([name for name in dict.fromkeys(names) if name], whole)
     of_files = itertools.chain.from_iterable(read_file(file, wanted, source.split) for file in files)
     read = of_files if files else (read_gym if source.name == GYM else read_hub)(source, wanted)

@@ -1,43 +1,30 @@
-"""Rows of a source, checked: question, answer and solution, or the reason a row is left out."""
+"""Rows of a source, checked: drafts of the lines of each set, fingerprints, and the rows left out with the reason."""
 
 import itertools
 import json
 import os
-import re
 import unicodedata
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from stages.lib.answers import formats
-from stages.lib.answers.formats import Format
-from stages.lib.answers.grade import Kind, canonical, kind_of, shown_answer
-from stages.lib.answers.sandbox import FENCED, why_unusable
+from stages.lib.answers.grade import canonical, kind_of, shown_answer
 from stages.lib.data.batch import Batch
+from stages.lib.data.choices import with_options
 from stages.lib.data.files import Lines
+from stages.lib.data.problem import completion_of, parts_of, problem_of, separators_in
+from stages.lib.data.shapes import Unusable, as_list, joined, question_of
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Source
 
 SETS = ("sft", "grpo", "eval")
 MEASURES = ("prompt_tokens", "example_tokens", "sft_bytes", "line_bytes")
 BIT = {name: 1 << place for place, name in enumerate(SETS)}
-SURROGATE = re.compile("[\ud800-\udfff]")
-CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 encode = json.JSONEncoder(ensure_ascii=False).encode
 quote = json.encoder.encode_basestring  # as `encode` does for a string, but faster
-PROGRAM_ALONE = "The function below does what is asked."
-COMMA = str(Kind("number", decimal=","))
-READS_TWO_WAYS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}[.,]\d{3}(?![\d.,])")
-
-
-class Unusable(ValueError):
-    """A row that can't be in a set, with the reason that it is counted under."""
-
-    def __init__(self, reason: str, found: str) -> None:
-        super().__init__(found)
-        self.reason = reason
 
 
 def label(source: Source, file: Path) -> str:
@@ -51,91 +38,6 @@ def most_tokens(text: str) -> int:
     if text.isascii():
         return len(text)
     return max(len(text.encode()), len(unicodedata.normalize("NFKD", text).encode()))
-
-
-def problem_of(question: Any, answer: Any, solution: Any, style: str, kind: str = "number") -> tuple[str, str, str]:
-    """Return a row's question, its answer as written and its worked solution with its marks ("" if it has none).
-
-    Raises `Unusable` for a row without a question or without a readable answer.
-    """
-    question = question.strip() if isinstance(question, str) else ""
-    if not question:
-        raise Unusable("no question", "the question's column holds no text")
-    worked = solution if isinstance(solution, str) else ""
-    text = answer.strip() if isinstance(answer, str) else as_text(answer, kind)
-    if not text:
-        raise Unusable("no answer", f"no answer: {answer!r}")
-    if style == "gsm8k":
-        worked, mark, text = (part.strip() for part in text.rpartition("####"))
-        if not mark:
-            raise Unusable("unreadable answer", "a GSM8K answer ends with a line '#### N'; this one has no '####'")
-    if kind == "python" and (wrong := why_unusable(text)):
-        raise Unusable("unusable tests", f"{wrong}: {text[:80]!r}")
-    if canonical(kind, text) is None:
-        raise Unusable("unreadable answer", unread(text, kind))
-    if not (question.isascii() and worked.isascii() and text.isascii()) and SURROGATE.search(question + worked + text):
-        raise Unusable("not Unicode", "half of a surrogate pair, which UTF-8 can't hold")
-    return question, text, worked.strip()
-
-
-def as_text(value: Any, kind: str) -> str:
-    """Return the text of an answer that JSON or Parquet holds as a number or as several texts; "" for another."""
-    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
-        return value[0].strip() if len(value) == 1 else json.dumps(value, ensure_ascii=False)
-    if isinstance(value, bool):
-        return str(value) if kind == "text" else ""
-    return str(value) if isinstance(value, int | float | Decimal) else ""
-
-
-def unread(text: str, kind: str) -> str:
-    """Return why an answer can't be read, and what to state in the recipe for one of another kind."""
-    if has_decimal_comma(text, kind):
-        return f'{text[:80]!r} has a decimal comma: state decimal = ","'
-    if kind.startswith("number"):
-        others = 'no numbers? State answers = "math", "text" or "choice"'
-        return f"can't be read as one number: {text[:80]!r} ({others})"
-    return f"can't be read as an answer of kind {kind!r}: {text[:80]!r}"
-
-
-def has_decimal_comma(text: str, kind: str) -> bool:
-    """Return whether an answer is a number only if its decimals follow a comma."""
-    return kind.startswith("number") and "," in text and canonical(kind, text) is None is not canonical(COMMA, text)
-
-
-def separators_in(answer: str, kind: str) -> str:
-    """Return "decimal comma" or "two ways" for an answer that has the one or reads so; "" for another."""
-    text = answer.rpartition("####")[2].strip()
-    if kind.startswith("number") and READS_TWO_WAYS.search(text):
-        return "two ways"
-    return "decimal comma" if has_decimal_comma(text, kind) else ""
-
-
-def parts_of(solution: str) -> tuple[str, str]:
-    """Return thought and program of a solution: the words around its one fenced block, and the block.
-
-    A solution that is a program alone gets `PROGRAM_ALONE` for a thought: a format has no empty one.
-    """
-    match = FENCED.search(solution + "\n")
-    if match is None or not match[1].strip():
-        return PROGRAM_ALONE if solution else "", solution
-    words = solution[: match.start()] + solution[match.end() :]
-    return words.strip() or PROGRAM_ALONE, match[0].strip()
-
-
-def completion_of(worked: str, answer: str, style: str, answer_format: Format) -> str:
-    """Return the SFT completion. Raises `Unusable` without a solution, or with one that can't be written."""
-    if style == "think":
-        if worked and "</think>" not in worked:
-            raise Unusable("unusable solution", "the thought has no end (</think>): it was truncated")
-        worked = worked.replace("<think>", "").replace("</think>", "").strip()
-    elif style == "gsm8k":
-        worked = CALCULATOR_MARK.sub("", worked).strip()
-    if not worked:
-        raise Unusable("no solution", "no worked solution, which sft needs")
-    try:
-        return answer_format.write(formats.Answer(worked, answer))
-    except ValueError as error:
-        raise Unusable("unusable solution", str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -186,11 +88,13 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
         removed.append((name, row_id, error.reason, batch.numbers[place]))
 
     problems, places = [], []
-    solutions = batch.columns[source.solution] if source.solution else itertools.repeat(None)
-    columns = zip(batch.columns[source.question], batch.columns[source.answer], solutions, strict=False)
-    for place, (question, answer, solution) in enumerate(columns):
+    style = "marked" if source.style == "plain" and source.answer == source.solution else source.style
+    for place, (question, answer, solution, options) in enumerate(values_of_rows(source, batch)):
         try:
-            problems.append(problem_of(question, answer, solution, source.style, kind))
+            if source.choices:
+                names = as_list(source.choices)
+                question, answer = with_options(question_of(question), answer, options, names, source.chosen_by)
+            problems.append(problem_of(question, answer, solution, style, kind))
             places.append(place)
         except Unusable as error:
             leave_out(place, error)
@@ -221,6 +125,20 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
     drafts = {name: add_to_draft(folder, name, b"".join(texts)) for name, texts in lines.items()}
     drafts["grams"] = add_to_draft(folder, "grams", prints.grams)
     return Checked(batch.origin, len(batch.numbers), unused, drafts, table, to_measure, removed, separators)
+
+
+def values_of_rows(source: Source, batch: Batch) -> Iterator[tuple[Any, Any, Any, Sequence[Any]]]:
+    """Yield each row's question, a text where several columns make it up, its answer, its solution and its options."""
+    columns, none = batch.columns, itertools.repeat(None)
+    questions: Iterable[Any]
+    if isinstance(source.question, str):
+        questions = columns[source.question]
+    else:
+        questions = map(joined, zip(*(columns[name] for name in source.question), strict=True))
+    solutions = columns[source.solution] if source.solution else none
+    names = as_list(source.choices)
+    options: Iterable[Any] = zip(*(columns[name] for name in names), strict=True) if names else none
+    return zip(questions, columns[source.answer], solutions, options, strict=False)
 
 
 def add_to_draft(folder: Path, name: str, content: Any) -> tuple[Path, int]:

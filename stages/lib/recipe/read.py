@@ -80,6 +80,9 @@ def convert_value(value: Any, hint: Any, where: str, spelling: str) -> Any:
         kinds = [kind for kind in arguments if kind is not type(None)]
         if len(kinds) == 1:
             return convert_value(value, kinds[0], where, spelling)
+        for kind in kinds:
+            if typing.get_origin(kind) is type(value):
+                return convert_value(value, kind, where, spelling)
         if type(value) not in kinds:
             names = ", ".join(kind.__name__ for kind in kinds)
             raise UserError(f"{message} one of {names}; found {type(value).__name__}")

@@ -165,15 +165,19 @@ def gym(source: Source) -> Iterator[str]:
 def columns(source: Source) -> Iterator[str]:
     """Yield what is wrong with a source's columns and with the kind of its answers."""
     for key, column in (("question", source.question), ("answer", source.answer)):
-        if not column:
-            yield f"{key} = ''; expected the name of a column"
+        if not column or ("" in column and isinstance(column, list)):
+            yield f"{key} = {column!r}; expected the name of a column"
     if source.answers == "scored" and source.scorer not in SCORERS:
         scorers = ", ".join(SCORERS)
         yield f"scorer = {source.scorer!r}{nearest(source.scorer, SCORERS)}; expected one of: {scorers}"
     for key, kind in (("decimal", "number"), ("scorer", "scored")):
         if getattr(source, key) and source.answers != kind:
             yield f"{key} = {getattr(source, key)!r} goes with answers = {kind!r}; found {source.answers!r}"
-    if "sft" in source.use and not source.solution and source.style != "gsm8k":
+    if source.choices and source.answers != "choice":
+        yield f"has choices: state answers = 'choice'; found {source.answers!r}"
+    if source.chosen_by and not source.choices:
+        yield f"chosen_by = {source.chosen_by!r} goes with choices, the columns of the options"
+    if "sft" in source.use and not source.solution and source.style not in ("gsm8k", "marked"):
         yield "goes to sft, so solution must name the column of the worked solution"
     if source.style == "gsm8k" and source.solution:
         yield "has style = 'gsm8k': the solution is in the answer column; leave solution out"

@@ -113,15 +113,19 @@ class Source:
     name: str  # a hub name (then `revision` is a must), a file, a folder, "base-model": the problems it made,
     #   or "reasoning-gym": rows that the tasks below make (`docs/reasoning-gym.md`)
     use: list[Literal["sft", "grpo", "eval"]]  # the sets that its rows go to: each row to all, unless `shares` split
-    question: str  # the column of the problem
-    answer: str  # the column of the answer
+    question: str | list[str]  # the column of the problem; several: their texts, one below the other
+    answer: str  # the column of the answer; where it is the solution's or holds a conversation, style is "marked"
     answers: Literal["number", "math", "text", "choice", "python", "scored"] = "number"  # kind (`docs/answers.md`)
     decimal: Literal[".", ","] | None = None  # number: the decimal mark; None: ".", and what reads two ways is refused
     tolerance: Annotated[float, FROM_0_UNDER_1] = 0.005  # number: share that a rounded answer may be off a long float
     scorer: str = ""  # scored: the name of the scorer
     solution: str = ""  # the column of the worked solution, which sft needs; "": none, or within `answer` (gsm8k)
-    style: Literal["plain", "gsm8k", "think"] = "plain"  # gsm8k: solution, "####" and answer are one column, with
-    #   calculator marks; think: the solution has <think> marks, and is truncated if </think> is missing
+    style: Literal["plain", "gsm8k", "think", "marked"] = "plain"  # gsm8k: solution, "####" and answer are one column,
+    #   with calculator marks; think: the solution has <think> marks, and is truncated if </think> is missing; marked:
+    #   the answer's column is a text that marks it, by \boxed{}, "####" or "the answer is"
+    choices: str | list[str] = ""  # choice: the column of the options, or a column each; put below the question
+    chosen_by: Literal["", "letter", "text", "from 0", "from 1"] = ""  # choices: what the answer is: a letter or label,
+    #   the option's text, its number; "": any, numbers from 0, and what reads two ways is refused
     revision: str = ""  # the hub commit, 40 hex digits
     config: str = ""  # the hub's name for a part of the dataset, such as "main" or "en"
     split: str = "train"

@@ -8,7 +8,7 @@ import click
 
 from stages.lib import options
 from stages.lib.answers import formats, stats
-from stages.lib.answers.grade import mark
+from stages.lib.answers.grade import mark, shown_answer
 from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.jsonl import rows_of, write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
@@ -80,7 +80,7 @@ def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, P
                 {
                     "id": problem["id"],
                     "question": problem["prompt"][-1]["content"],
-                    "answer": problem["answer"],
+                    "answer": shown_answer(problem.get("kind", "number"), problem["answer"]),
                     "model": name,
                     "completion": completion,
                     "tokens": len(ids),

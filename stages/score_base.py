@@ -10,7 +10,7 @@ import click
 
 from stages.lib import options
 from stages.lib.answers import formats
-from stages.lib.answers.grade import mark
+from stages.lib.answers.grade import mark, shown_answer
 from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.artifact.manifest import read_manifest
 from stages.lib.errors import UserError
@@ -115,7 +115,7 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None,
             {
                 "id": problem["id"],
                 "question": problem["prompt"][-1]["content"],
-                "answer": problem["answer"],
+                "answer": shown_answer(problem.get("kind", "number"), problem["answer"]),
                 "completion": text,
                 "tokens": len(ids),
                 "ended": has_end,

@@ -14,11 +14,12 @@ from click.testing import CliRunner
 
 from stages import prepare_data
 from stages.lib.answers import formats
+from stages.lib.answers.grade import shown_answer
 from stages.lib.artifact.folder import write_artifact
 from stages.lib.data.place import files_of_source
 from stages.lib.errors import UserError
 from stages.lib.recipe.read import read_recipe
-from stages.lib.recipe.tables import Recipe, is_hub_name
+from stages.lib.recipe.tables import GYM, Recipe, is_hub_name
 from stages.lib.rewards.names import load_rewards
 from tests.support import family_models, micro, tiny_models
 from tests.support.recipes import read_tables, write_tables
@@ -32,8 +33,9 @@ UNPINNED = {"qwen3-1.7b-dapo": "unsloth/OpenMathReasoning-mini"}
 FAMILIES = {
     "gemma3-1b-gsm8k": "gemma3", "gemma3-4b-gsm8k": "gemma3", "qwen3-1.7b-dapo": "qwen3", "qwen2.5-3b-gsm8k": "qwen2.5",
     "llama3.1-8b-gsm8k": "llama3.1", "phi4-14b-gsm8k": "phi4", "smollm2-135m-gsm8k": "smollm2",
+    "qwen2.5-3b-gym": "qwen2.5", "smollm2-135m-gym": "smollm2",
 }  # fmt: skip
-SHIPPED = ["tiny", "tiny-gsm8k", *FAMILIES]
+SHIPPED = ["tiny", "tiny-gsm8k", "tiny-gym", *FAMILIES]
 
 
 def test_the_recipes_are_there() -> None:
@@ -81,7 +83,7 @@ def test_what_is_fetched_from_the_hub_has_one_commit_in_all_recipes(tmp_path: Pa
     pins: dict[str, set[str]] = {}
     for recipe in (read_recipe(RECIPES[name]) for name in SHIPPED):
         for fetched in [recipe.model, *recipe.data.sources]:
-            if fetched.name != "base-model":
+            if fetched.name not in ("base-model", GYM):
                 pins.setdefault(fetched.name, set()).add(fetched.revision)
     assert {name: len(revisions) for name, revisions in pins.items()} == dict.fromkeys(pins, 1)
     assert pins["openai/gsm8k"] == {"740312add88f781978c0658806c59bc2815b9866"}
@@ -104,6 +106,8 @@ def test_a_recipe_for_a_gpu_starts_from_the_defaults(name: str, tmp_path: Path) 
     ("name", "model", "rank", "alpha", "tokens", "completions", "steps"),
     [
         ("smollm2-135m-gsm8k", "HuggingFaceTB/SmolLM2-135M-Instruct", 32, 32, 512, 8, 250),
+        ("smollm2-135m-gym", "HuggingFaceTB/SmolLM2-135M-Instruct", 32, 32, 384, 8, 250),
+        ("qwen2.5-3b-gym", "Qwen/Qwen2.5-3B-Instruct", 64, 64, 1280, 8, 250),
         ("gemma3-1b-gsm8k", "google/gemma-3-1b-it", 32, 32, 1024, 8, 250),
         ("gemma3-4b-gsm8k", "google/gemma-3-4b-it", 32, 32, 1024, 8, 250),
         ("qwen3-1.7b-dapo", "unsloth/Qwen3-1.7B-Base", 32, 64, 2048, 16, 500),
@@ -203,6 +207,7 @@ def test_a_recipe_prepares_its_data_from_local_copies(
         "open-r1/DAPO-Math-17k-Processed": dapo(tmp_path / "dapo"),
         "unsloth/OpenMathReasoning-mini": DATA / "openmath",
         "base-model": "base-model",
+        GYM: GYM,
     }
     tables = read_tables(name)
     arguments = []
@@ -222,7 +227,8 @@ def test_a_recipe_prepares_its_data_from_local_copies(
     assert result.exit_code == 0, result.output
     rows = {kind: [json.loads(line) for line in (out / f"{kind}.jsonl").open()] for kind in ("sft", "grpo", "eval")}
     answer_format = formats.get(tables["format"]["name"])
-    assert all(answer_format.read(row["completion"][0]["content"]).answer == row["answer"] for row in rows["sft"])
+    taught = [answer_format.read(row["completion"][0]["content"]).answer for row in rows["sft"]]
+    assert taught == [shown_answer(row["kind"], row["answer"]) for row in rows["sft"]]
     assert {kind: len(found) > 0 for kind, found in rows.items()} == {"sft": True, "grpo": True, "eval": True}
     assert not {row["id"] for row in rows["eval"]} & {row["id"] for row in rows["sft"] + rows["grpo"]}
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 IMPORTS = (
-    "accelerate click datasets fastapi huggingface_hub hypothesis jinja2 llama_cpp llama_cpp.server.app math_verify "
-    "matplotlib mlflow.tracking numpy openai peft pyarrow pytest safetensors sentencepiece swanlab tensorboard "
-    "tokenizers torch trackio transformers transformers.trainer trl trl.trainer.grpo_trainer trl.trainer.sft_trainer "
-    "uvicorn wandb"
+    "accelerate click datasets httpx huggingface_hub hypothesis jinja2 llama_cpp math_verify matplotlib "
+    "mlflow.tracking numpy openai peft pyarrow pydantic pytest safetensors sentencepiece starlette.applications "
+    "swanlab tensorboard tokenizers torch trackio transformers transformers.trainer trl trl.trainer.grpo_trainer "
+    "trl.trainer.sft_trainer uvicorn wandb"
 ).split()
 # unsloth and unsloth_zoo stop without a GPU when they are imported: here they only have to be there.
 CUDA_IMPORTS = ["bitsandbytes", "vllm", "vllm.engine.arg_utils", "xformers"]

@@ -702,6 +702,14 @@ def test_the_dev_group_is_locked_and_changes_nothing_that_cpu_lock_holds():
     assert not entries("cpu.lock").keys() & entries("dev.lock").keys()
 
 
+@pytest.mark.torch
+def test_what_the_last_step_of_a_build_imports_is_there_to_import():
+    check = ROOT / "docker" / "check.py"
+    program = f"import runpy; [__import__(name) for name in runpy.run_path({str(check)!r})['IMPORTS']]"
+    tried = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert tried.returncode == 0, tried.stderr[-2000:]
+
+
 def test_every_direct_dependency_is_explained():
     text = (ROOT / "docs" / "dependencies.md").read_text()
     for name in asked("cpu.in").keys() | asked("cuda.in").keys() | dev_group():

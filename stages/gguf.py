@@ -109,7 +109,7 @@ def make_files(model: Path, training: Path, recipe: Recipe, run: Run) -> dict[st
     paths = {kind: run.folder / f"model.{kind}.gguf" for kind in types}
     source_path = paths.get(source, run.checkpoints / f"model.{source}.gguf")
     start = time.monotonic()
-    convert_model(model, source_path, source, name_of(recipe), run.checkpoints / "convert.log")
+    convert_model(model, source_path, source, name_of(recipe))
     run.seconds["convert"] = time.monotonic() - start
     importance = None
     if recipe.gguf.importance_prompts:
@@ -129,8 +129,8 @@ def make_adapter(base: Path, lora: Path, recipe: Recipe, run: Run) -> tuple[Path
     """Convert the model in `base`, among the checkpoints, and its adapter in `lora`; return both GGUF files."""
     start = time.monotonic()
     base_path = run.checkpoints / "base.f16.gguf"
-    convert_model(base, base_path, "f16", name_of(recipe), run.checkpoints / "convert-base.log")
-    convert_lora(lora, base, run.folder / ADAPTER, run.checkpoints / "convert-lora.log")
+    convert_model(base, base_path, "f16", name_of(recipe))
+    convert_lora(lora, base, run.folder / ADAPTER)
     run.seconds["convert lora"] = time.monotonic() - start
     return base_path, run.folder / ADAPTER
 

@@ -6,6 +6,7 @@ import click
 
 from stages.lib import options
 from stages.lib.artifact.manifest import write_whole
+from stages.lib.disk import naming_disk_faults
 from stages.lib.errors import UserError
 from stages.lib.recipe.read import read_recipe
 from stages.lib.report import page
@@ -21,7 +22,8 @@ def main(recipe: Path, artifacts: Path, price: float | None) -> None:
         raise UserError(f"{artifacts}: there is no such folder, so nothing of this recipe was made yet. Run: make all")
     path = artifacts / "report.html"
     text = page.write(run_recipe, artifacts, price)
-    write_whole(path, text.encode())
+    with naming_disk_faults(path):
+        write_whole(path, text.encode())
     click.echo(f"{path}: {len(text) / 1e6:.1f} MB. Open it in a browser; it fetches nothing")
 
 

@@ -262,6 +262,30 @@ def test_other_data_is_new_input_and_the_same_or_none_is_not(copy):
     assert ran(copy, "all", recipe) == ran(copy, "all", recipe, "DATA=") == []
 
 
+@pytest.mark.parametrize("left", [b"", b"\0" * 700, None], ids=["empty", "NUL", "a folder"])
+def test_a_stage_whose_manifest_a_power_cut_left_empty_is_run_again(copy, left):
+    assert ran(copy, "all") == ALL
+    manifest = copy / DONE["sft"]
+    manifest.unlink()
+    manifest.mkdir() if left is None else manifest.write_bytes(left)
+    assert ran(copy, "sft", BREAK="stages.sft", code=2) == ["sft"]
+    if left is not None:
+        assert ran(copy, "all") == ALL[2:]
+        assert ran(copy, "all") == []
+
+
+def test_what_is_remembered_of_data_and_subset_is_never_half_written(copy):
+    recipe = "RECIPE=tiny-gsm8k"
+    (copy / "one").mkdir()
+    ran(copy, "all", recipe, "DATA=one", "SUBSET=1")
+    folder = copy / "artifacts" / "tiny-gsm8k"
+    for name in ("data.path", "subset"):  # as when the disk is full: nothing can be written beside it
+        (folder / f"{name}.new").mkdir()
+    assert ran(copy, "prepare-data", recipe, "DATA=", code=2) == ["prepare_data"]
+    assert make(copy, "grpo", recipe, "DATA=one", "SUBSET=").returncode == 2
+    assert ((folder / "data.path").read_text(), (folder / "subset").read_text()) == ("one\n", "1\n")
+
+
 def test_data_that_prepare_data_could_not_use_is_forgotten(copy):
     recipe = "RECIPE=tiny-gsm8k"
     stated = copy / "artifacts" / "tiny-gsm8k" / "data.path"

@@ -53,7 +53,7 @@ def inputs(folder: Path, chat_template: str) -> SimpleNamespace:
     Gemma3TextConfig(vocab_size=len(tokenizer), architectures=["Gemma3ForCausalLM"]).save_pretrained(model)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]}))
     file = gguf / "model.q4_k_m.gguf"
-    run_converter([str(model), "--vocab-only", "--outfile", str(file)], folder / "log")
+    run_converter([str(model), "--vocab-only", "--outfile", str(file)])
     return SimpleNamespace(model=model, gguf=gguf, file=file)
 
 

@@ -8,7 +8,9 @@ import pytest
 
 LIB = Path(__file__).parents[1] / "stages" / "lib"
 FLOORS = (
-    ("errors", "options"),
+    ("errors",),
+    ("disk",),
+    ("options",),
     ("jsonl", "distance", "ends", "recipe/tables"),
     ("artifact", "answers", "gguf", "ollama"),
     ("rewards", "model"),

@@ -1,5 +1,6 @@
 """The distance between two models: KL divergence of next-token distributions, against a reference on disk."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,15 @@ def spread_positions(length: int, count: int) -> list[int]:
 def store_logits(path: Path, texts: Sequence[Text], vocabulary_size: int, logits: Iterable["np.ndarray"]) -> None:
     """Write the reference's logits to `path` in float32, a row for each position of each of `texts`, in order.
 
-    `logits` gives arrays of shape (rows, vocabulary). Raises `ValueError` unless their rows are as many as positions.
+    `logits` gives arrays of shape (rows, vocabulary). Raises `ValueError` unless their rows are as many as positions,
+    and `OSError` on a full disk.
     """
     import numpy as np
 
     rows = sum(len(text.positions) for text in texts)
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, vocabulary_size))
+    with path.open("r+b") as file:  # or a full disk would end the process, by SIGBUS, at a write to memory
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     count = 0
     for chunk in logits:
         array[count : count + len(chunk)] = chunk

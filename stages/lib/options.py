@@ -1,9 +1,13 @@
 """The options of the stages: one function an option, so that all stages and the Makefile agree."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
+
+from stages.lib.disk import naming_disk_faults
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -15,9 +19,15 @@ def recipe(command: Callable) -> Callable:
 
 
 def out(command: Callable) -> Callable:
-    """Add `--out FOLDER`, the artifact that the stage writes."""
+    """Add `--out FOLDER`, the artifact that the stage writes. A fault of its disk is a `UserError`."""
+
+    @functools.wraps(command)
+    def writing(*arguments: Any, out: Path, **named: Any) -> Any:
+        with naming_disk_faults(out):
+            return command(*arguments, out=out, **named)
+
     text = "The folder to write; it appears when whole."
-    return click.option("--out", type=FOLDER, required=True, help=text)(command)
+    return click.option("--out", type=FOLDER, required=True, help=text)(writing)
 
 
 def reads(stage: str, *, required: bool = True) -> Callable[[Callable], Callable]:

@@ -305,8 +305,12 @@ FOREIGN = {
     "curves without a manifest": ({"out/logs/events": "mine"}, "holds 'logs/events'"),
     "another stage's artifact": ({"out/manifest.json": OTHERS}, "holds 'manifest.json'"),
     "a manifest that is none": ({"out/manifest.json": "{"}, "holds 'manifest.json'"),
-    "a manifest without files": ({"out/manifest.json": '{"stage": "example"}', "out/mine": "x"}, "holds 'mine'"),
+    "a manifest without files": (
+        {"out/manifest.json": '{"stage": "example"}', "out/mine": "x"},
+        "holds 'manifest.json' and 1 more",
+    ),
     "a manifest that is a list": ({"out/manifest.json": "[]"}, "holds 'manifest.json'"),
+    "a manifest nested 100,000 deep": ({"out/manifest.json": "[" * 100_000}, "holds 'manifest.json'"),
     "a manifest that is a folder": ({"out/manifest.json/a": "", "out/mine": ""}, "holds 'manifest.json/a' and 1 more"),
     "--out is a file": ({"out": "mine"}, "out: is a file; expected a folder"),
     "a foreign unfinished folder": ({"out.unfinished/thesis.txt": "mine"}, "unfinished: was not made by example"),
@@ -436,6 +440,13 @@ def damage(folder: Path, how: str) -> None:
             (folder / "manifest.json").write_text(OTHERS)
         case "no list of files":
             (folder / "manifest.json").write_text('{"stage": "example"}')
+        case "nested":
+            (folder / "manifest.json").write_text("[" * 100_000)
+        case "emptied":
+            (folder / "manifest.json").write_text("\0" * 700)
+        case "a folder":
+            (folder / "manifest.json").unlink()
+            (folder / "manifest.json").mkdir()
 
 
 @pytest.mark.parametrize(
@@ -453,8 +464,11 @@ def damage(folder: Path, how: str) -> None:
         ("half a manifest", r"given: its manifest.json is not one that a stage wrote.*or delete .*given and run: make"),
         (
             "no list of files",
-            r"manifest.json: lists no files, so example did not write it. Delete .*given and run: make",
+            r"manifest.json: is not as example writes it. Delete .*given and run: make",
         ),
+        ("nested", r"given: its manifest.json is not one that a stage wrote.*or delete .*given and run: make"),
+        ("emptied", r"given: its manifest.json is empty, as after a power cut. Run: make example"),
+        ("a folder", r"given: there is none; expected the finished output of example there. Run: make example"),
         ("another stage", r"given: holds the output of 'another'; expected that of 'example'"),
     ],
 )

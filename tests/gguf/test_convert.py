@@ -21,7 +21,7 @@ def test_layers_that_predict_several_tokens_are_left_out_where_config_json_count
 ):
     (tmp_path / "config.json").write_text(json.dumps(config))
     seen = []
-    monkeypatch.setattr(convert, "run_converter", lambda arguments, log: seen.extend(arguments))
-    convert.convert_model(tmp_path, tmp_path / "out.gguf", "f16", "name", tmp_path / "log")
+    monkeypatch.setattr(convert, "run_converter", lambda arguments: seen.extend(arguments))
+    convert.convert_model(tmp_path, tmp_path / "out.gguf", "f16", "name")
     assert ("--no-mtp" in seen) == told
     assert seen[:3] == [str(tmp_path), "--outfile", str(tmp_path / "out.gguf")]

@@ -7,7 +7,6 @@ moment leaves the old result or the new one, and at most an `.unfinished` folder
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -29,6 +28,8 @@ from stages.lib.artifact.manifest import (
     TEMPORARY,
     describe_files,
     is_emptied,
+    manifest_in,
+    object_in,
     stage_of,
     sync,
     sync_files,
@@ -135,8 +136,9 @@ def refuse_foreign(out: Path, stage: str) -> None:
     if not out.is_dir():
         raise UserError(f"{out}: is a file; expected a folder for {stage} to write. Name another --out")
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
-    if stage_of(out / MANIFEST) == stage:
-        names -= {MANIFEST, OUTSIDE, OUTSIDE + TEMPORARY, *json.loads((out / MANIFEST).read_text()).get("files", {})}
+    manifest = manifest_in(out / MANIFEST, stage)
+    if manifest is not None:
+        names -= {MANIFEST, OUTSIDE, OUTSIDE + TEMPORARY, *manifest["files"]}
         names -= {name for name in names if name.startswith(f"{LOGS}/")}
     foreign = sorted(names)
     if foreign:
@@ -184,7 +186,7 @@ def take_over(folder: Path, stage: str, identity: Mapping[str, Any]) -> bool:
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
         if stage_of(marker) != stage and not names <= {IDENTITY + TEMPORARY}:
             raise UserError(f"{folder}: was not made by {stage}, which will not empty it. Move it away")
-        before = json.loads(marker.read_text()) if marker.is_file() else {}
+        before = object_in(marker)
         same = before == identity
         if not same:
             say_what_is_lost(folder / CHECKPOINTS, before, identity)

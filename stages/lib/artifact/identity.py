@@ -20,8 +20,8 @@ from stages.lib.artifact.manifest import (
     OUTSIDE,
     faults,
     files_read,
+    manifest_in,
     read_manifest,
-    stage_of,
     write_json,
 )
 from stages.lib.errors import UserError
@@ -67,10 +67,8 @@ def outside_paths(paths: Iterable[Path]) -> bytes:
 
 def is_current(out: Path, identity: Mapping[str, Any]) -> bool:
     """Say whether the finished artifact `out` states exactly this identity and still has its files, byte for byte."""
-    if stage_of(out / MANIFEST) is None:
-        return False
-    manifest = json.loads((out / MANIFEST).read_text())
-    if any(manifest.get(key) != value for key, value in identity.items()):
+    manifest = manifest_in(out / MANIFEST, identity["stage"])
+    if manifest is None or any(manifest.get(key) != value for key, value in identity.items()):
         return False
     wrong = next(faults(out, manifest["files"], digest_of), None)
     if wrong or not (out / OUTSIDE).is_file():

@@ -17,6 +17,7 @@ OUTSIDE = "outside"  # paths of the files read from outside, each ended by a NUL
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"  # curves for TensorBoard, in no manifest: no two runs write the same bytes
 TEMPORARY = ".tmp"
+MAX_BYTES = 1 << 26  # of a manifest: one of a thousand files takes a fifth of a megabyte
 
 
 def read_manifest(folder: Path, stage: str, *reads: str) -> dict[str, Any]:
@@ -30,14 +31,16 @@ def read_manifest(folder: Path, stage: str, *reads: str) -> dict[str, Any]:
         is_unfinished = folder.with_name(folder.name + ".unfinished").is_dir()
         state = "it was started and not finished" if is_unfinished else "there is none"
         raise UserError(f"{folder}: {state}; expected the finished output of {stage} there. Run: make {stage}")
+    if is_emptied(path):
+        raise UserError(f"{folder}: its {MANIFEST} is empty, as after a power cut. Run: make {stage}")
     owner = stage_of(path)
     if owner != stage:
         holds = f"holds the output of {owner!r}" if owner else f"its {MANIFEST} is not one that a stage wrote"
         remedy = f"run: make {stage}" if owner else f"delete {folder} and run: make {stage}"
         raise UserError(f"{folder}: {holds}; expected that of {stage!r}. Name another folder, or {remedy}")
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    if not isinstance(manifest.get("files"), dict):
-        raise UserError(f"{path}: lists no files, so {stage} did not write it. Delete {folder} and run: make {stage}")
+    manifest = manifest_in(path, stage)
+    if manifest is None:
+        raise UserError(f"{path}: is not as {stage} writes it. Delete {folder} and run: make {stage}")
     to_read = files_read(manifest, reads)
     for wrong in itertools.chain(faults(folder, manifest["files"]), faults(folder, to_read, digest_of)):
         raise UserError(f"{wrong}, as {stage} wrote it. Delete {folder} and run: make {stage}")
@@ -72,16 +75,49 @@ def faults(
 
 def stage_of(path: Path) -> str | None:
     """Return the stage that a manifest or identity file names; None when it is not there or names none."""
-    try:
-        stated = json.loads(path.read_text())
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+    stage = object_in(path).get("stage")
+    return stage if isinstance(stage, str) else None
+
+
+def manifest_in(path: Path, stage: str) -> dict[str, Any] | None:
+    """Return the manifest `path` if it states `stage` and has the form of one; None if not.
+
+    Its files are named from its folder, each with size in bytes and sha256, and none lies outside.
+    """
+    stated = object_in(path)
+    files, inputs = stated.get("files"), stated.get("inputs")
+    if stated.get("stage") != stage or not isinstance(files, dict) or not isinstance(inputs, dict):
         return None
-    return stated.get("stage") if isinstance(stated, dict) else None
+    if not all(isinstance(stated.get(key), dict) for key in ("recipe", "sources", "metrics", "environment", "wall")):
+        return None
+    for name, entry in files.items():
+        is_inside = not name.startswith("/") and "\0" not in name and not {"", ".", ".."} & {*name.split("/")}
+        form = (type(entry.get("bytes")), type(entry.get("sha256"))) if isinstance(entry, dict) else ()
+        if not is_inside or form != (int, str):
+            return None
+    read = [digest for each in inputs.values() for digest in (each.values() if isinstance(each, dict) else [None])]
+    return stated if all(isinstance(digest, str) for digest in read) else None
+
+
+def object_in(path: Path) -> dict[str, Any]:
+    """Return the JSON object in the file `path`; {} when it is not there, holds none or is larger than `MAX_BYTES`."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        raw = file.read(MAX_BYTES + 1)
+    try:
+        stated = json.loads(raw) if len(raw) <= MAX_BYTES else None
+    except (ValueError, RecursionError):
+        return {}
+    return stated if isinstance(stated, dict) else {}
 
 
 def is_emptied(path: Path) -> bool:
     """Say whether the file `path` is empty or holds only NUL bytes, as after a power cut."""
-    return path.is_file() and not path.read_bytes().strip(b"\0")
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return not file.read(MAX_BYTES).strip(b"\0")
 
 
 def refuse_other_run(manifests: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> None:

@@ -24,7 +24,7 @@ def name_of(recipe: Recipe) -> str:
     return f"{Path(recipe.model.name).name} {recipe.path.stem}"
 
 
-def convert_model(model: Path, out: Path, kind: str, name: str, log: Path) -> None:
+def convert_model(model: Path, out: Path, kind: str, name: str) -> None:
     """Convert the model in the folder `model` to the GGUF `out` of `kind`, called `name`: see `run_converter`.
 
     Of layers that predict several tokens at once (MTP, Qwen3.5) transformers keeps no weights, only their count.
@@ -33,30 +33,30 @@ def convert_model(model: Path, out: Path, kind: str, name: str, log: Path) -> No
     config = json.loads((model / "config.json").read_text())
     if "mtp_num_hidden_layers" in config.get("text_config", config):
         arguments.append("--no-mtp")
-    run_converter(arguments, log)
+    run_converter(arguments)
 
 
-def convert_lora(adapter: Path, base: Path, out: Path, log: Path) -> None:
+def convert_lora(adapter: Path, base: Path, out: Path) -> None:
     """Convert the PEFT adapter in `adapter`, of the model in `base`, to the float16 GGUF `out`: see `run_converter`."""
     arguments = [str(adapter), "--base", str(base), "--outfile", str(out), "--outtype", "f16"]
-    run_converter(arguments, log, "convert_lora_to_gguf.py")
+    run_converter(arguments, "convert_lora_to_gguf.py")
 
 
-def run_converter(arguments: list[str], log: Path, name: str = "convert_hf_to_gguf.py") -> None:
-    """Run llama.cpp's converter, its output in the file `log`. Raises `UserError` with the last lines when it fails."""
+def run_converter(arguments: list[str], name: str = "convert_hf_to_gguf.py") -> None:
+    """Run llama.cpp's converter. Raises `UserError` with its last lines when it fails: no full disk loses them."""
     program = HOME / name
     if not program.is_file():
         raise UserError(f"{program}: llama.cpp's converter is not installed. Run: make setup")
     # Without PYTHONPATH: a gguf.py on it would shadow the converter's gguf package.
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSTARTUP")}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    with log.open("w") as file:
-        done = subprocess.run(
-            [sys.executable, str(program), *arguments],
-            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment | offline, check=False,
-        )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(program), *arguments],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment | offline,
+        check=False,
+    )  # fmt: skip
     if done.returncode:
-        lines = log.read_text(errors="replace").strip().splitlines()[-12:]
+        lines = done.stdout.decode(errors="replace").strip().splitlines()[-12:]
         raise UserError(f"{arguments[0]}: llama.cpp's converter failed ({done.returncode}):\n  " + "\n  ".join(lines))
 
 

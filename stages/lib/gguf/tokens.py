@@ -77,7 +77,7 @@ def check_conversion(tokenizer: Any, base: Path, name: str) -> None:
         vocabulary = Path(temporary) / "vocabulary.gguf"
         arguments = [str(copy), "--vocab-only", "--outfile", str(vocabulary), "--model-name", name]
         try:
-            run_converter(arguments, Path(temporary) / "log")
+            run_converter(arguments)
         except UserError as error:
             reason = error.message.split("\n", 1)[-1]
             if not (base / "tokenizer.model").is_file() and "tokenizer.model" in reason:

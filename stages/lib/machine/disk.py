@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.lib.disk import existing
 from stages.lib.machine.findings import Finding, gigabytes
 from stages.lib.machine.memory import ADAPTER_BYTES, adapter_parameters, weight_bytes
 from stages.lib.machine.shape import Shape
@@ -67,11 +68,6 @@ def most_room(rooms: Mapping[str, Room]) -> int:
         done += room.kept
         most = max(most, done + room.scratch)
     return most
-
-
-def existing(path: Path) -> Path:
-    """Return `path`, or the nearest folder above it that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
 def disk_findings(recipe: Recipe, shape: Shape, model: Path | None, cache: Path) -> Iterator[Finding]:

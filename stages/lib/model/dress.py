@@ -60,7 +60,7 @@ def rehearse(recipe: Recipe) -> dict[str, float]:
             figures = compare_merged(folder, texts)
         with failing(recipe, "gguf", "Choose another base model"):
             file = folder / "model.gguf"
-            convert_model(folder / "merged", file, "f16", name_of(recipe), folder / "convert.log")
+            convert_model(folder / "merged", file, "f16", name_of(recipe))
             figures["gguf"] = compare_file(file, None, folder, texts)
             refuse_far(figures["gguf"], figures["base"], "GGUF file")
         if adapter:
@@ -125,8 +125,8 @@ def train(recipe: Recipe, tokenizer: Any, texts: list[Text], folder: Path) -> No
 def convert_adapter(recipe: Recipe, folder: Path) -> tuple[Path, Path]:
     """Convert the base and the adapter in `folder`; return both GGUF files."""
     file, adapter = folder / "base.gguf", folder / "adapter.gguf"
-    convert_model(folder / "base", file, "f16", name_of(recipe), folder / "convert-base.log")
-    convert_lora(folder / "adapter", folder / "base", adapter, folder / "convert-lora.log")
+    convert_model(folder / "base", file, "f16", name_of(recipe))
+    convert_lora(folder / "adapter", folder / "base", adapter)
     return file, adapter
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.answers import stats
-from stages.lib.artifact.manifest import MANIFEST, read_manifest, stage_of
+from stages.lib.artifact.manifest import MANIFEST, manifest_in, read_manifest
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe
 from stages.lib.report.figures import GgufFigures, InferFigures, figures_of
@@ -54,9 +54,9 @@ def read_run(recipe: Recipe, artifacts: Path) -> Run:
     """Return the run of `recipe` in the folder `artifacts`. Raises `UserError` where infer or grpo is not finished."""
     name = recipe.path.stem
     manifests = {
-        stage: json.loads((artifacts / stage / MANIFEST).read_text())
+        stage: manifest
         for stage in STAGES
-        if stage_of(artifacts / stage / MANIFEST) == stage
+        if (manifest := manifest_in(artifacts / stage / MANIFEST, stage)) is not None
     }
     for stage in ("grpo", "infer"):
         if stage not in manifests:

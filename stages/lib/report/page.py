@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.answers import stats
-from stages.lib.artifact.manifest import MANIFEST, stage_of
+from stages.lib.artifact.manifest import MANIFEST, manifest_in
 from stages.lib.recipe.tables import Recipe
 from stages.lib.report.card import shown, versions
 from stages.lib.report.plots import draw_accuracy, draw_curve, draw_parity_svg, draw_rewards
@@ -87,7 +87,7 @@ def standing(recipe: Recipe, artifacts: Path) -> Iterator[dict[str, Any]]:
     """
     for name in STAGES:
         folder, unfinished = artifacts / name, artifacts / f"{name}.unfinished"
-        manifest = json.loads((folder / MANIFEST).read_text()) if stage_of(folder / MANIFEST) == name else None
+        manifest = manifest_in(folder / MANIFEST, name)
         is_optional = name == "score-base" or (name == "base-model" and not recipe.base_model)
         if is_optional and not (manifest or unfinished.is_dir()):
             continue

@@ -1,20 +1,13 @@
-"""Checkpoints: which are whole, from which one a run goes on, and what is said when the disk is full."""
+"""Checkpoints: which are whole, and from which one a run goes on."""
 
-import contextlib
-import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
-from stages.lib.artifact.manifest import describe_files, sync, sync_files, write_json
-from stages.lib.errors import UserError
-from stages.lib.train.ladder import says
+from stages.lib.artifact.manifest import describe_files, object_in, sync, sync_files, write_json
 
 COMPLETE = "complete"  # in a checkpoint: size and sha256 of all its other files, written when these are on the disk
-# On a full disk: the words of Python and safetensors, and those of torch.save, which name no cause.
-NOT_WRITTEN = ("No space left on device", "PytorchStreamWriter failed writing", "inline_container.cc")
 
 
 def mark_complete(folder: Path, step: int) -> None:
@@ -33,12 +26,8 @@ def mark_complete(folder: Path, step: int) -> None:
 
 def is_whole(checkpoint: Path) -> bool:
     """Say whether a checkpoint has the files that its `complete` states; after a power cut it may not."""
-    try:
-        stated = json.loads((checkpoint / COMPLETE).read_text())
-    except ValueError:
-        return False
     found = describe_files(checkpoint)
-    return {name: found[name] for name in found if name != COMPLETE} == stated
+    return {name: found[name] for name in found if name != COMPLETE} == object_in(checkpoint / COMPLETE)
 
 
 def last_checkpoint(folder: Path, steps: int) -> str | None:
@@ -64,18 +53,3 @@ def last_checkpoint(folder: Path, steps: int) -> str | None:
         usable[step].rename(aside)
         click.echo(f"{usable[step]}: is not whole, as after a power cut; it is now {aside}, and is not used", err=True)
     return None
-
-
-@contextlib.contextmanager
-def naming_full_disk(folder: Path) -> Iterator[None]:
-    """Raise `UserError` when the body can't write a file under `folder` because its disk is full."""
-    try:
-        yield
-    except Exception as error:  # OSError, safetensors' own, and RuntimeError of torch
-        if not says(error, NOT_WRITTEN):
-            raise
-        free = shutil.disk_usage(folder).free
-        raise UserError(
-            f"{folder}: a file can't be written; the disk has {free / 1e9:.2f} GB free ({str(error).splitlines()[0]}). "
-            f"Free some and run the same command again: it goes on from the last checkpoint"
-        ) from error

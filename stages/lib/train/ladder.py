@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import click
 
 from stages.lib.artifact.folder import RANK_FOLDER
 from stages.lib.artifact.manifest import write_json
-from stages.lib.errors import UserError
+from stages.lib.errors import UserError, chain, says
 from stages.lib.recipe.tables import Recipe, Vllm
 
 FILE = "memory_ladder.json"
@@ -162,15 +162,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Say whether `error` is the GPU's memory running out: torch's own error, CUDA's, or vLLM's refusal to start."""
     from_torch = any(type(each).__name__ == "OutOfMemoryError" for each in chain(error))
     return (from_torch or says(error, OUT_OF_MEMORY)) and not says(error, (NOT_MEMORY,))
-
-
-def says(error: BaseException, texts: Iterable[str]) -> bool:
-    """Say whether one of `texts` is in the message of `error` or of what caused it."""
-    return any(text in str(each) for each in chain(error) for text in texts)
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield `error`, what caused it, what caused that, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -24,10 +24,11 @@ import click
 
 from stages.lib.artifact.folder import RANK_FOLDER, Run
 from stages.lib.artifact.manifest import write_json
+from stages.lib.disk import naming_disk_faults
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe
 from stages.lib.train import ladder, ranks
-from stages.lib.train.checkpoints import last_checkpoint, naming_full_disk
+from stages.lib.train.checkpoints import last_checkpoint
 
 FIGURES = "figures.json"  # what rank 0 found, for the process that writes the manifest
 RANKS = "checkpoints/ranks"  # beside the checkpoints: the output of each rank but 0
@@ -96,8 +97,7 @@ def train_on_gpus(recipe: Recipe, stage: str, run: Run, train: Callable[[], Any]
         work_as_rank(run, train)
     run.world_size = process_count()
     if run.world_size == 1:
-        with naming_full_disk(run.folder):
-            return train()
+        return train()
     rows = recipe.sft.batch_size
     if stage == "grpo":
         rows = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt
@@ -125,7 +125,7 @@ def work_as_rank(run: Run, train: Callable[[], Any]) -> NoReturn:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a supervisor that is killed leaves no rank behind
     code = 0
     try:
-        with naming_full_disk(run.folder):
+        with naming_disk_faults(run.folder):
             figures = train()
             if ranks.is_first():
                 write_json(run.checkpoints / FIGURES, figures)

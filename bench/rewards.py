@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from stages.lib.answers.formats import FORMATS, XML, Answer, Format
+from stages.lib.artifact.environment import environment_now
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Rewards
 from stages.lib.rewards.judge import Reward
@@ -73,10 +74,11 @@ def heading(completions: int, max_tokens: int, seed: int) -> list[str]:
     command = f"python -m bench.rewards --completions {completions} --max-tokens {max_tokens} --seed {seed}"
     machine = f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
     versions = f"Python {platform.python_version()}, math-verify {version('math-verify')}"
+    commit = str(environment_now()["git"])[:7]
     return f"""# Rewards: speed and bounds
 
 `{command}`, {datetime.date.today()}, {machine},
-{versions}; load average at the start {os.getloadavg()[0]:.1f}.
+{versions}, commit {commit}; load average at the start {os.getloadavg()[0]:.1f}.
 
 Speed: all functions of the suite on one core, in batches of {BATCH}, over completions with 300 words of reasoning (at
 least 300 tokens, then), of which one in five is malformed, by processor time; best of five passes.

@@ -19,7 +19,6 @@ include make/variables.mk make/where.mk make/changed.mk
 all: infer ollama-modelfile  ## Run every stage whose inputs changed
 	@$(call stage,verify) --artifacts $(out) --quick
 	@$(call stage,report) --artifacts $(out)
-	@echo "$(out)/ollama-modelfile/Modelfile and the GGUF files in $(out)/gguf are ready. Try: make ask RECIPE=$(RECIPE)"
 
 base-model:        ## Make the embedded tiny base model (recipes with a [base_model] table)
 base-model.reads       :=

@@ -10,6 +10,7 @@ import click
 from stages.lib import options
 from stages.lib.answers import formats
 from stages.lib.artifact.folder import write_artifact
+from stages.lib.bars import open_bar, show_beside
 from stages.lib.data import word_problems
 from stages.lib.gguf.tokens import save_tokenizer
 from stages.lib.jsonl import write_rows
@@ -166,7 +167,6 @@ def tokenize(knobs: BaseModel, corpus: list[tuple[str, str]], tokenizer: Any) ->
 def train(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path) -> BaseModelFigures:
     """Train the network on the corpus as conversations, save it beside its tokenizer, return the figures."""
     import torch
-    from tqdm import tqdm
     from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, get_scheduler
 
     torch.manual_seed(knobs.seed)
@@ -198,22 +198,25 @@ def train(knobs: BaseModel, corpus: list[tuple[str, str]], folder: Path) -> Base
     schedule = get_scheduler("cosine", optimizer, knobs.warmup_steps, knobs.steps)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(knobs.seed)).tolist()
     losses, tokens = [], 0
-    bar = tqdm(range(knobs.steps), desc="base-model", unit="step")
-    for step in bar:
-        first = step * knobs.batch_size
-        examples = [documents[order[row % len(order)]] for row in range(first, first + knobs.batch_size)]
-        batch = tokenizer.pad({"input_ids": [ids for ids, _ in examples]}, padding_side="right", return_tensors="pt")
-        width = batch["input_ids"].shape[1]
-        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in examples])
-        loss = model(**batch, labels=labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        tokens += int(batch["attention_mask"].sum())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    with open_bar(knobs.steps, "step", "base-model") as bar:
+        for step in range(knobs.steps):
+            first = step * knobs.batch_size
+            examples = [documents[order[row % len(order)]] for row in range(first, first + knobs.batch_size)]
+            batch = tokenizer.pad(
+                {"input_ids": [ids for ids, _ in examples]}, padding_side="right", return_tensors="pt"
+            )
+            width = batch["input_ids"].shape[1]
+            labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in examples])
+            loss = model(**batch, labels=labels, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            tokens += int(batch["attention_mask"].sum())
+            show_beside(bar, {"loss": f"{losses[-1]:.3f}"})
+            bar.update()
     model.generation_config = GenerationConfig(
         bos_token_id=BOS, eos_token_id=[END_OF_TURN, EOS], pad_token_id=PAD, do_sample=False
     )

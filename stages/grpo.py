@@ -193,7 +193,7 @@ def learn(
     trainer.add_callback(settle_heap())
     for callback in trackers.follow(recipe, "grpo", run.folder.parent, trainer, knobs.show_completions_steps):
         trainer.add_callback(callback)
-    bar = ("loss", "reward", "completions/mean_length")
+    bar = {"loss": "loss", "reward": "reward", "tokens": "completions/mean_length"}
     with ladder.stepping_down(recipe, "grpo", run.checkpoints, trainer):
         run_trainer(trainer, bar, recipe.health, round_steps=knobs.num_iterations)
     save_adapter(trainer, tokenizer, run)

@@ -10,6 +10,7 @@ from stages.lib import options
 from stages.lib.answers import formats, stats
 from stages.lib.answers.grade import mark, shown_answer
 from stages.lib.artifact.folder import Run, write_artifact
+from stages.lib.bars import open_bar
 from stages.lib.jsonl import rows_of, write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
 from stages.lib.model.locate import local_model
@@ -93,14 +94,12 @@ def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, P
 
 def complete(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, Path]) -> list[list[Completion]]:
     """Return each model's greedy completions of `problems`, in their order."""
-    from tqdm import tqdm
-
     knobs = recipe.infer
     sampling = Sampling(knobs.max_completion_tokens)
     completions = []
     with (
         open_generator(recipe, adapters, knobs.max_completion_tokens, seed=0) as generator,
-        tqdm(total=len(MODELS) * len(problems), desc="infer", unit="answer", dynamic_ncols=True) as bar,
+        open_bar(len(MODELS) * len(problems), "answer", "infer") as bar,
     ):
         conversations = [problem["prompt"] for problem in problems]
         prompts = generator.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)

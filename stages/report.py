@@ -1,5 +1,6 @@
-"""Draw the page of a run, report.html: what was made, how well it answers and how it got there, finished or not."""
+"""Draw the page of a run, report.html, and sum it up: what was made, how well it answers, where it is."""
 
+import os
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ from stages.lib.disk import naming_disk_faults
 from stages.lib.errors import UserError
 from stages.lib.recipe.read import read_recipe
 from stages.lib.report import page
+from stages.lib.report.summary import summary
 
 
 @click.command(help=__doc__)
@@ -24,7 +26,10 @@ def main(recipe: Path, artifacts: Path, price: float | None) -> None:
     text = page.write(run_recipe, artifacts, price)
     with naming_disk_faults(path):
         write_whole(path, text.encode())
-    click.echo(f"{path}: {len(text) / 1e6:.1f} MB. Open it in a browser; it fetches nothing")
+    color = False if os.environ.get("NO_COLOR") else None  # None: on a terminal
+    for heading, lines in summary(run_recipe, artifacts):
+        click.echo(click.style(heading, bold=True), color=color)
+        click.echo("\n".join(f"  {line}" for line in lines))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from stages.lib.answers import formats
 from stages.lib.answers.grade import mark, shown_answer
 from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.artifact.manifest import read_manifest
+from stages.lib.bars import open_bar
 from stages.lib.errors import UserError
 from stages.lib.jsonl import rows_of, write_rows
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
@@ -129,15 +130,13 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None,
 
 def complete(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None) -> list[Completion]:
     """Return a completion of each of `problems`, drawn as in GRPO; of several processes, each has a seed of its own."""
-    from tqdm import tqdm
-
     knobs = recipe.score_base
     sampling = Sampling(**{name: getattr(recipe.grpo, name) for name in SAMPLING})
     adapters = {"sft": adapter} if adapter else {}
     seed = knobs.seed + ranks.rank()
     with (
         open_generator(recipe, adapters, sampling.max_completion_tokens, seed) as generator,
-        tqdm(total=len(problems), desc="score-base", unit="completion", dynamic_ncols=True) as bar,
+        open_bar(len(problems), "completion", "score-base") as bar,
     ):
         conversations = [problem["prompt"] for problem in problems]
         prompts = generator.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)

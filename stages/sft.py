@@ -86,7 +86,7 @@ def train(recipe: Recipe, examples: Path, run: Run) -> SftFigures:
     for callback in trackers.follow(recipe, "sft", run.folder.parent, trainer):
         trainer.add_callback(callback)
     with ladder.stepping_down(recipe, "sft", run.checkpoints, trainer):
-        run_trainer(trainer, ("loss",), recipe.health)
+        run_trainer(trainer, {"loss": "loss"}, recipe.health)
     save_adapter(trainer, tokenizer, run)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     last = losses[-max(1, len(losses) // 10) :]

@@ -11,7 +11,7 @@ FLOORS = (
     ("errors",),
     ("disk",),
     ("options",),
-    ("jsonl", "distance", "ends", "recipe/tables"),
+    ("jsonl", "distance", "ends", "bars", "recipe/tables"),
     ("artifact", "answers", "gguf", "ollama"),
     ("rewards", "model"),
     ("recipe", "data", "train", "serve", "report"),

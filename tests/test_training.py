@@ -673,7 +673,7 @@ def test_the_files_of_a_checkpoint_are_on_the_disk_before_it_is_complete(tmp_pat
 @pytest.fixture
 def stop():
     """Return the callback that heeds signals."""
-    return make_callbacks((), 1)[1]
+    return make_callbacks({}, 1)[1]
 
 
 @pytest.mark.torch

@@ -6,6 +6,7 @@ from stages.lib.answers import stats
 from stages.lib.ollama import served
 from stages.lib.report.figures import (
     AdapterFile,
+    Evaluation,
     GgufFigures,
     InferFigures,
     MergeFigures,
@@ -75,14 +76,20 @@ def score_base(figures: ScoreBaseFigures) -> str:
     return "\n".join(lines)
 
 
-def infer(figures: InferFigures) -> str:
-    """Return a line for each model and for each step."""
-    rows = [("", "accuracy", "95% interval", "well formed", "tokens", "truncated")]
-    for name, own in (("base", figures["base"]), ("sft", figures["sft"]), ("grpo", figures["grpo"])):
+def accuracies(models: Mapping[str, Evaluation]) -> list[tuple[str, ...]]:
+    """Return a header, and a row of texts for each of `models` by name."""
+    rows: list[tuple[str, ...]] = [("", "accuracy", "95% interval", "well formed", "tokens", "truncated")]
+    for name, own in models.items():
         rows.append((
             name, f"{own['accuracy']:.1%}", interval(*own["accuracy_interval"]), f"{own['well_formed']:.1%}",
             f"{own['tokens']:.1f}", f"{own['cut_off']:.1%}",
         ))  # fmt: skip
+    return rows
+
+
+def infer(figures: InferFigures) -> str:
+    """Return a line for each model and for each step."""
+    rows = accuracies({"base": figures["base"], "sft": figures["sft"], "grpo": figures["grpo"]})
     steps = [
         f"{step}: {own['gained']} problems gained, {own['lost']} lost, McNemar {stats.p_text(own['p'])}"
         for step, own in figures["steps"].items()

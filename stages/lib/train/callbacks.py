@@ -2,10 +2,12 @@
 
 import gc
 import signal
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stages.lib.bars import open_bar, say, show_beside
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Health
 from stages.lib.train import health, ranks
@@ -18,25 +20,33 @@ def heeded_signals() -> list[signal.Signals]:
     return [number for number in ending if signal.getsignal(number) != signal.SIG_IGN]
 
 
-def make_callbacks(bar: tuple[str, ...], round_steps: int) -> tuple[Any, Any]:
-    """Return the progress bar and the signal handler, as callbacks of transformers' Trainer."""
-    from tqdm import tqdm
+def make_callbacks(bar: Mapping[str, str], round_steps: int) -> tuple[Any, Any]:
+    """Return the progress bar and the signal handler, as callbacks of transformers' Trainer.
+
+    `bar` names metrics of the log to show beside it, by a short name. The bar's `close` is called also after an error.
+    """
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
         """A bar with the metrics named in `bar` and the time left."""
 
+        shown: Any = None
+
         def on_train_begin(self, args, state, control, **kwargs):
-            self.tqdm = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            self.shown = open_bar(state.max_steps, "step", done=state.global_step)
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.tqdm.update(state.global_step - self.tqdm.n)
+            self.shown.update(state.global_step - self.shown.n)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            self.tqdm.set_postfix({name: f"{logs[name]:.3f}" for name in bar if name in logs})
+            show_beside(self.shown, {name: f"{logs[key]:.3g}" for name, key in bar.items() if key in logs})
 
         def on_train_end(self, args, state, control, **kwargs):
-            self.tqdm.close()
+            self.close()
+
+        def close(self):
+            if self.shown:
+                self.shown.close()
 
     class StopOnSignal(TrainerCallback):
         """Save and stop after the round in which TERM, HUP or INT came; mark what was saved as complete."""
@@ -74,7 +84,6 @@ def watch_health(knobs: Health) -> Any:
     A log of each step depends neither on log_steps nor on the step at which a run was killed: the trainer keeps its
     sums since the last entry in memory alone.
     """
-    from tqdm import tqdm
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
@@ -91,7 +100,7 @@ def watch_health(knobs: Health) -> Any:
                     raise UserError(f"stopped at step {state.global_step} by the {check} check: {advice}")
                 if check not in self.said:
                     self.said.add(check)
-                    tqdm.write(f"step {state.global_step}, {check} check: {advice}")
+                    say(f"step {state.global_step}, {check} check: {advice}")
 
     return Watch()
 

@@ -180,6 +180,8 @@ def supervise(command: Sequence[str], count: int, folder: Path, *, apart: bool =
                 rank.process.wait()
             failures = [read_failure(rank.failures) for rank in started]
     if any(codes):
+        if sys.stderr.isatty():
+            click.echo(err=True)  # below the bar of a rank 0 that was killed
         raise_failure(codes, failures, handed, logs)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 
-def run_trainer(trainer: "Trainer", bar: tuple[str, ...], knobs: Health, *, round_steps: int = 1) -> None:
-    """Run `trainer` from its last complete checkpoint, if there is one; `bar` names the metrics beside the bar.
+def run_trainer(trainer: "Trainer", bar: Mapping[str, str], knobs: Health, *, round_steps: int = 1) -> None:
+    """Run `trainer` from its last complete checkpoint, if there is one; `bar` names the metrics beside the bar,
+    by the short name that is shown.
 
     On TERM, HUP or INT the trainer finishes its round of `round_steps`, saves a checkpoint, and the process exits with
     128 + the signal; a second INT ends it at once. A run goes on from the end of a round only. Raises `UserError` when
@@ -40,7 +42,10 @@ def run_trainer(trainer: "Trainer", bar: tuple[str, ...], knobs: Health, *, roun
     start = last_checkpoint(checkpoints, trainer.args.max_steps)
     if start and ranks.lacks_random_state(Path(start)):
         trainer.add_callback(reseed())
-    trainer.train(resume_from_checkpoint=start)
+    try:
+        trainer.train(resume_from_checkpoint=start)
+    finally:
+        progress.close()  # or what is said of an error would stand on its line
     if stop.signal is not None:
         name = signal.Signals(stop.signal).name
         click.echo(f"stopped by {name}, saved at step {trainer.state.global_step}", err=True)

@@ -17,10 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
-
 from stages.lib.artifact.environment import output_of
 from stages.lib.artifact.manifest import write_json
+from stages.lib.bars import say
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe
 
@@ -112,7 +111,7 @@ class Trackers:
         except Exception as error:  # whatever a tracker's own code or its server does
             self.opened.pop(name, None)
             said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            click.echo(f"tracking: {name} failed ({what}; {said}); the stage goes on without it", err=True)
+            say(f"tracking: {name} failed ({what}; {said}); the stage goes on without it")
             return None
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -15,7 +15,8 @@ ifneq ($(data),$(file < $(out)/data.path))
 endif
 prepare-data.before = $(if $(data),test -e $(call quoted,$(data)) || { echo $(call quoted,$(gone)) >&2; exit 1; })
 prepare-data.more = $(if $(data),--data $(call quoted,$(data)))
-prepare-data.after = printf '%s\n' $(call quoted,$(data)) > $(out)/data.path.new && mv $(out)/data.path.new $(out)/data.path
+prepare-data.after = printf '%s\n' $(call quoted,$(data)) > $(out)/data.path.new && \
+  sync $(out)/data.path.new && mv $(out)/data.path.new $(out)/data.path
 gone = Error: $(data), which $(out)/data.path names as DATA of the last time, is not there any more. Give another \
   DATA=PATH, or DATA= to read what the recipe names from the hub
 $(call done_of,prepare-data): override export DATA := $(data)
@@ -28,7 +29,7 @@ ifneq ($(subset),$(file < $(out)/subset))
 endif
 $(out)/subset:
 	@mkdir -p $(@D)
-	@echo $(subset) > $@.new && mv $@.new $@
+	@echo $(subset) > $@.new && sync $@.new && mv $@.new $@
 
 # score-base fails again each time it is asked, by name, while its verdict is a bad one. grpo reads the verdict itself.
 $(call done_of,$(changed) $(filter score-base,$(goals))): FORCE

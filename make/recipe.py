@@ -18,7 +18,7 @@ def main(what: str, file: Path) -> None:
     """Print what is asked for."""
     try:
         recipe = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         recipe = {}
     if what == "base-model":
         print("yes" if "base_model" in recipe else "no")

@@ -9,7 +9,7 @@ import pytest
 LIB = Path(__file__).parents[1] / "stages" / "lib"
 FLOORS = (
     ("errors",),
-    ("disk",),
+    ("bounded", "disk"),
     ("options",),
     ("jsonl", "distance", "ends", "bars", "recipe/tables"),
     ("artifact", "answers", "gguf", "ollama"),

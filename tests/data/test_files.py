@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.lib.data import delimited, documents, files
+from stages.lib.data import delimited, documents, files, parquet
 from stages.lib.data.batch import Batch
 from stages.lib.data.files import read_batches
 from stages.lib.data.place import files_of_source
@@ -87,7 +87,7 @@ def test_where_a_file_is_cut_into_pieces_does_not_matter(
     rows = [{"q": f'question \\ " {i} {{[,]}} \u00fc', "a": str(i)} for i in range(40)]
     path = write(tmp_path / f"mine{suffix}", rows)
     monkeypatch.setattr(files, "BATCH_BYTES", size)
-    for module in (files, delimited, documents):
+    for module in (parquet, delimited, documents):
         monkeypatch.setattr(module, "BATCH_ROWS", size)
     assert [values for _, *values in read(path)] == [[row["q"], row["a"]] for row in rows]
 
@@ -143,7 +143,7 @@ def test_a_parquet_file_that_is_damaged_amid_its_rows_is_said(tmp_path: Path) ->
 def test_max_rows_takes_the_first_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, limit: int
 ) -> None:
-    for module in (files, delimited, documents):
+    for module in (parquet, delimited, documents):
         monkeypatch.setattr(module, "BATCH_ROWS", 2)
     assert len(read(write(tmp_path / f"mine{suffix}", ROWS), max_rows=limit)) == min(limit, 3)
 

@@ -9,6 +9,7 @@ from stages.lib.errors import UserError, nearest
 
 BATCH_ROWS = 2000
 BATCH_BYTES = 1 << 20  # of a text file
+MAX_SHOWN = 400  # characters of a header that is none, and columns that a slip may have meant
 
 
 class Wanted(NamedTuple):
@@ -73,8 +74,10 @@ def require_columns(origin: str, names: list[str], found: list[str], hint: str =
     """Raise `UserError` for a column of `names` that is not among those `found`."""
     for name in names:
         if top_column(name, found) not in found:
+            shown = ", ".join(found) or "none"
+            shown = shown if len(shown) <= MAX_SHOWN and shown.isprintable() else f"{ascii(shown)[:MAX_SHOWN]}..."
             raise UserError(
-                f"{origin}: has no column {name!r}{nearest(name, found)}; found: {', '.join(found) or 'none'}. "
+                f"{origin}: has no column {name!r}{nearest(name, found[:MAX_SHOWN])}; found: {shown}. "
                 f"{hint or 'Name the right one in [[data.sources]]'}"
             )
 

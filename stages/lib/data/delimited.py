@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stages.lib.data.batch import BATCH_ROWS, Batch, Wanted, require_columns
-from stages.lib.data.opened import decoded, opened
+from stages.lib.data.opened import decoded, lines_of, opened
 from stages.lib.errors import UserError
 
 MAX_FIELD_CHARACTERS = 1 << 26  # more is a quote that was never closed
@@ -35,7 +35,7 @@ def delimited_rows(path: Path, kind: str, names: list[str]) -> Iterator[tuple[in
     with opened(path) as file:
         first, skipped = stated_separator(file.peek(8)[:8])
         file.read(skipped)
-        lines = (decoded(raw, path, line) for line, raw in enumerate(file, 1 + (skipped > 0)))
+        lines = (decoded(raw, path, line) for line, raw in enumerate(lines_of(file, path), 1 + (skipped > 0)))
         top = next(lines, "")
         separator = first or separator_of(top, SEPARATORS[kind], names)
         reader = csv.reader(itertools.chain([top], lines), delimiter=separator, strict=True)

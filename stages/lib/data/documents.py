@@ -7,31 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.data.batch import BATCH_ROWS, Batch, Wanted, columns_of, top_column
-from stages.lib.data.opened import MAX_WHOLE_BYTES, decoded, opened
+from stages.lib.data.opened import MAX_WHOLE_BYTES, decoded, lines_of, opened, rest_of_line
 from stages.lib.errors import UserError
 
 
 def is_document(path: Path, kind: str) -> bool:
     """Return whether a JSON file holds one list or, as `.json`, one object, and not an object a line."""
     with opened(path) as file:
-        line = b"\n"
-        while line.isspace():
+        while (ahead := file.peek(1)) and ahead.isspace():
+            file.read(len(ahead))
+        line = file.readline(1 << 12)
+        while line and line.isspace():  # at most what the stream holds ready
             line = file.readline(1 << 12)
         if line.lstrip().startswith(b"["):
             return True
-        line += b"" if line.endswith(b"\n") else file.readline()
+        line += b"" if line.endswith(b"\n") else rest_of_line(file, path)
         if kind != ".json" or not line:
             return False
         try:
             json.loads(line)
         except (ValueError, RecursionError):
             return not line.rstrip().endswith(b"}")  # a line that ends its object is a bad line, else a document begins
-        return not any(rest and not rest.isspace() for rest in file)
+        return not any(rest and not rest.isspace() for rest in lines_of(file, path))
 
 
 def read_document(path: Path, wanted: Wanted, split: str) -> Iterator[Batch]:
     """Yield the wanted columns of one JSON document. `split` names the list in an object that holds several."""
     value = parsed_document(path)
+    if not isinstance(value, list | dict):
+        raise UserError(f"{path}: one JSON {type(value).__name__}; expected a list of objects")
     rows = value if isinstance(value, list) else rows_of_object(path, value, wanted, split)
     for start in range(0, len(rows), BATCH_ROWS):
         part = rows[start : start + BATCH_ROWS]

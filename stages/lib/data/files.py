@@ -11,21 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.lib.data.batch import (
-    BATCH_BYTES,
-    BATCH_ROWS,
-    Batch,
-    Wanted,
-    columns_of,
-    require_columns,
-    top_column,
-    value_of,
-    values_of,
-)
+from stages.lib.data.batch import BATCH_BYTES, Batch, Wanted, columns_of
 from stages.lib.data.delimited import read_delimited
 from stages.lib.data.documents import is_document, read_document
 from stages.lib.data.hub import read_hub
-from stages.lib.data.opened import decoded, is_as_stored, opened
+from stages.lib.data.opened import decoded, is_as_stored, opened, rest_of_line
+from stages.lib.data.parquet import read_parquet
 from stages.lib.data.place import kind_of_file
 from stages.lib.data.reasoning_gym import read_gym
 from stages.lib.data.shapes import as_list
@@ -119,7 +110,7 @@ def read_json_lines(path: Path, wanted: Wanted) -> Iterator[Lines]:
     with opened(path) as file:
         start = file.tell() if as_stored else 0
         while raw := file.read(BATCH_BYTES):
-            raw += file.readline()
+            raw += rest_of_line(file, path)
             if not raw.isspace():
                 yield Lines(path, line, start, len(raw), wanted, is_start, b"" if as_stored else raw)
                 is_start = False
@@ -135,36 +126,3 @@ def parsed_line(path: Path, line: int, raw: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         found = f"not JSON ({error}); expected one object a line, found {text.strip()[:60]!r}"
         raise UserError(f"{path}, line {line}: {found}") from error
-
-
-def read_parquet(path: Path, wanted: Wanted) -> Iterator[Batch]:
-    """Yield the wanted columns of a Parquet file."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({error})") from error
-    row = 0
-    with file:
-        found = file.schema_arrow.names
-        require_columns(str(path), wanted.names, found)
-        tops = dict.fromkeys(top_column(name, found) for name in wanted.names)
-        try:
-            for part in file.iter_batches(batch_size=BATCH_ROWS, columns=found if wanted.whole else list(tops)):
-                whole = {name: values_of(part.column(name)) for name in part.schema.names}
-                columns = {
-                    name: whole[name] if name in whole else [value_of({top: each}, name) for each in whole[top]]
-                    for name in wanted.names
-                    for top in [top_column(name, found)]
-                }
-                each_row = zip(*whole.values(), strict=True) if wanted.whole else ()
-                rows = [dict(zip(whole, values, strict=True)) for values in each_row]
-                numbers = list(range(row + 1, row + part.num_rows + 1))
-                row += part.num_rows
-                yield Batch(str(path), "row", numbers, columns, rows or None)
-        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-            raise UserError(
-                f"{path}, after row {row}: the next rows can't be read ({error}). Fetch or make it again"
-            ) from error

@@ -6,13 +6,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import PACKED_SUFFIXES
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+MAX_LINE_BYTES = 1 << 26  # more is a file without line breaks, of another kind than its name says
+UNPACKED_BYTES, UNPACKED_TIMES = 1 << 28, 100  # what is packed may hold so many bytes, or so many times its own
 MAX_WHOLE_BYTES = 1_000_000_000  # of a file that is read whole: a JSON list or object, and UTF-16
 
 
@@ -26,11 +28,11 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
     with path.open("rb") as file:
         stream = file
         if name.endswith(".gz"):
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[type-var]
+            stream = io.BufferedReader(Unpacked(gzip.GzipFile(fileobj=file), path))
         elif name.endswith(".zst"):
             import pyarrow
 
-            stream = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+            stream = io.BufferedReader(Unpacked(pyarrow.CompressedInputStream(file, "zstd"), path))
         try:
             head = stream.peek(3)[:3]
             if head[:2] in UTF_16_MARKS:
@@ -42,6 +44,46 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
             if stream is file:
                 raise
             raise UserError(f"{path}: can't be unpacked ({error}). Fetch or make it again") from error
+
+
+class Unpacked(io.RawIOBase):
+    """What a packed file holds, up to a bound: a few kilobytes can be packed to hold a disk full of zeros."""
+
+    def __init__(self, packed: Any, path: Path) -> None:
+        self.packed, self.path, self.count = packed, path, 0
+        self.most = max(UNPACKED_BYTES, UNPACKED_TIMES * path.stat().st_size)
+
+    def readable(self) -> bool:
+        """Say that this can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into `buffer`; return the number of bytes. Raises `UserError` beyond the bound."""
+        part = self.packed.read(len(buffer))
+        buffer[: len(part)] = part
+        self.count += len(part)
+        if self.count > self.most:
+            raise UserError(
+                f"{self.path}: {self.path.stat().st_size:,} bytes that unpack to more than {self.most:,}; expected at "
+                f"most {UNPACKED_TIMES} times as many. Unpack it, and see what it holds"
+            )
+        return len(part)
+
+
+def lines_of(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    """Yield the lines of a stream of `opened`. Raises `UserError` for one longer than `MAX_LINE_BYTES`."""
+    while line := rest_of_line(file, path):
+        yield line
+
+
+def rest_of_line(file: IO[bytes], path: Path) -> bytes:
+    """Return what is left of the line that a stream is in. Raises `UserError` as `lines_of` does."""
+    line = file.readline(MAX_LINE_BYTES + 1)
+    if len(line) > MAX_LINE_BYTES:
+        raise UserError(
+            f"{path}: a line of more than {MAX_LINE_BYTES:,} bytes; expected a row a line. Is it what its name says?"
+        )
+    return line
 
 
 def from_utf_16(path: Path, stream: IO[bytes]) -> io.BufferedReader:

@@ -8,6 +8,7 @@ from typing import Any
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import DATA_SUFFIXES, GYM, PACKED_SUFFIXES, Source, is_hub_name
 
+CARD_BYTES = 1 << 18  # the front matter of a dataset card ends before
 SHARD = r"-(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?"  # the hub's older names end in a hash
 
 
@@ -127,18 +128,24 @@ def files_of_card(path: Path, source: Source) -> list[Path]:
     return found
 
 
+def head_of(card: Path) -> str:
+    """Return the first `CARD_BYTES` of a dataset card, as text."""
+    with card.open("rb") as file:
+        return file.read(CARD_BYTES).decode(errors="replace")
+
+
 def listed_patterns(card: Path, source: Source) -> list[Any]:
     """Return the paths in the `data_files` of a dataset card's front matter, for the source."""
     if not card.is_file():
         return []
-    front = re.match(r"---\r?\n(.*?)\r?\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    front = re.match(r"---\r?\n(.*?)\r?\n---", head_of(card), re.DOTALL)
     if front is None:
         return []
     import yaml
 
     try:
         fields = yaml.safe_load(front[1])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise UserError(f"{card}: its first lines are not YAML ({str(error).splitlines()[0]})") from error
     configs = fields.get("configs") if isinstance(fields, dict) else None
     configs = [each for each in configs if isinstance(each, dict)] if isinstance(configs, list) else []

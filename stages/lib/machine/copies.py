@@ -1,7 +1,6 @@
 """Findings on a local copy of the model, in the hub's cache or a folder: its shape, and its tokenizer in llama.cpp."""
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from stages.lib.errors import UserError
 from stages.lib.machine.disk import ARTIFACTS, CONTAINER_CACHE
 from stages.lib.machine.findings import Finding
 from stages.lib.machine.shape import SHAPES, Shape, shape_of_config
+from stages.lib.model.files import model_config, weight_files
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe, is_hub_name
 
@@ -46,14 +46,9 @@ def local_model(recipe: Recipe, cache: Path) -> Path | None:
 
 def is_whole(folder: Path) -> bool:
     """Return whether `folder` has config.json and every safetensors file that its index names."""
-    if not (folder / "config.json").is_file():
-        return False
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return any(folder.glob("*.safetensors"))
     try:
-        return all((folder / name).is_file() for name in json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError):  # cut short
+        return (folder / "config.json").is_file() and bool(weight_files(folder))
+    except UserError:
         return False
 
 
@@ -61,11 +56,9 @@ def shape_of_model(recipe: Recipe, model: Path | None) -> tuple[Shape | None, st
     """Return the shape of the recipe's model, from its config.json or `SHAPES`, and ""; or None, and why not."""
     if model is not None:
         try:
-            return shape_of_config(json.loads((model / "config.json").read_text()), str(model)), ""
+            return shape_of_config(model_config(model), str(model)), ""
         except UserError as error:
             return None, error.message
-        except ValueError as error:
-            return None, f"{model / 'config.json'} is not JSON ({error}): copy it again"
     known = SHAPES.get(recipe.model.name)
     return known, "" if known else f"there is no copy of {recipe.model.name} here to read config.json from"
 

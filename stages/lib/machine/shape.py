@@ -81,7 +81,7 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
     """
     text = config.get("text_config", config)
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES or not isinstance(text, dict):
         raise UserError(f"{where}: model_type is {family!r}; its memory can be estimated for {', '.join(FAMILIES)}")
     gemma = family.startswith("gemma3")
     sizes: dict[str, Any] = (GEMMA3_DEFAULTS if gemma else {}) | {
@@ -107,6 +107,8 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
         )
     except KeyError as error:
         raise UserError(f"{where}: has no {error.args[0]!r}; expected a whole config.json") from error
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{where}: config.json states a size that is none ({error}). Fetch or make it again") from error
 
 
 def sliding_layers(text: Mapping[str, Any]) -> int:

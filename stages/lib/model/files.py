@@ -1,14 +1,14 @@
 """A model's folder: found, fetched, and read from config.json and the headers of its safetensors alone."""
 
 import contextlib
-import json
 import math
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from stages.lib.errors import UserError
+from stages.lib.model.headers import json_object, tensors_in
 
 
 def model_folder(name: str, revision: str | None) -> Path:
@@ -75,7 +75,11 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(
             f"{folder}: expected a model's weights, {whole.name} or shards with {index.name}; found {others}"
         )
-    shards = sorted({*json.loads(index.read_text())["weight_map"].values()})
+    by_tensor = json_object(index).get("weight_map")
+    names = [name for name in by_tensor.values() if isinstance(name, str)] if isinstance(by_tensor, dict) else []
+    if not names or len(names) < len(by_tensor or {}) or any(Path(name).name != name for name in names):
+        raise UserError(f"{index}: weight_map is not names of files beside it, by tensor. Fetch or make it again")
+    shards = sorted({*names})
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -88,23 +92,9 @@ def weight_files(folder: Path) -> list[Path]:
 def weight_shapes(folder: Path) -> dict[str, tuple[str, list[int]]]:
     """Return dtype (as safetensors spells it: "BF16") and shape of every tensor of the model in `folder`, by name.
 
-    Raises `UserError` as `weight_files` does, and when a file is cut short.
+    Raises `UserError` as `weight_files` and `tensors_in` do.
     """
-    tensors: dict[str, tuple[str, list[int]]] = {}
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            data = file.read(length) if 0 < length <= path.stat().st_size else b""
-        if not data or len(data) < length:
-            raise UserError(f"{path}: is cut short; expected a whole safetensors file. Fetch or make it again")
-        header = json.loads(data)
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if path.stat().st_size < end:
-            raise UserError(f"{path}: is cut short: {path.stat().st_size:,} bytes of {end:,}. Fetch or make it again")
-        tensors |= {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
-    return tensors
+    return {name: stated for path in weight_files(folder) for name, stated in tensors_in(path).items()}
 
 
 def parameter_count(folder: Path) -> int:
@@ -112,18 +102,22 @@ def parameter_count(folder: Path) -> int:
     return sum(math.prod(shape) for _, shape in weight_shapes(folder).values())
 
 
-def model_config(folder: Path) -> dict:
-    """Return config.json of a model folder. Raises `UserError` when there is none."""
+def model_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a model folder. Raises `UserError` when there is none or it is no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: has no config.json; expected a model in transformers' layout")
-    return json.loads(path.read_text())
+    return json_object(path)
 
 
 def vocabulary_size(folder: Path) -> int:
     """Return the number of rows of a model's embedding; of its text part where it has others."""
     configuration = model_config(folder)
-    return configuration.get("text_config", configuration)["vocab_size"]
+    text = configuration.get("text_config", configuration)
+    size = text.get("vocab_size") if isinstance(text, dict) else None
+    if type(size) is not int:
+        raise UserError(f"{folder / 'config.json'}: vocab_size is {size!r}; expected a number. Fetch or make it again")
+    return size
 
 
 # The end of a quantized copy's name: "-unsloth-bnb-4bit", "-GPTQ-Int4", "-FP8".

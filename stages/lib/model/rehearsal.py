@@ -8,6 +8,7 @@ from stages.lib.answers import formats
 from stages.lib.errors import UserError
 from stages.lib.gguf.tokens import check_conversion
 from stages.lib.model.files import model_config, model_folder, refuse_quantized_base, vocabulary_size, weight_shapes
+from stages.lib.model.headers import json_object, reading_model
 from stages.lib.model.locate import locate_model
 from stages.lib.model.sampled import refuse_unsampled
 from stages.lib.model.template import THINKING
@@ -15,14 +16,21 @@ from stages.lib.ollama.derive import of_tokenizer, refuse_unused_system
 from stages.lib.ollama.proof import compare_renderings
 from stages.lib.recipe.tables import Recipe
 
+READ_BY_TRANSFORMERS = (
+    "config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
+
 
 def refuse_base(recipe: Recipe) -> None:
-    """Raise `UserError` if merge would refuse the base: quantized, or a local folder without whole safetensors.
+    """Raise `UserError` if merge would refuse the base: quantized, or a local folder without whole safetensors or JSON.
 
     And if GRPO could not sample from it with the recipe's engine.
     """
     name, revision = locate_model(recipe)
     folder = model_folder(name, revision)
+    for path in (folder / file for file in READ_BY_TRANSFORMERS):
+        if path.is_file():
+            json_object(path)
     refuse_quantized_base(folder, recipe.model.name)
     refuse_unsampled(recipe, model_config(folder))
     if recipe.model.name != "base-model" and revision is None:
@@ -71,4 +79,5 @@ def check_tokenizer(recipe: Recipe, tokenizer: Any) -> None:
             f"(vocab_size in config.json); expected a row for each token. Take the tokenizer's files that the model "
             f"was published with"
         )
-    check_conversion(tokenizer, folder, recipe.model.name)
+    with reading_model(recipe.model.name, "the tokenizer as it would be saved"):
+        check_conversion(tokenizer, folder, recipe.model.name)

@@ -12,13 +12,78 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
+from stages.lib.bounded import TooMuch, call_bounded
 from stages.lib.errors import UserError, nearest
 from stages.lib.ollama.derive import dialogue, jinja_render, rejects
+from stages.lib.ollama.go import Conversation
 
 DAY = date(2024, 7, 26)  # that of every prompt; Llama 3's templates fall back to it
 DATES = {"date_string": "%d %b %Y", "datetime": "%b %d %Y"}  # as llama.cpp writes them
 DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])([^"'\\]*)\1\s*\)""")
 THINKING = "enable_thinking"
+PLAIN_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")  # of transformers' own, around a completion
+MAX_RENDERED = 1 << 20  # characters of a template, and of what it makes of a short conversation
+TRY_SECONDS, TRY_MEGABYTES = 2, 500  # to render some twelve of them
+
+
+def try_template(template: str, special_tokens: dict[str, str]) -> None:
+    """Render short conversations by the Jinja chat `template` in a process with bounds.
+
+    Raises `UserError` for a template that loops, or makes of them more than `MAX_RENDERED` characters: in the process
+    of a stage nothing would end it.
+    """
+    if len(template) > MAX_RENDERED:
+        raise UserError(f"the chat template has {len(template):,} characters; expected at most {MAX_RENDERED:,}")
+    tokens = {name: value for name, value in special_tokens.items() if isinstance(value, str)}
+    try:
+        call_bounded(longest_rendering, template, tokens, seconds=TRY_SECONDS, megabytes=TRY_MEGABYTES)
+    except TooMuch as error:
+        raise UserError(
+            f"the chat template takes {error} to render a short conversation; expected a moment. Take the one that the "
+            f"model was published with"
+        ) from error
+
+
+def longest_rendering(template: str, special_tokens: dict[str, str]) -> int:
+    """Return the characters of the longest rendering of short conversations. Raises `UserError` for one too long.
+
+    What a template refuses or gets wrong has no length: that is for those to say who render it in earnest.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    longest = 0
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols"],
+        autoescape=False,
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": DAY.strftime}
+    try:
+        compiled = environment.from_string(PLAIN_TAG.sub("", template))
+    except TemplateError:
+        return 0
+    except RecursionError as error:
+        raise UserError("the chat template is nested too deeply to be read") from error
+    for messages, prompt in spoken():
+        count = 0
+        try:
+            for part in compiled.generate(
+                **special_tokens, messages=messages, add_generation_prompt=prompt, tools=None
+            ):
+                count += len(part)
+                if count > MAX_RENDERED:
+                    raise UserError(
+                        f"the chat template makes more than {MAX_RENDERED:,} characters of a short conversation"
+                    )
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError):
+            continue
+        longest = max(longest, count)
+    return longest
 
 
 def write_choices(template: str, kwargs: dict[str, bool | int | str], special_tokens: dict[str, str]) -> str:
@@ -48,7 +113,7 @@ def variables_of(template: str) -> set[str]:
     """Return the names that `template` reads before it surely sets them. Raises `UserError` when it is no Jinja."""
     from jinja2 import Environment, TemplateSyntaxError, meta
 
-    plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)  # a tag of transformers' own
+    plain = PLAIN_TAG.sub("", template)
     try:
         parsed = Environment(autoescape=True, extensions=["jinja2.ext.loopcontrols"]).parse(plain)  # and never rendered
         return meta.find_undeclared_variables(parsed)
@@ -82,6 +147,11 @@ def thinking_unset(template: str, special_tokens: dict[str, str]) -> dict[str, b
 def renderings(template: str, variables: dict[str, Any]) -> list[str]:
     """Return what `template` makes of one to three questions and of one to three answers, or its error."""
     render = jinja_render(template, variables)
-    asked = [(dialogue(turns, system), True) for turns in (1, 2, 3) for system in (False, True)]
-    answered = [(dialogue(turns, system)[:-1], False) for turns in (2, 3, 4) for system in (False, True)]
-    return [rejects(render, each) or render(each, prompt) for each, prompt in asked + answered]
+    return [rejects(render, each) or render(each, prompt) for each, prompt in spoken()]
+
+
+def spoken() -> list[tuple[Conversation, bool]]:
+    """Return short conversations, one to three questions and answers, each with whether a generation prompt follows."""
+    both = (False, True)
+    asked: list[tuple[Conversation, bool]] = [(dialogue(turns, each), True) for turns in (1, 2, 3) for each in both]
+    return asked + [(dialogue(turns, each)[:-1], False) for turns in (2, 3, 4) for each in both]

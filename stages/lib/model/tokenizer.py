@@ -1,5 +1,6 @@
 """The tokenizer with the chat template that a run trains and ships."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ from stages.lib.answers import formats
 from stages.lib.ends import adds_bos
 from stages.lib.errors import UserError
 from stages.lib.model.files import fetching_model
+from stages.lib.model.headers import reading_model
 from stages.lib.model.locate import SAFE, locate_model
-from stages.lib.model.template import write_choices
+from stages.lib.model.template import try_template, write_choices
 from stages.lib.recipe.tables import Recipe
 
 
@@ -20,8 +22,8 @@ def load_tokenizer(recipe: Recipe) -> Any:
     plain text, and where one of the model's own writes no BOS, the tokenizer adds none from here on. A date and
     `[format] template_kwargs` are written into it (`write_choices`).
 
-    Raises `UserError` when a local model folder has no tokenizer, when neither model nor format has a chat template,
-    and as `write_choices` does.
+    Raises `UserError` when a local model folder has no tokenizer or one that can't be read, when neither model nor
+    format has a chat template, and as `try_template` and `write_choices` do.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import cached_file
@@ -33,7 +35,8 @@ def load_tokenizer(recipe: Recipe) -> Any:
     with fetching_model(name, revision):
         described = cached_file(name, files[0], revision=revision, _raise_exceptions_for_missing_entries=False)
         made_by = PreTrainedTokenizerFast if described else AutoTokenizer
-        tokenizer = made_by.from_pretrained(name, revision=revision, **SAFE)
+        with reading_model(name, "the tokenizer") if revision is None else contextlib.nullcontext():
+            tokenizer = made_by.from_pretrained(name, revision=revision, **SAFE)
     template = formats.get(recipe.format.name).chat_template
     if template is not None:
         tokenizer.chat_template = "{{ bos_token }}" * adds_bos(tokenizer) + template
@@ -47,6 +50,8 @@ def load_tokenizer(recipe: Recipe) -> Any:
             f"choose an instruction-tuned model, or [format] name = 'think'"
         )
     try:
+        if template is None:
+            try_template(tokenizer.chat_template, tokenizer.special_tokens_map)
         tokenizer.chat_template = write_choices(
             tokenizer.chat_template, recipe.format.template_kwargs, tokenizer.special_tokens_map
         )

@@ -33,7 +33,7 @@ def read_recipe(path: Path, base_model: Path | None = None) -> Recipe:
         check_recipe(recipe)
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such recipe. Run: make help") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not TOML: {error}") from error
     except UserError as error:
         raise UserError(f"{path}: {error.message}") from error

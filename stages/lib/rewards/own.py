@@ -36,7 +36,7 @@ def own_reward_files(names: Sequence[str], recipe_folder: Path) -> dict[str, Pat
         if name in found or not path.is_file():
             continue
         found[name] = path
-        with contextlib.suppress(SyntaxError, ValueError):
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
             modules = imported_modules(path.read_bytes())
             todo |= {module: ROOT / module for module in modules if not module.startswith("stages/")}
     return found
@@ -67,7 +67,7 @@ def check_own(name: str, recipe_folder: Path) -> None:
     try:
         source = importlib.util.decode_source(path.read_bytes())
         tree = ast.parse(source, str(path))
-    except (SyntaxError, ValueError) as error:  # ValueError: a NUL byte, in some versions of Python
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # a NUL byte, thousands of brackets
         raise UserError(f"[rewards] {name!r}: {_where(error, path)}") from error
     is_bound = name.rpartition(":")[2] in _names_bound(tree)
     if not is_bound and not re.search(r"\bimport[\s\\]*\*", source):

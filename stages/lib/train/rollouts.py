@@ -43,7 +43,7 @@ def lines_until(path: Path, step: int) -> bytes:
         try:
             if json.loads(line)["step"] > step:
                 break
-        except ValueError:
+        except (ValueError, TypeError, LookupError, RecursionError):
             break
         kept.append(line + b"\n")
     return b"".join(kept)

@@ -1,0 +1,54 @@
+"""What was tried to break Temper, in numbers: `python -m bench.breaks PART` writes a part of bench/results/breaks.md.
+
+    python -m bench.breaks kills      100 kills of `make all` over all its stages
+    python -m bench.breaks power      power cuts on a disk that loses what was not synced; needs root
+
+All parts have a seed. They work in a checkout of the last commit in a temporary folder, with this one's environment.
+"""
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import click
+
+from bench.breaking import kills, power
+
+RESULTS = Path(__file__).parent / "results" / "breaks.md"
+HEAD = "# What was tried to break Temper\n\nWritten by `bench/breaks.py`, a part at a time.\n"
+PARTS = {"kills": (kills.run, 100), "power": (power.run, 60)}
+
+
+@click.command(help=__doc__)
+@click.argument("part", type=click.Choice(list(PARTS)))
+@click.option("--seed", default=0)
+@click.option("--count", type=int, help="How many; left out, as in the results.")
+def main(part: str, seed: int, count: int | None) -> None:
+    run, usual = PARTS[part]
+    count = count or usual
+    with tempfile.TemporaryDirectory(prefix="temper-breaks-") as folder:
+        lines = run(Path(folder), seed, count)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    where = f"{os.cpu_count()} processors, {platform.platform()}, Python {platform.python_version()}"
+    command = f"python -m bench.breaks {part} --seed {seed} --count {count}"
+    about = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, commit {commit}, {where}: `{command}`"
+    write_part(RESULTS, part, [about, "", *lines])
+
+
+def write_part(path: Path, part: str, lines: list[str]) -> None:
+    """Put the lines of a part into the results, in place of those of before."""
+    text = path.read_text() if path.is_file() else HEAD
+    sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    sections[part] = "\n" + "\n".join(lines) + "\n\n"
+    ordered = [name for name in PARTS if name in sections]
+    body = "".join(f"## {name}\n{sections[name].rstrip()}\n\n" for name in ordered)
+    path.write_text(f"{HEAD}\n{body}".rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,11 +3,12 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from stages.lib import options
+from stages.lib.answers.evaluated import best
 from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.artifact.manifest import read_manifest
 from stages.lib.ends import end_ids
@@ -19,11 +20,12 @@ from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.model.unsloth import needs_scoring_pass, skip_scoring_pass
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
+from stages.lib.report import terminal
 from stages.lib.report.figures import GrpoFigures, Rewarded, ScoreBaseFigures, figures_of
 from stages.lib.rewards.judge import Reward
 from stages.lib.rewards.names import load_rewards
 from stages.lib.rewards.own import own_reward_files
-from stages.lib.train import ladder, ranks, trackers
+from stages.lib.train import ladder, ranks, trackers, validation
 from stages.lib.train.callbacks import settle_heap
 from stages.lib.train.config import shared_arguments
 from stages.lib.train.launch import train_on_gpus
@@ -34,6 +36,13 @@ from stages.lib.train.teaching import sample_groups_that_teach
 
 ROOM_BYTES = 500_000_000
 COLUMNS = ("prompt", "answer", "kind")  # of a row: what is asked, and what the rewards need
+
+
+class Rows(NamedTuple):
+    """The files of problems: those that are trained on, and those of the evaluations while training."""
+
+    train: Path
+    validation: Path
 
 
 @click.command(help=__doc__)
@@ -48,16 +57,23 @@ def main(
 ) -> None:
     run_recipe = read_recipe(recipe, base_model)
     problems = subset(score_base) if score_base else prepare_data / "grpo.jsonl"
-    inputs = {"score-base" if score_base else "prepare-data": (problems.parent, [problems.name])}
-    inputs |= {"sft": (sft, ["adapter/*"])}
+    read = [] if score_base else [problems.name]
+    read += [validation.FILE] if run_recipe.grpo.evaluate_steps else []
+    inputs: dict[str, tuple[Path, list[str]]] = {"sft": (sft, ["adapter/*"])}
+    inputs |= {"prepare-data": (prepare_data, read)} if read else {}
+    inputs |= {"score-base": (score_base, [problems.name])} if score_base else {}
     inputs |= {"base-model": (base_model, ["model/*"])} if base_model else {}
     # Without [health], which changes no result: a run that it stopped goes on under other bounds.
     tables = run_recipe.tables("model", "vllm", "format", "lora", "rewards", "grpo")
     tables |= {"data": {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}}
     sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent) | local_model(run_recipe)
     with write_artifact(out, "grpo", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
+        data = Rows(problems, prepare_data / validation.FILE)
         adapter = sft / "adapter"
-        run.metrics.update(train_on_gpus(run_recipe, "grpo", run, lambda: train(run_recipe, problems, adapter, run)))
+        figures = train_on_gpus(run_recipe, "grpo", run, lambda: train(run_recipe, data, adapter, run))
+        run.metrics.update(figures)
+        if "validation" in figures:
+            click.echo(terminal.validation(figures["validation"]))
 
 
 def subset(score_base: Path) -> Path:
@@ -147,7 +163,7 @@ def unsloth_arguments(recipe: Recipe) -> dict[str, int]:
     return {"unsloth_grpo_mini_batch": parts, "unsloth_logit_chunk_multiplier": 1}
 
 
-def train(recipe: Recipe, problems: Path, adapter: Path, run: Run) -> GrpoFigures:
+def train(recipe: Recipe, problems: Rows, adapter: Path, run: Run) -> GrpoFigures:
     """Train the SFT `adapter` further on `problems`, save it under `run.folder`, return the figures."""
     trackers.prepare(recipe, run.folder.parent)
     import_engine(recipe)
@@ -158,13 +174,16 @@ def train(recipe: Recipe, problems: Path, adapter: Path, run: Run) -> GrpoFigure
         model = load_trainable(recipe, adapter)
     try:
         first, last = learn(recipe, problems, functions, model, tokenizer, run)
-        return {"first": first, "last": last, "memory_ladder": ladder.read_steps(run.checkpoints)}
+        figures: GrpoFigures = {"first": first, "last": last, "memory_ladder": ladder.read_steps(run.checkpoints)}
+        if recipe.grpo.evaluate_steps and ranks.is_first():
+            figures["validation"] = validation.validation_figures(recipe, run.checkpoints)
+        return figures
     finally:  # also when a check or a signal ends the run
         close_engine(getattr(getattr(model, "vllm_engine", None), "llm_engine", None))
 
 
 def learn(
-    recipe: Recipe, problems: Path, functions: list[Reward], model: Any, tokenizer: Any, run: Run
+    recipe: Recipe, problems: Rows, functions: list[Reward], model: Any, tokenizer: Any, run: Run
 ) -> list[Rewarded]:
     """Train `model` and save its adapter and completions under `run.folder`. `import_engine` comes first.
 
@@ -174,7 +193,7 @@ def learn(
 
     knobs = recipe.grpo
     ends = end_ids(model.generation_config, tokenizer)
-    rows = read_rows(problems, run)
+    rows = read_rows(problems.train, run)
     with ladder.stepping_down(recipe, "grpo", run.checkpoints):
         trainer = GRPOTrainer(
             model=model,
@@ -193,16 +212,29 @@ def learn(
     trainer.add_callback(settle_heap())
     for callback in trackers.follow(recipe, "grpo", run.folder.parent, trainer, knobs.show_completions_steps):
         trainer.add_callback(callback)
-    bar = {"loss": "loss", "reward": "reward", "tokens": "completions/mean_length"}
+    if knobs.evaluate_steps:
+        trainer.add_callback(validation.evaluate_while_training(recipe, trainer, problems.validation, ends))
+    bar = {"loss": "loss", "reward": "reward", "tokens": "completions/mean_length", "valid": "validation/accuracy"}
     with ladder.stepping_down(recipe, "grpo", run.checkpoints, trainer):
         run_trainer(trainer, bar, recipe.health, round_steps=knobs.num_iterations)
-    save_adapter(trainer, tokenizer, run)
-    if ranks.is_first():
-        shutil.copyfile(completions, run.folder / completions.name)
+    keep_results(recipe, trainer, tokenizer, run)
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     tenth = max(1, len(log) // 10)
     names = [function.__name__ for function in functions]
     return [means(part, names) for part in (log[:tenth], log[-tenth:])]
+
+
+def keep_results(recipe: Recipe, trainer: Any, tokenizer: Any, run: Run) -> None:
+    """Save the adapter, the last or the best one, with completions and evaluations, under `run.folder`."""
+    if not ranks.is_first():
+        return
+    kept = None
+    if recipe.grpo.keep == "best":
+        step = best(validation.read(run.checkpoints))["step"]
+        kept = run.checkpoints / f"{validation.BEST}{step}"
+    save_adapter(trainer, tokenizer, run, kept)
+    for name in ("completions.jsonl", *([validation.FILE] if recipe.grpo.evaluate_steps else [])):
+        shutil.copyfile(run.checkpoints / name, run.folder / name)
 
 
 def means(log: Sequence[dict[str, float]], names: Sequence[str]) -> Rewarded:

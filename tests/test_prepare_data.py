@@ -961,3 +961,76 @@ def test_a_quantized_base_is_refused_with_the_name_of_the_whole_one(
         refuse_quantized_base(tmp_path, name)
     likely = f"Name that in [model] name, likely {whole!r}." if whole else "Name that in [model] name. With"
     assert likely in refused.value.message
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+def test_the_validation_set_is_split_off_all_training_and_is_the_same_whatever_the_order_of_the_rows(tmp_path):
+    rows = numbered(0, 60)
+    close = "Number 7, 55433 and 50, and nothing else?"  # but for three words the question of one of them
+    found = {}
+    for name, order in (("forward", rows), ("backward", rows[::-1])):
+        folder = tmp_path / name
+        folder.mkdir()
+        train = write_rows(folder / "train.jsonl", [*order, {**rows[7], "question": close}])
+        evaluated = write_rows(folder / "eval.jsonl", numbered(60, 70))
+        sources = [{**WORKED, "name": train, "use": ["sft", "grpo"]}, {"name": evaluated, "use": ["eval"]}]
+        metrics = prepare(
+            folder, sources, validation_rows=25, ngram_words=2, near_duplicate_jaccard=1.0, contamination_overlap=0.6
+        )
+        ids = {part: {row["id"] for row in rows_of(folder, part)} for part in ("validation", "sft", "grpo", "eval")}
+        found[name] = ids["validation"]
+        assert len(rows_of(folder, "validation")) == len(ids["validation"]) == 25
+        assert not ids["validation"] & (ids["sft"] | ids["grpo"] | ids["eval"])
+        assert metrics["sets"]["validation"]["rows"] == 25
+        assert metrics["sets"]["grpo"]["dropped"]["kept for validation"] == 25
+        assert metrics["sets"]["sft"]["dropped"]["kept for validation"] == 25
+        assert list(rows_of(folder, "validation")[0]) == ["id", "prompt", "answer", "kind"]
+        questions = {row["prompt"][-1]["content"] for row in rows_of(folder, "validation")}
+        trained = {row["prompt"][-1]["content"] for row in rows_of(folder, "grpo")}
+        assert len(trained) == 61 - 25 - (rows[7]["question"] in questions) - (close in questions)
+        assert len({rows[7]["question"], close} & trained) in (0, 2)  # both, or neither: one would leak the other
+        order_kept = [question for question in (row["question"] for row in order) if question in questions]
+        assert [row["prompt"][-1]["content"] for row in rows_of(folder, "validation")][: len(order_kept)] == order_kept
+    assert found["forward"] == found["backward"]
+
+
+def test_a_training_question_that_is_close_to_a_validation_question_goes(tmp_path):
+    """Every question has a twin with another last word; a set of half of all questions holds some of either kind."""
+    rows = numbered(0, 20)
+    twins = [{**row, "question": row["question"].replace("?", ", please?")} for row in rows]
+    train = write_rows(tmp_path / "train.jsonl", rows + twins)
+    evaluated = write_rows(tmp_path / "eval.jsonl", numbered(60, 70))
+    sources = [{**WORKED, "name": train, "use": ["sft", "grpo"]}, {"name": evaluated, "use": ["eval"]}]
+    metrics = prepare(
+        tmp_path, sources, validation_rows=10, ngram_words=2, near_duplicate_jaccard=1.0, contamination_overlap=0.8
+    )
+    plain = lambda name: {row["prompt"][-1]["content"].replace(", please", "") for row in rows_of(tmp_path, name)}  # noqa: E731
+    for name in ("sft", "grpo"):
+        assert not plain("validation") & plain(name)
+        assert metrics["sets"][name]["dropped"]["too close to validation"] > 0
+        assert metrics["sets"][name]["rows"] == 40 - 2 * len(plain("validation"))
+
+
+def test_without_validation_rows_no_byte_of_the_sets_changes_and_no_file_is_added(tmp_path):
+    files = {}
+    for name, knobs in (("without", {}), ("none", {"validation_rows": 0})):
+        folder = tmp_path / name
+        folder.mkdir()
+        train = write_rows(tmp_path / "train.jsonl", numbered(0, 30))
+        evaluated = write_rows(tmp_path / "eval.jsonl", numbered(60, 70))
+        sources = [{**WORKED, "name": train, "use": ["sft", "grpo"]}, {"name": evaluated, "use": ["eval"]}]
+        metrics = prepare(folder, sources, **knobs)
+        files[name] = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+        assert set(metrics["sets"]) == {"sft", "grpo", "eval"}
+    assert files["without"] == files["none"]
+    assert set(files["none"]) == {"sft.jsonl", "grpo.jsonl", "eval.jsonl", "removed.jsonl"}
+
+
+def test_validation_rows_that_leave_nothing_to_train_on_are_refused(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", numbered(0, 30))
+    evaluated = write_rows(tmp_path / "eval.jsonl", numbered(60, 70))
+    sources = [{**WORKED, "name": train, "use": ["sft", "grpo"]}, {"name": evaluated, "use": ["eval"]}]
+    with pytest.raises(UserError, match=r"validation_rows = 30; expected fewer than the 30 rows of the grpo set"):
+        prepare(tmp_path, sources, validation_rows=30)

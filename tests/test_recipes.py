@@ -402,6 +402,20 @@ def test_what_is_fetched_from_the_hub_without_a_whole_commit_is_refused(
             "prompts_per_step = 8", "prompts_per_step = 8\nsampled_prompts = 7",
             "[grpo] sampled_prompts = 7; expected at least prompts_per_step = 8, out of which a step trains",
         ),
+        (
+            "prompts_per_step = 8", "prompts_per_step = 8\nevaluate_steps = 10",
+            "[grpo] evaluate_steps = 10 needs problems: state [data] validation_rows, such as 200",
+        ),
+        (
+            "prompts_per_step = 8", 'prompts_per_step = 8\nkeep = "best"',
+            "[grpo] keep = 'best' goes by evaluations: state evaluate_steps, such as 10",
+        ),
+        (
+            "prompts_per_step = 8", 'prompts_per_step = 8\nkeep = "first"',
+            "[grpo] keep = 'first'; expected one of last, best",
+        ),
+        ("max_prompt_tokens = 192", "max_prompt_tokens = 192\nvalidation_rows = -1",
+         "[data] validation_rows = -1; expected 0 or more"),
         ("log_steps = 10\n", "log_steps = 501\n", "[sft] log_steps = 501; expected at most steps = 500"),
         ("log_steps = 10\n", "log_steps = 0\n", "[sft] log_steps = 0; expected 1 or more"),
         ("save_steps = 100", "save_steps = 0", "[sft] save_steps = 0; expected 1 or more"),
@@ -777,3 +791,17 @@ def test_keys_that_change_no_result_are_in_no_identity():
     assert not {"save_steps", "log_steps", "show_completions_steps"} & {*tables["sft"], *tables["grpo"]}
     assert {"steps", "seed"} <= set(tables["sft"])
     assert {"steps", "min_completion_tokens"} <= set(tables["grpo"])
+
+
+def test_keys_of_evaluation_are_in_no_identity_where_they_are_at_rest_and_in_it_where_they_are_not(tmp_path):
+    tables = read_tables()
+    plain = read_recipe(write_tables(tmp_path / "plain.toml", tables)).tables("data", "grpo")
+    tables["data"] |= {"validation_rows": 0}
+    tables["grpo"] |= {"evaluate_steps": 0, "keep": "last"}
+    assert read_recipe(write_tables(tmp_path / "off.toml", tables)).tables("data", "grpo") == plain
+    tables["data"] |= {"validation_rows": 200}
+    tables["grpo"] |= {"evaluate_steps": 48, "keep": "best"}
+    on = read_recipe(write_tables(tmp_path / "on.toml", tables)).tables("data", "grpo")
+    assert {key: on["data"][key] for key in on["data"].keys() - plain["data"].keys()} == {"validation_rows": 200}
+    added = {key: on["grpo"][key] for key in on["grpo"].keys() - plain["grpo"].keys()}
+    assert added == {"evaluate_steps": 48, "keep": "best"}

@@ -75,6 +75,20 @@ def test_the_page_of_an_unfinished_run_says_where_it_stands(copied: Path) -> Non
 
 
 @pytest.mark.torch
+def test_evaluations_while_training_are_a_curve_and_the_kept_step_is_named(copied: Path) -> None:
+    assert "validation accuracy" not in draw(copied)
+    rows = [{"step": step, "right": right, "accuracy": right / 20, "tokens": 9.0, "cut_off": 0.0}
+            for step, right in ((0, 4), (4, 9), (8, 7))]  # fmt: skip
+    (copied / "grpo" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = json.loads((copied / "grpo" / "manifest.json").read_text())
+    manifest["metrics"]["validation"] = {"problems": 20, "keep": "best", "kept": rows[1], "evaluations": rows}
+    (copied / "grpo" / "manifest.json").write_text(json.dumps(manifest))
+    text = draw(copied)
+    assert 'aria-label="validation accuracy, greedy, %: 20 at step 0, 35 at step 8"' in text
+    assert "Kept: the adapter after step 4 (the best on validation), 45.0% right of 20 validation problems" in text
+
+
+@pytest.mark.torch
 def test_a_price_is_multiplied_by_the_hours(copied: Path) -> None:
     seconds = 0.0
     for stage in ("base-model", "prepare-data", "sft", "grpo", "infer"):

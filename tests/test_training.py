@@ -144,7 +144,7 @@ def every_knob(stage: str) -> list[tuple[str, object]]:
     words = {
         "lr_scheduler": "linear", "optimizer": "sgd", "loss_type": "grpo", "scale_rewards": "none",
         "steps": 10, "save_steps": 6, "log_steps": 2, "batch_size": 8, "micro_batch_size": 1, "prompts_per_step": 4,
-        "completions_per_prompt": 8,
+        "completions_per_prompt": 8, "keep": "best",
     }  # fmt: skip
     made = []
     for key, value in dataclasses.asdict(getattr(read_recipe(ROOT / "recipes" / "tiny.toml"), stage)).items():
@@ -162,7 +162,8 @@ def test_every_knob_of_the_recipe_reaches_the_trainer(stage, tmp_path):
     knobs = every_knob(name)
     assert len(knobs) > 15
     for key, value in knobs:
-        if key in ("show_completions_steps", "min_completion_tokens"):  # for the terminal and the memory ladder
+        # For the terminal, the memory ladder and the evaluations while training, which are no arguments.
+        if key in ("show_completions_steps", "min_completion_tokens", "evaluate_steps", "keep"):
             continue
         changed = arguments_of(stage, micro.write_recipe(tmp_path, **{name: {key: value}}), tmp_path)
         assert changed != plain, key

@@ -21,8 +21,9 @@ from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Source
 
 SETS = ("sft", "grpo", "eval")
+VALIDATION = "validation"  # a fourth set where a recipe asks for it: rows out of grpo's drafts
 MEASURES = ("prompt_tokens", "example_tokens", "sft_bytes", "line_bytes")
-BIT = {name: 1 << place for place, name in enumerate(SETS)}
+BIT = {name: 1 << place for place, name in enumerate((*SETS, VALIDATION))}
 encode = json.JSONEncoder(ensure_ascii=False).encode
 quote = json.encoder.encode_basestring  # as `encode` does for a string, but faster
 

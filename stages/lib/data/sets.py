@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stages.lib.data.files import read_batches
-from stages.lib.data.rows import BIT, SETS, Checked, Rules, check_batch, encode, label
+from stages.lib.data.rows import BIT, SETS, VALIDATION, Checked, Rules, check_batch, encode, label
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe, Source
 
@@ -95,7 +95,7 @@ class Draft:
         self.origins: list[str] = []  # the files' names in the artifact
         self.parts: dict[str, list[Any]] = {}  # the table's columns, an array a batch
         self.batches: list[tuple[int, dict[str, tuple[Path, int]]]] = []  # rows in the table, and where the drafts are
-        self.dropped = {name: Counter[str]() for name in SETS}
+        self.dropped = {name: Counter[str]() for name in (*SETS, VALIDATION)}
         (prompt,), (example,) = ruler.tokens([("0",)]), ruler.tokens([("0", "0")])
         self.rules = Rules(
             recipe.format.name,
@@ -149,13 +149,13 @@ class Draft:
         self.batches.append((rows, checked.drafts))
 
     @contextmanager
-    def pieces(self, name: str) -> Iterator[list[tuple[BinaryIO, int, int]]]:
+    def pieces(self, name: str, *, delete: bool = True) -> Iterator[list[tuple[BinaryIO, int, int]]]:
         """Give (the draft `name`, where the batch begins, its rows) for each batch in order; then delete the drafts."""
         paths = {drafts[name][0] for _, drafts in self.batches}
         with ExitStack() as stack:
             files = {path: stack.enter_context(path.open("rb")) for path in paths}
             yield [(files[drafts[name][0]], drafts[name][1], rows) for rows, drafts in self.batches]
-        for path in paths:
+        for path in paths if delete else ():
             path.unlink()
 
     def finish(self) -> dict[str, Any]:
@@ -198,13 +198,35 @@ class Draft:
                 if jaccard < 1:
                     pairs = duplicates.near_duplicates(rows_in(name), table["bands"], grams, jaccard)
                     remove(name, "near duplicate", *pairs)
-            eval_rows, train_rows = rows_in("eval"), rows_in("sft", "grpo")
-            if len(eval_rows) and len(train_rows):
-                row, like, overlap = duplicates.contaminated(eval_rows, train_rows, grams, data.contamination_overlap)
-                for name in ("sft", "grpo"):
-                    hit = (table["sets"][row] & BIT[name]) > 0
-                    remove(name, "too close to eval", row[hit], like[hit], overlap[hit])
-        return {name: self.finish_set(name, table, draft_sets) for name in SETS}
+            for held_out in ("eval", VALIDATION):
+                if held_out == VALIDATION and data.validation_rows:
+                    chosen = self.chosen_for_validation(rows_in("grpo"), table["ids"])
+                    table["sets"][chosen] |= BIT[VALIDATION]
+                    for name in ("sft", "grpo"):
+                        remove(name, "kept for validation", chosen[(table["sets"][chosen] & BIT[name]) > 0])
+                held_rows, train_rows = rows_in(held_out), rows_in("sft", "grpo")
+                if len(held_rows) and len(train_rows):
+                    close = duplicates.contaminated(held_rows, train_rows, grams, data.contamination_overlap)
+                    for name in ("sft", "grpo"):
+                        hit = (table["sets"][close[0]] & BIT[name]) > 0
+                        remove(name, f"too close to {held_out}", *(column[hit] for column in close))
+        names = (VALIDATION, *SETS) if data.validation_rows else SETS  # it is copied out of the drafts of grpo
+        return {name: self.finish_set(name, table, draft_sets) for name in names}
+
+    def chosen_for_validation(self, rows: Any, ids: Any) -> Any:
+        """Return which of grpo's `rows` are the validation set: those whose questions have the lowest hashes.
+
+        Raises `UserError` where none would be left to train on.
+        """
+        import numpy as np
+
+        count = self.recipe.data.validation_rows
+        if count >= len(rows):
+            raise UserError(
+                f"{self.recipe.path}: [data] validation_rows = {count}; expected fewer than the {len(rows)} rows of "
+                f"the grpo set, which they are taken from. Lower it, or give [[data.sources]] with more rows"
+            )
+        return np.sort(rows[np.argsort(ids[rows], kind="stable")[:count]])
 
     def finish_set(self, name: str, table: dict[str, Any], draft_sets: Any) -> dict[str, Any]:
         """Copy the rows left in a set out of its drafts; return the set's entry in the manifest.
@@ -219,9 +241,11 @@ class Draft:
             raise UserError(f"the {name} set is empty: {reasons}. See [data] in {self.recipe.path}")
         size = table["sft_bytes" if name == "sft" else "line_bytes"]
         first = 0
-        with self.pieces(name) as pieces, (self.folder / f"{name}.jsonl").open("wb") as file:
+        source = "grpo" if name == VALIDATION else name  # whose drafts have its lines
+        drafts = self.pieces(source, delete=source == name)
+        with drafts as pieces, (self.folder / f"{name}.jsonl").open("wb") as file:
             for draft, begin, count in pieces:
-                there = first + np.flatnonzero(draft_sets[first : first + count] & BIT[name])
+                there = first + np.flatnonzero(draft_sets[first : first + count] & BIT[source])
                 stays = (table["sets"][there] & BIT[name]) > 0
                 ends = begin + np.append(0, np.cumsum(size[there], dtype=np.int64))
                 edges = ends[np.flatnonzero(np.diff(np.concatenate([[False], stays, [False]]).astype(np.int8)))]

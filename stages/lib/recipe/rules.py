@@ -197,6 +197,12 @@ def steps(recipe: Recipe) -> Iterator[str]:
             f"[grpo] sampled_prompts = {grpo.sampled_prompts}; expected at least prompts_per_step = "
             f"{grpo.prompts_per_step}, out of which a step trains"
         )
+    if grpo.evaluate_steps and not recipe.data.validation_rows:
+        yield f"[grpo] evaluate_steps = {grpo.evaluate_steps} needs problems: state [data] validation_rows, such as 200"
+    if grpo.evaluate_steps > grpo.steps:
+        yield f"[grpo] evaluate_steps = {grpo.evaluate_steps}; expected at most steps = {grpo.steps}"
+    if grpo.keep == "best" and not grpo.evaluate_steps:
+        yield "[grpo] keep = 'best' goes by evaluations: state evaluate_steps, such as 10"
     for where, table in (("[sft]", sft), ("[grpo]", grpo)):
         if table.log_steps > table.steps:
             yield f"{where} log_steps = {table.log_steps}; expected at most steps = {table.steps}"

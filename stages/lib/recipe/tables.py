@@ -14,7 +14,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 # Keys that change no result are in no identity: when one changes, a run goes on from its checkpoint.
 UNCHANGING = ("save_steps", "log_steps", "show_completions_steps", "rehearsal")
 # Keys that came later: left out of the identity where they are unset, so that an older result stays up to date.
-LATER = ("template_kwargs", "sampled_prompts", "repeat_share")
+LATER: dict[str, Any] = {
+    "template_kwargs": {}, "sampled_prompts": None, "repeat_share": None, "validation_rows": 0, "evaluate_steps": 0,
+    "keep": "last",
+}  # fmt: skip
 LATER_OF_SOURCE = ("tasks", "settings", "rows", "seed")
 MAX_VLLM_RANK = 512  # of a LoRA (vllm/config/lora.py)
 
@@ -153,6 +156,7 @@ class Data:
     #   stays; 1: only exact duplicates go
     contamination_overlap: Annotated[float, OVER_0_TO_1]  # of the n-grams of a training or an eval question,
     #   whichever has fewer: from this share in the other on, the training question goes
+    validation_rows: Annotated[int, FROM_0] = 0  # of the grpo set, kept out of all training for [grpo] evaluate_steps
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,9 @@ class Grpo:
     #   prompts_per_step of them, groups with an advantage first; None: on all that it samples
     repeat_share: Annotated[float, FROM_0_UNDER_1] | None = None  # of a step's prompts, drawn from problems whose last
     #   group had an advantage; None: every problem comes once an epoch
+    evaluate_steps: Annotated[int, FROM_0] = 0  # every so many steps, greedy answers to the validation set; 0: never
+    keep: Literal["last", "best"] = "last"  # the adapter after the last step, or after the evaluation with the highest
+    #   accuracy, the earliest of several
 
 
 @dataclass(frozen=True)
@@ -362,7 +369,7 @@ class Recipe:
         """
         tables = {name: dataclasses.asdict(table) for name in names if (table := getattr(self, name)) is not None}
         for table in tables.values():
-            for key in (*UNCHANGING, *(key for key in LATER if not table.get(key))):
+            for key in (*UNCHANGING, *(key for key, unset in LATER.items() if table.get(key) in (None, unset))):
                 table.pop(key, None)
             for source in table.get("sources", ()):
                 for key in LATER_OF_SOURCE:

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict, TypeVar
 
+from stages.lib.answers.evaluated import Validation
 from stages.lib.distance import Distance
 from stages.lib.errors import UserError
 from stages.lib.gguf.prompted import Prompted
@@ -105,6 +106,7 @@ class GrpoFigures(TypedDict):
     first: Rewarded
     last: Rewarded
     memory_ladder: list[StepDown]
+    validation: NotRequired[Validation]
 
 
 class Spread(TypedDict):

@@ -56,7 +56,10 @@ def write(recipe: Recipe, artifacts: Path, price: float | None = None) -> str:
         model=shown(recipe.model.name), sources=[shown(source.name) for source in recipe.data.sources],
         verdict=verdict(infer), models=MODELS, plots=plots,
         seconds=seconds, cost=None if price is None else price * seconds / 3600, price=price,
-        curves={"SFT": curves(artifacts, "sft", SFT_CURVES), "GRPO": curves(artifacts, "grpo", GRPO_CURVES)},
+        curves={
+            "SFT": curves(artifacts, "sft", SFT_CURVES),
+            "GRPO": [*validation_curve(artifacts), *curves(artifacts, "grpo", GRPO_CURVES)],
+        },
         groups=groups(completions), completions=as_json(chosen_completions(completions)), sampled=len(completions),
         problems=as_json(chosen_problems(problems)), examined=len(problems),
         modelfile=modelfile.read_text() if modelfile.is_file() else None, versions=versions(manifests),
@@ -212,6 +215,13 @@ def curves(artifacts: Path, stage: str, wanted: Mapping[str, str]) -> list[str]:
     named = {**wanted, **{f"reward {tag.split('/', 2)[2].removesuffix('/mean')}": tag for tag in rewards}}
     drawn = {title: series(read.Scalars(tag)) for title, tag in named.items() if tag in tags}
     return [draw_curve(title, points) for title, points in drawn.items() if any(value for _, value in points)]
+
+
+def validation_curve(artifacts: Path) -> list[str]:
+    """Return the curve of GRPO's evaluations while training as SVG, from their file; none without any."""
+    rows = read_jsonl(newest(artifacts, "grpo", "validation.jsonl"))
+    points = [(row["step"], 100 * row["accuracy"]) for row in rows]
+    return [draw_curve("validation accuracy, greedy, %", points)] if points else []
 
 
 def series(events: Sequence[Any]) -> list[tuple[int, float]]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from stages.lib.answers import stats
+from stages.lib.answers.evaluated import Validation
 from stages.lib.ollama import served
 from stages.lib.report.figures import (
     AdapterFile,
@@ -74,6 +75,16 @@ def score_base(figures: ScoreBaseFigures) -> str:
     if "subset" in figures:
         lines.append(f"{figures['subset']} problems are within the bounds: GRPO trains on these")
     return "\n".join(lines)
+
+
+def validation(figures: Validation) -> str:
+    """Return the first evaluation, the last and the kept one, and what to think of where GRPO did not help."""
+    first, last, kept = figures["evaluations"][0], figures["evaluations"][-1], figures["kept"]
+    shown = {each["step"]: f"{each['accuracy']:.1%} at step {each['step']}" for each in (first, kept, last)}
+    line = f"grpo: validation accuracy {', '.join(shown[step] for step in sorted(shown))}; kept: step {kept['step']}"
+    if kept["right"] < first["right"]:
+        line += ". It was higher before GRPO: lower [grpo] learning_rate, or look at the rewards"
+    return line
 
 
 def accuracies(models: Mapping[str, Evaluation]) -> list[tuple[str, ...]]:

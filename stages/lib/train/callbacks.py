@@ -30,7 +30,9 @@ def make_callbacks(bar: Mapping[str, str], round_steps: int) -> tuple[Any, Any]:
     class Progress(TrainerCallback):
         """A bar with the metrics named in `bar` and the time left."""
 
-        shown: Any = None
+        def __init__(self):
+            self.shown: Any = None
+            self.values: dict[str, str] = {}  # those of earlier steps stay: not every step measures all
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.shown = open_bar(state.max_steps, "step", done=state.global_step)
@@ -39,7 +41,8 @@ def make_callbacks(bar: Mapping[str, str], round_steps: int) -> tuple[Any, Any]:
             self.shown.update(state.global_step - self.shown.n)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            show_beside(self.shown, {name: f"{logs[key]:.3g}" for name, key in bar.items() if key in logs})
+            self.values |= {name: f"{logs[key]:.3g}" for name, key in bar.items() if key in logs}
+            show_beside(self.shown, self.values)
 
         def on_train_end(self, args, state, control, **kwargs):
             self.close()

@@ -78,17 +78,28 @@ def configure(kind: "type[TrainingArguments]", fields: dict[str, Any]) -> "Train
     return config
 
 
-def save_adapter(trainer: "Trainer", tokenizer: Any, run: Run) -> None:
-    """Save the adapter in `adapter/`, the tokenizer with its chat template in `tokenizer/`, the curves in `logs/`."""
-    if not ranks.is_first():
-        return
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(run.folder / "adapter")
-    (run.folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
-    path = run.folder / "adapter" / "adapter_config.json"
+def write_adapter(trainer: "Trainer", folder: Path) -> None:
+    """Write the adapter as it is now to `folder`."""
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    path = folder / "adapter_config.json"
     settings = json.loads(path.read_text())
     if isinstance(settings["target_modules"], list):  # made of a set: each process has another order
         settings["target_modules"].sort()
     path.write_text(json.dumps(settings, indent=2, sort_keys=True))
+
+
+def save_adapter(trainer: "Trainer", tokenizer: Any, run: Run, kept: Path | None = None) -> None:
+    """Save the adapter in `adapter/`, the tokenizer with its chat template in `tokenizer/`, the curves in `logs/`.
+
+    `kept`: the folder of an adapter that was written before; None: as it is now.
+    """
+    if not ranks.is_first():
+        return
+    if kept:
+        shutil.copytree(kept, run.folder / "adapter")
+    else:
+        write_adapter(trainer, run.folder / "adapter")
     tokenizer.save_pretrained(run.folder / "tokenizer")
     shutil.rmtree(run.folder / "cache", ignore_errors=True)
     shutil.copytree(run.checkpoints / LOGS, run.folder / LOGS)  # if it is killed now, the run still needs these

@@ -14,6 +14,7 @@ from stages.lib.bars import open_bar, show_beside
 from stages.lib.data import word_problems
 from stages.lib.gguf.tokens import save_tokenizer
 from stages.lib.jsonl import write_rows
+from stages.lib.machine.room import room_to_make
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import BaseModel
 from stages.lib.report.figures import BaseModelFigures
@@ -42,7 +43,6 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 PAD, EOS, BOS, UNK, START_OF_TURN, END_OF_TURN = range(6)
-ROOM_BYTES = 200_000_000
 
 
 @click.command(help=__doc__)
@@ -53,7 +53,7 @@ def main(recipe: Path, out: Path) -> None:
     knobs = run_recipe.base_model
     if knobs is None:
         raise click.UsageError(f"{recipe} has no [base_model] table: it starts from {run_recipe.model.name}")
-    with write_artifact(out, "base-model", run_recipe.tables("base_model"), {}, room_bytes=ROOM_BYTES) as run:
+    with write_artifact(out, "base-model", run_recipe.tables("base_model"), {}, room_bytes=room_to_make(knobs)) as run:
         write_problems(knobs, run.folder / "problems")
         corpus = conversations(knobs)
         make_tokenizer(knobs, corpus, run.folder / "model")

@@ -13,6 +13,7 @@ from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.artifact.manifest import read_manifest
 from stages.lib.ends import end_ids
 from stages.lib.errors import UserError
+from stages.lib.machine.room import room_to_train
 from stages.lib.model.engine import close_engine, import_engine
 from stages.lib.model.load import load_trainable
 from stages.lib.model.locate import local_model
@@ -34,7 +35,6 @@ from stages.lib.train.rollouts import keep_completions
 from stages.lib.train.run import configure, read_rows, run_trainer, save_adapter
 from stages.lib.train.teaching import sample_groups_that_teach
 
-ROOM_BYTES = 500_000_000
 COLUMNS = ("prompt", "answer", "kind")  # of a row: what is asked, and what the rewards need
 
 
@@ -67,7 +67,8 @@ def main(
     tables = run_recipe.tables("model", "vllm", "format", "lora", "rewards", "grpo")
     tables |= {"data": {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}}
     sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent) | local_model(run_recipe)
-    with write_artifact(out, "grpo", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
+    room = room_to_train(run_recipe, "grpo", problems)
+    with write_artifact(out, "grpo", tables, inputs, sources=sources, room_bytes=room) as run:
         data = Rows(problems, prepare_data / validation.FILE)
         adapter = sft / "adapter"
         figures = train_on_gpus(run_recipe, "grpo", run, lambda: train(run_recipe, data, adapter, run))

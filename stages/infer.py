@@ -12,6 +12,7 @@ from stages.lib.answers.grade import mark, shown_answer
 from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.bars import open_bar
 from stages.lib.jsonl import rows_of, write_rows
+from stages.lib.machine.room import room_to_answer
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
 from stages.lib.model.locate import local_model
 from stages.lib.model.tokenizer import load_tokenizer
@@ -22,7 +23,6 @@ from stages.lib.report.figures import Evaluation, InferFigures, Step
 from stages.lib.train import trackers
 from stages.lib.train.sampling import Completion, sample_on_gpus
 
-ROOM_BYTES = 100_000_000
 MODELS = ("base", "sft", "grpo")
 
 
@@ -41,7 +41,8 @@ def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Pa
     tables = run_recipe.tables("model", "vllm", "format", "infer")
     tables |= {"data": {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}}
     sources = local_model(run_recipe)
-    with write_artifact(out, "infer", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
+    room = room_to_answer(len(MODELS) * run_recipe.infer.problems, run_recipe.infer.max_completion_tokens)
+    with write_artifact(out, "infer", tables, inputs, sources=sources, room_bytes=room) as run:
         problems = rows_of(prepare_data / "eval.jsonl", run_recipe.infer.problems)
         rows = answer(run_recipe, problems, {"sft": sft / "adapter", "grpo": grpo / "adapter"}, run)
         write_rows(run.folder / "answers.jsonl", rows)

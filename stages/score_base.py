@@ -16,6 +16,7 @@ from stages.lib.artifact.manifest import read_manifest
 from stages.lib.bars import open_bar
 from stages.lib.errors import UserError
 from stages.lib.jsonl import rows_of, write_rows
+from stages.lib.machine.room import room_to_answer
 from stages.lib.model.generate import Sampling, generate_completions, open_generator
 from stages.lib.model.locate import local_model
 from stages.lib.model.tokenizer import load_tokenizer
@@ -28,7 +29,6 @@ from stages.lib.rewards.own import own_reward_files
 from stages.lib.train import ranks
 from stages.lib.train.sampling import Completion, sample_on_gpus
 
-ROOM_BYTES = 100_000_000
 # The keys of [grpo] that this stage reads: with other values of these alone it samples again.
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 GRPO_KNOBS = (*SAMPLING, "prompts_per_step")  # and how many problems a subset must have
@@ -53,8 +53,9 @@ def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | 
     tables["grpo"] = {name: getattr(run_recipe.grpo, name) for name in GRPO_KNOBS}
     tables["data"] = {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}
     sources = own_reward_files(run_recipe.rewards.functions, run_recipe.path.parent) | local_model(run_recipe)
+    room = room_to_answer(knobs.problems * (knobs.completions_per_problem + 1), run_recipe.grpo.max_completion_tokens)
     try:
-        with write_artifact(out, "score-base", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
+        with write_artifact(out, "score-base", tables, inputs, sources=sources, room_bytes=room) as run:
             problems = draw(rows_of(prepare_data / "grpo.jsonl"), knobs)
             rows = sample(run_recipe, problems, sft / "adapter" if sft else None, run)
             write_rows(run.folder / "scores.jsonl", rows)

@@ -8,6 +8,7 @@ import click
 from stages.lib import options
 from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.errors import UserError
+from stages.lib.machine.room import room_to_train
 from stages.lib.model.engine import import_engine
 from stages.lib.model.load import load_trainable
 from stages.lib.model.locate import local_model
@@ -19,8 +20,6 @@ from stages.lib.train import ladder, trackers
 from stages.lib.train.config import shared_arguments
 from stages.lib.train.launch import train_on_gpus
 from stages.lib.train.run import configure, read_rows, run_trainer, save_adapter
-
-ROOM_BYTES = 500_000_000
 
 
 @click.command(help=__doc__)
@@ -34,8 +33,9 @@ def main(recipe: Path, prepare_data: Path, base_model: Path | None, out: Path) -
     inputs |= {"base-model": (base_model, ["model/*"])} if base_model else {}
     tables = run_recipe.tables("model", "format", "lora", "sft")
     sources = local_model(run_recipe)
-    with write_artifact(out, "sft", tables, inputs, sources=sources, room_bytes=ROOM_BYTES) as run:
-        examples = prepare_data / "sft.jsonl"
+    examples = prepare_data / "sft.jsonl"
+    room = room_to_train(run_recipe, "sft", examples)
+    with write_artifact(out, "sft", tables, inputs, sources=sources, room_bytes=room) as run:
         run.metrics.update(train_on_gpus(run_recipe, "sft", run, lambda: train(run_recipe, examples, run)))
 
 

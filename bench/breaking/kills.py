@@ -81,7 +81,7 @@ def run(folder: Path, seed: int, count: int) -> list[str]:
         shutil.rmtree(artifacts)
         rounds += 1
         twice = False
-        for _ in range(chance.randrange(6, 14)):
+        for _ in range(chance.randrange(12, 26)):
             how, stage, fault = kill_once(checkout, mark, chance, SECOND_SECONDS if twice else SECONDS)
             wrong += [f"round {rounds}: {fault}"] if fault else []
             if not how:

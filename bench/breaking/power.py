@@ -65,7 +65,7 @@ def run(folder: Path, seed: int, count: int) -> list[str]:
         subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
         mounted(image, artifacts, mode)
         try:
-            for _ in range(chance.randrange(6, 14)):
+            for _ in range(chance.randrange(12, 26)):
                 if not (stage := cut(checkout, mark, image, chance, mode)):
                     break
                 cuts += 1

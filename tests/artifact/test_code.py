@@ -26,7 +26,8 @@ EDITS = [
     ("lib/train/run.py", '"""Save the adapter', '"""Keep the adapter', True),  # a function's
     ("lib/rewards/xml.py", "import", "import nothing\nimport", True),  # sft does not reach it
     ("gguf.py", "import", "import nothing\nimport", True),
-    ("sft.py", "500_000_000", "500_000_001", False),
+    ("sft.py", '"shuffle_dataset": False', '"shuffle_dataset": True', False),
+    ("lib/machine/room.py", "20_000_000", "20_000_001", True),
     ("sft.py", "packing_strategy", "packing_strateg", False),
     ("lib/train/run.py", '"adapter"', '"adapters"', False),
     ("lib/errors.py", "exit_code = 1", "exit_code = 2", True),  # the frame: it changes no result

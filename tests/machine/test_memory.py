@@ -308,11 +308,13 @@ def rooms(*types, save=None):
 
 
 def test_disk_by_hand():
-    adapter = 768
+    adapter, tokenizer, sft_logs, grpo_logs = 768, 32 * 150, 30 * 2000, 500 * 2000
+    completions = 500 * 2 * 4 * (6 * 6 + 3000)
+    sft, grpo = 12 * adapter + tokenizer + sft_logs, 12 * adapter + tokenizer + grpo_logs  # a checkpoint
     assert rooms() == {
         "base": Room(4080),
-        "sft": Room(4 * adapter, 24 * adapter),
-        "grpo": Room(4 * adapter, 24 * adapter),
+        "sft": Room(4 * adapter + tokenizer + sft_logs, 3 * sft + sft_logs),
+        "grpo": Room(4 * adapter + tokenizer + grpo_logs + completions, 3 * grpo + grpo_logs + completions),
         "merge": Room(4080, 2 * 3 * 32 * 4),
         "gguf": Room(2040 * 9 // 8 + 2040 * 7 // 8, 5 * 32 * 4 + 4080),
         "ollama-modelfile": Room(2040 * 7 // 8),

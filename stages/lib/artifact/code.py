@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[3]
 # recipe's values are in the identity themselves; its tables and the limits in gguf/types.py count as code.
 FRAME = (
     "stages/lib/artifact/", "stages/lib/bars.py", "stages/lib/bounded.py", "stages/lib/disk.py", "stages/lib/errors.py",
+    "stages/lib/machine/",
     "stages/lib/options.py", "stages/lib/recipe/read.py", "stages/lib/recipe/rules.py",
     "stages/lib/report/figures.py", "stages/lib/report/terminal.py", "stages/lib/train/callbacks.py",
     "stages/lib/train/checkpoints.py", "stages/lib/train/health.py", "stages/lib/train/launch.py",

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from stages.lib.disk import existing
 from stages.lib.machine.findings import Finding, gigabytes
-from stages.lib.machine.memory import ADAPTER_BYTES, adapter_parameters, weight_bytes
+from stages.lib.machine.memory import adapter_parameters, weight_bytes
+from stages.lib.machine.room import training_room
 from stages.lib.machine.shape import Shape
 from stages.lib.recipe.tables import Recipe, is_hub_name
 
 IMAGE_BYTES = 9_810_000_000  # the CUDA image; as much again while its layers are written
+TOKENIZER_BYTES = 150  # of tokenizer.json for a token, as in Gemma 3 and Llama 3.1
 SYSTEM_BYTES = 4_000_000_000  # Python, torch and the operating system, beside a model
 ARTIFACTS = Path("artifacts")
 CONTAINER_CACHE = Path("data/cache")
@@ -47,14 +49,14 @@ def disk_rooms(shape: Shape, recipe: Recipe) -> dict[str, Room]:
     merge_rows = 2 * recipe.merge.prompts * recipe.merge.positions_per_prompt
     gguf_rows = recipe.gguf.prompts * recipe.gguf.positions_per_prompt
     adapter = adapter_parameters(shape, recipe.lora)
-    checkpoints = 2 * adapter * (ADAPTER_BYTES + 8)  # with Adam's moments
+    tokenizer = shape.vocabulary_size * TOKENIZER_BYTES
     four_bits = weight_bytes(shape, "bfloat16", load_in_4bit=True) if "merged_4bit" in save else 0
     lora_base = 2 * size if "lora" in save else 0  # the converter takes an adapter beside its base
-    run = Room(adapter * ADAPTER_BYTES, checkpoints)
+    sft, grpo = (Room(*training_room(recipe, stage, adapter, tokenizer)) for stage in ("sft", "grpo"))
     return {
         "base": Room(2 * size),
-        "sft": run,
-        "grpo": run,
+        "sft": sft,
+        "grpo": grpo,
         "merge": Room(2 * size + four_bits, merge_rows * row),
         "gguf": Room(files, gguf_rows * row + (0 if source in kinds else 2 * size) + lora_base),
         "ollama-modelfile": Room(size * gguf_bits(recipe.ollama.quantization.lower()) // 8),

@@ -9,6 +9,7 @@ import click
 from stages.lib import options
 from stages.lib.answers import formats, stats
 from stages.lib.answers.grade import mark, shown_answer
+from stages.lib.answers.sampled import Sampled, Vote, figures_of_samples
 from stages.lib.artifact.folder import Run, write_artifact
 from stages.lib.bars import open_bar
 from stages.lib.jsonl import rows_of, write_rows
@@ -20,7 +21,7 @@ from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
 from stages.lib.report import terminal
 from stages.lib.report.figures import Evaluation, InferFigures, Step
-from stages.lib.train import trackers
+from stages.lib.train import ranks, trackers
 from stages.lib.train.sampling import Completion, sample_on_gpus
 
 MODELS = ("base", "sft", "grpo")
@@ -45,8 +46,13 @@ def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Pa
     with write_artifact(out, "infer", tables, inputs, sources=sources, room_bytes=room) as run:
         problems = rows_of(prepare_data / "eval.jsonl", run_recipe.infer.problems)
         rows = answer(run_recipe, problems, {"sft": sft / "adapter", "grpo": grpo / "adapter"}, run)
+        drawn = [row for row in rows if "sample" in row]
+        rows = [row for row in rows if "sample" not in row]
         write_rows(run.folder / "answers.jsonl", rows)
         figures = evaluate(rows)
+        if drawn:
+            write_rows(run.folder / "samples.jsonl", drawn)
+            figures["sampled"] = evaluate_samples(drawn)
         run.metrics.update(figures)
         click.echo(terminal.infer(figures))
         trackers.add_result(run_recipe, out.parent, tracked(figures))
@@ -59,14 +65,19 @@ def tracked(figures: InferFigures) -> dict[str, float]:
         low, high = own["accuracy_interval"]
         found = {"accuracy": own["accuracy"], "low": low, "high": high, "truncated": own["cut_off"]}
         values |= {f"evaluation/{name}/{key}": value for key, value in found.items()}
+    for name, sampled in figures.get("sampled", {}).items():
+        for k, share in sampled["pass_at"].items():
+            values[f"evaluation/{name}/pass_at_{k}"] = share["share"]
+            values[f"evaluation/{name}/majority_at_{k}"] = sampled["majority_at"][k]["share"]
     return values | {f"evaluation/{step}/p": own["p"] for step, own in figures["steps"].items()}
 
 
 def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, Path], run: Run) -> list[dict[str, Any]]:
-    """Return every model's greedy answer to every problem, a row each, in the order of the problems.
+    """Return every model's greedy answer to every problem, a row each, in the order of the problems, then drawn ones.
 
     A row holds `id`, `question`, `answer` (the right one), `model`, `completion`, `tokens` (with the end token),
-    `ended` (false: truncated), `well_formed`, `given` (the canonical answer read, or None) and `right`.
+    `ended` (false: truncated), `well_formed`, `given` (the canonical answer read, or None) and `right`. A drawn answer
+    has its number as `sample`, from 0, besides; they are in the order of that.
     """
 
     def sample(places: list[int]) -> list[list[Completion]]:
@@ -75,7 +86,9 @@ def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, P
     completions = sample_on_gpus(run, len(problems), recipe.infer.batch_size, sample)
     answer_format, tokenizer = formats.get(recipe.format.name), load_tokenizer(recipe)
     rows = []
-    for name, own in zip(MODELS, completions, strict=True):
+    # Of each model the greedy answers, then those of each drawing.
+    drawings = [(name, sample) for name in MODELS for sample in (None, *range(recipe.infer.samples))]
+    for (name, sample), own in zip(drawings, completions, strict=True):
         for problem, (ids, has_end) in zip(problems, own, strict=True):
             completion = tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
             rows.append(
@@ -88,29 +101,49 @@ def answer(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, P
                     "tokens": len(ids),
                     "ended": has_end,
                     **mark(answer_format, completion, problem["answer"], problem.get("kind", "number")),
+                    **({} if sample is None else {"sample": sample}),
                 }
             )
     return rows
 
 
 def complete(recipe: Recipe, problems: list[dict[str, Any]], adapters: dict[str, Path]) -> list[list[Completion]]:
-    """Return each model's greedy completions of `problems`, in their order."""
+    """Return each model's greedy completions of `problems`, in their order, each followed by `samples` drawn ones.
+
+    What is drawn goes by `sample_seed`; of several processes, each has a seed of its own.
+    """
     knobs = recipe.infer
-    sampling = Sampling(knobs.max_completion_tokens)
+    greedy = Sampling(knobs.max_completion_tokens)
     completions = []
     with (
         open_generator(recipe, adapters, knobs.max_completion_tokens, seed=0) as generator,
-        open_bar(len(MODELS) * len(problems), "answer", "infer") as bar,
+        open_bar(len(MODELS) * len(problems) * (1 + knobs.samples), "answer", "infer") as bar,
     ):
         conversations = [problem["prompt"] for problem in problems]
         prompts = generator.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
         for name in MODELS:
             adapter = name if name in adapters else None
-            completion_ids = generate_completions(
-                generator, prompts, sampling, knobs.batch_size, adapter=adapter, advance=bar.update
-            )
-            completions.append([(ids, ids[-1] in generator.ends) for ids in completion_ids])
+
+            def completed(
+                asked: list[list[int]], sampling: Sampling, adapter: str | None = adapter
+            ) -> list[Completion]:
+                found = generate_completions(
+                    generator, asked, sampling, knobs.batch_size, adapter=adapter, advance=bar.update
+                )
+                return [(ids, ids[-1] in generator.ends) for ids in found]
+
+            completions.append(completed(prompts, greedy))
+            if knobs.samples:
+                drawn = completed([prompt for prompt in prompts for _ in range(knobs.samples)], drawing(recipe))
+                completions += [drawn[sample :: knobs.samples] for sample in range(knobs.samples)]
     return completions
+
+
+def drawing(recipe: Recipe) -> Sampling:
+    """Return how answers are drawn."""
+    knobs = recipe.infer
+    drawn: dict[str, Any] = {"temperature": knobs.sample_temperature, "top_p": knobs.sample_top_p}
+    return Sampling(knobs.max_completion_tokens, **drawn, seed=(knobs.sample_seed or 0) + 1_000_003 * ranks.rank())
 
 
 def evaluate(rows: list[dict[str, Any]]) -> InferFigures:
@@ -123,6 +156,18 @@ def evaluate(rows: list[dict[str, Any]]) -> InferFigures:
         steps[f"{before} to {after}"] = {"gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost)}
     base, sft, grpo = (evaluate_model(own) for own in models.values())
     return {"base": base, "sft": sft, "grpo": grpo, "steps": steps}
+
+
+def evaluate_samples(rows: list[dict[str, Any]]) -> dict[str, Sampled]:
+    """Return the figures of each model's drawn answers, `rows`: those of a problem have its `id`."""
+    figures = {}
+    for name in MODELS:
+        by_problem: dict[str, list[Vote]] = {}
+        for row in rows:
+            if row["model"] == name:
+                by_problem.setdefault(row["id"], []).append(Vote(row["given"], row["right"]))
+        figures[name] = figures_of_samples(list(by_problem.values()))
+    return figures
 
 
 def evaluate_model(rows: list[dict[str, Any]]) -> Evaluation:

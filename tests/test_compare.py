@@ -101,6 +101,27 @@ def test_runs_that_differ_in_seeds_alone_are_one_line(finished: Path, tmp_path: 
 
 
 @pytest.mark.torch
+def test_drawn_answers_are_compared_where_a_run_has_them(finished: Path, tmp_path: Path) -> None:
+    one = put_run(tmp_path, finished, "one", answers(2, 20))
+    two = put_run(tmp_path, finished, "two", answers(4, 20))
+    assert "pass@k" not in compared(tmp_path, one, two).output
+    path = tmp_path / "artifacts" / "two" / "infer" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    shares = {k: {"share": share, "interval": [0.0, 1.0]} for k, share in (("1", 0.2), ("8", 0.625))}
+    own = {"problems": 20, "samples": 8, "pass_at": shares, "majority_at": shares | {"8": shares["1"]}}
+    manifest["metrics"]["sampled"] = {"grpo": own}
+    path.write_text(json.dumps(manifest))
+    lines = compared(tmp_path, one, two).output.splitlines()
+    head = next(line for line in lines if line.startswith("run "))
+    row = next(line for line in lines if line.startswith("two "))
+    assert "62.5% (k = 8)" in row
+    assert "20.0% (k = 8)" in row
+    assert {"pass@k", "maj@k"} <= set(head.split())
+    assert "k = 8" not in next(line for line in lines if line.startswith("one "))
+    assert "62.5% (k = 8)" in (tmp_path / "artifacts" / "comparison.html").read_text()
+
+
+@pytest.mark.torch
 def test_a_run_that_is_not_evaluated_says_what_to_run(finished: Path, tmp_path: Path) -> None:
     one = put_run(tmp_path, finished, "one", answers(1, 2))
     two = put_run(tmp_path, finished, "two", answers(1, 2))

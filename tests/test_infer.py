@@ -12,6 +12,7 @@ from stages.lib.model.load import load_model
 from stages.lib.model.tokenizer import load_tokenizer
 from stages.lib.recipe.read import read_recipe
 from stages.lib.report.figures import InferFigures, figures_of
+from tests.support import micro
 
 XML = formats.get("xml")
 THINK = formats.get("think")
@@ -88,6 +89,9 @@ def test_a_comparison_is_of_pairs_and_not_of_sums():
     assert steps["sft to grpo"] == {"gained": 0, "lost": 0, "p": 1.0}
 
 
+TWENTY = [row(name, False) for name in ("base", "sft", "grpo") for _ in range(20)]
+
+
 def test_models_with_unlike_numbers_of_answers_are_never_compared():
     with pytest.raises(ValueError, match="zip"):
         infer.evaluate(rows()[:-1])
@@ -109,6 +113,59 @@ def test_the_stage_keeps_every_answer_of_every_model_to_the_same_problems(finish
         assert each["ended"] or each["tokens"] == 12
     metrics = figures_of(read_manifest(folder, "infer"), InferFigures)
     assert metrics == json.loads(json.dumps(infer.evaluate(answers)))
+
+
+DRAWN = {"samples": 4, "sample_temperature": 1.0, "sample_top_p": 0.9, "sample_seed": 3}
+
+
+@pytest.mark.torch
+def test_drawn_answers_go_by_their_seed_and_change_no_greedy_one(finished, tmp_path):
+    files = {}
+    for name, knobs in (("once", DRAWN), ("again", DRAWN), ("other", DRAWN | {"sample_seed": 4})):
+        (tmp_path / name).mkdir()
+        recipe = micro.write_recipe(tmp_path / name, infer=knobs)
+        result = micro.run("infer", finished, tmp_path / name / "infer", recipe)
+        assert result.exit_code == 0, result.output
+        greedy = (tmp_path / name / "infer" / "answers.jsonl").read_bytes()
+        assert greedy == (finished / "infer" / "answers.jsonl").read_bytes()
+        files[name] = (tmp_path / name / "infer" / "samples.jsonl").read_text()
+    assert files["once"] == files["again"] != files["other"]
+    rows = [json.loads(line) for line in files["once"].splitlines()]
+    problems = [json.loads(line) for line in (finished / "prepare-data" / "eval.jsonl").read_text().splitlines()[:20]]
+    assert [(row["model"], row["sample"], row["id"]) for row in rows] == [
+        (model, sample, problem["id"])
+        for model in ("base", "sft", "grpo")
+        for sample in range(4)
+        for problem in problems
+    ]
+    by_problem = {}
+    for row in rows:
+        by_problem.setdefault((row["model"], row["id"]), set()).add(row["completion"])
+        marked = mark(XML, row["completion"], row["answer"])
+        assert {key: row[key] for key in ("well_formed", "given", "right")} == marked
+    assert sum(len(texts) > 1 for texts in by_problem.values()) > 40  # they are drawn, and not four times the same
+    metrics = figures_of(read_manifest(tmp_path / "once" / "infer", "infer"), InferFigures)
+    assert metrics["sampled"] == json.loads(json.dumps(infer.evaluate_samples(rows)))
+    assert set(metrics["sampled"]) == {"base", "sft", "grpo"}
+    assert set(metrics["sampled"]["sft"]["pass_at"]) == {"1", "2", "4"}
+    assert "sampled" not in read_manifest(finished / "infer", "infer")["metrics"]
+    assert not (finished / "infer" / "samples.jsonl").exists()
+
+
+def test_the_figures_of_drawn_answers_are_those_of_each_models_own_problems():
+    rows = []
+    for model, rights in (("base", (0, 0)), ("sft", (1, 2)), ("grpo", (4, 2))):
+        for sample in range(4):
+            for problem, right in enumerate(rights):
+                given = "7" if sample < right else str(sample)
+                rows.append({"model": model, "id": problem, "given": given, "right": sample < right, "sample": sample})
+    figures = infer.evaluate_samples(rows)
+    shares = {name: [own["pass_at"][k]["share"] for k in ("1", "2", "4")] for name, own in figures.items()}
+    assert shares["base"] == [0, 0, 0]
+    assert shares["sft"] == pytest.approx([3 / 8, (1 / 2 + 5 / 6) / 2, 1])  # one right of 4; two of 4
+    assert shares["grpo"] == pytest.approx([6 / 8, (1 + 5 / 6) / 2, 1])
+    assert figures["grpo"]["majority_at"]["4"]["share"] == 1  # 7 7 7 7, and 7 7 2 3
+    assert infer.tracked(infer.evaluate(TWENTY) | {"sampled": figures})["evaluation/sft/pass_at_1"] == 3 / 8
 
 
 @pytest.mark.torch

@@ -402,6 +402,12 @@ def test_what_is_fetched_from_the_hub_without_a_whole_commit_is_refused(
             "prompts_per_step = 8", "prompts_per_step = 8\nsampled_prompts = 7",
             "[grpo] sampled_prompts = 7; expected at least prompts_per_step = 8, out of which a step trains",
         ),
+        ("problems = 1000\n", "problems = 1000\nsamples = 8\n",
+         "[infer] samples = 8 needs sample_temperature; there is none"),
+        ("problems = 1000\n", "problems = 1000\nsamples = 8\nsample_temperature = 1.0\nsample_top_p = 1.0\n",
+         "[infer] samples = 8 needs sample_seed; there is none"),
+        ("problems = 1000\n", "problems = 1000\nsample_top_p = 0.5\n",
+         "[infer] sample_top_p = 0.5 goes with samples, such as 8; found samples = 0"),
         (
             "prompts_per_step = 8", "prompts_per_step = 8\nevaluate_steps = 10",
             "[grpo] evaluate_steps = 10 needs problems: state [data] validation_rows, such as 200",

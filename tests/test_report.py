@@ -89,6 +89,19 @@ def test_evaluations_while_training_are_a_curve_and_the_kept_step_is_named(copie
 
 
 @pytest.mark.torch
+def test_drawn_answers_are_a_table_where_there_are_any(copied: Path) -> None:
+    assert "drawn answers" not in draw(copied)
+    path = copied / "infer" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    own = {"share": 0.625, "interval": [0.4, 0.8]}
+    figures = {"problems": 20, "samples": 1, "pass_at": {"1": own}, "majority_at": {"1": own | {"share": 0.5}}}
+    manifest["metrics"]["sampled"] = {"grpo": figures}
+    path.write_text(json.dumps(manifest))
+    cells = "".join(f"<td class=n>{text}</td>" for text in ("1", "62.5%", "40.0% to 80.0%", "50.0%", "40.0% to 80.0%"))
+    assert f"<tr><td>grpo</td>{cells}</tr>" in draw(copied)
+
+
+@pytest.mark.torch
 def test_a_price_is_multiplied_by_the_hours(copied: Path) -> None:
     seconds = 0.0
     for stage in ("base-model", "prepare-data", "sft", "grpo", "infer"):

@@ -67,3 +67,18 @@ def test_what_was_not_measured_is_not_printed(stage, optional, lines):
     figures = {key: value for key, value in FIGURES[stage].items() if key not in optional}
     expected = [line for place, line in enumerate(PRINTED[stage].split("\n")) if place not in lines]
     assert getattr(terminal, stage)(figures).split("\n") == expected
+
+
+def test_drawn_answers_are_a_line_for_each_model_and_k_and_fit_80_columns():
+    share = {"share": 0.125, "interval": [0.05, 0.3]}
+    own = {"problems": 20, "samples": 2, "pass_at": {"1": share, "2": share | {"share": 0.25}},
+           "majority_at": {"1": share, "2": share}}  # fmt: skip
+    printed = terminal.infer({**METRICS["infer"], "sampled": {"base": own, "grpo": own}}).split("\n")
+    assert printed[:6] == PRINTED["infer"].split("\n")
+    assert printed[6:] == [
+        "drawn  k  pass@k   95% interval  maj@k   95% interval",
+        "base   1   12.5%  5.0% to 30.0%  12.5%  5.0% to 30.0%",
+        "base   2   25.0%  5.0% to 30.0%  12.5%  5.0% to 30.0%",
+        "grpo   1   12.5%  5.0% to 30.0%  12.5%  5.0% to 30.0%",
+        "grpo   2   25.0%  5.0% to 30.0%  12.5%  5.0% to 30.0%",
+    ]

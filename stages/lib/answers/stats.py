@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 
-def wilson(successes: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: float, total: int, z: float = 1.96) -> tuple[float, float]:
     """Return the Wilson score interval (low, high) of a share; z = 1.96 is 95%. With a total of 0 it is (0, 1).
 
     E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22 (1927).

@@ -1,6 +1,7 @@
 """Completions of many prompts, with transformers (engine "trl") or vLLM (engine "unsloth")."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,11 +30,12 @@ class Sampling:
     top_k: int = 0  # 0: all
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    seed: int | None = None  # of what is drawn; None: the generator's, whatever was drawn before
 
     @property
     def drawn(self) -> dict[str, float]:
-        """All but the limit, by the names that transformers and vLLM share."""
-        return {name: value for name, value in vars(self).items() if name != "max_completion_tokens"}
+        """All but the limit and the seed, by the names that transformers and vLLM share."""
+        return {name: value for name, value in vars(self).items() if name not in ("max_completion_tokens", "seed")}
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ def transformers_batch(generator: Generator, sampling: Sampling, adapter: str | 
         pad_token_id=pad,
         disable_compile=True,
     )
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
 
     def generate(prompts: Sequence[list[int]]) -> list[list[int]]:
         width = max(map(len, prompts))
@@ -164,18 +168,24 @@ def vllm_batch(generator: Generator, sampling: Sampling, adapter: str | None) ->
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    parameters = SamplingParams(
-        max_tokens=sampling.max_completion_tokens,
-        **sampling.drawn,
-        stop_token_ids=generator.ends,
-        detokenize=False,
-    )
+    seeds = itertools.repeat(None) if sampling.seed is None else itertools.count(sampling.seed)  # one a completion
+
+    def parameters() -> Any:
+        return SamplingParams(
+            max_tokens=sampling.max_completion_tokens,
+            **sampling.drawn,
+            stop_token_ids=generator.ends,
+            detokenize=False,
+            seed=next(seeds),
+        )
+
     number = {name: number for number, name in enumerate(generator.adapters, 1)}
     request = LoRARequest(adapter, number[adapter], str(generator.adapters[adapter])) if adapter else None
 
     def generate(prompts: Sequence[list[int]]) -> list[list[int]]:
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs = generator.model.generate(inputs, parameters, lora_request=request, use_tqdm=False)
+        each = [parameters() for _ in prompts]
+        outputs = generator.model.generate(inputs, each, lora_request=request, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     return generate

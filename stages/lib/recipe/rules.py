@@ -26,7 +26,20 @@ RENDERED = (
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise `UserError` for the first values that contradict each other; the message names keys, not the file."""
-    for check in (names, engine, values, template_kwargs, rewards, base_model, data, steps, score_base, gguf, ollama):
+    for check in (
+        names,
+        engine,
+        values,
+        template_kwargs,
+        rewards,
+        base_model,
+        data,
+        steps,
+        score_base,
+        samples,
+        gguf,
+        ollama,
+    ):
         for wrong in check(recipe):
             raise UserError(wrong)
 
@@ -231,6 +244,16 @@ def score_base(recipe: Recipe) -> Iterator[str]:
     low, high = table.min_pass_rate, table.max_pass_rate
     if low > high:
         yield f"[score_base] min_pass_rate = {low} is over max_pass_rate = {high}"
+
+
+def samples(recipe: Recipe) -> Iterator[str]:
+    """Yield how drawn answers are drawn, where that is not stated, or is stated and none is drawn."""
+    for key in ("sample_temperature", "sample_top_p", "sample_seed"):
+        value = getattr(recipe.infer, key)
+        if recipe.infer.samples and value is None:
+            yield f"[infer] samples = {recipe.infer.samples} needs {key}; there is none"
+        if value is not None and not recipe.infer.samples:
+            yield f"[infer] {key} = {value} goes with samples, such as 8; found samples = 0"
 
 
 def gguf(recipe: Recipe) -> Iterator[str]:

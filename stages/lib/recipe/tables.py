@@ -16,7 +16,7 @@ UNCHANGING = ("save_steps", "log_steps", "show_completions_steps", "rehearsal")
 # Keys that came later: left out of the identity where they are unset, so that an older result stays up to date.
 LATER: dict[str, Any] = {
     "template_kwargs": {}, "sampled_prompts": None, "repeat_share": None, "validation_rows": 0, "evaluate_steps": 0,
-    "keep": "last",
+    "keep": "last", "samples": 0, "sample_temperature": None, "sample_top_p": None, "sample_seed": None,
 }  # fmt: skip
 LATER_OF_SOURCE = ("tasks", "settings", "rows", "seed")
 MAX_VLLM_RANK = 512  # of a LoRA (vllm/config/lora.py)
@@ -285,6 +285,10 @@ class Infer:
     problems: Annotated[int, FROM_1]  # at most so many of the eval set
     batch_size: Annotated[int, FROM_1]
     max_completion_tokens: Annotated[int, FROM_1]
+    samples: Annotated[int, FROM_0] = 0  # drawn answers to each problem beside the greedy one: pass@k, maj@k; 0: none
+    sample_temperature: Annotated[float, OVER_0] | None = None  # of these: needed with them, as the two below
+    sample_top_p: Annotated[float, OVER_0_TO_1] | None = None
+    sample_seed: Annotated[int, SEED] | None = None
 
 
 @dataclass(frozen=True)

@@ -158,20 +158,29 @@ def warnings(runs: Sequence[Run], pairs: Sequence[Pair]) -> list[str]:
 
 def table(runs: Sequence[Run], price: float | None) -> list[tuple[str, ...]]:
     """Return a header, and a row of texts for each run."""
-    head = ("run", "SFT", "GRPO", "95% interval", "tokens", "truncated", "grpo", "a step", "in all")
+    head = ("run", "SFT", "GRPO", "95% interval", "pass@k", "maj@k", "tokens", "truncated", "grpo", "a step", "in all")
     rows: list[tuple[str, ...]] = [head + (("cost",) if price is not None else ()) + ("file", "MB", "mean KL")]
     for run in runs:
         own, seconds, total = run.figures["grpo"], run.seconds["grpo"], sum(run.seconds.values())
         file = run.gguf["files"].get(run.quantization) if run.gguf else None
         rows.append((
             run.name, f"{run.figures['sft']['accuracy']:.1%}", f"{own['accuracy']:.1%}",
-            interval(*own["accuracy_interval"]), f"{own['tokens']:.1f}", f"{own['cut_off']:.1%}",
+            interval(*own["accuracy_interval"]), *drawn(run), f"{own['tokens']:.1f}", f"{own['cut_off']:.1%}",
             duration(seconds), f"{seconds / run.grpo_steps:.2f} s", duration(total),
             *(() if price is None else (f"{price * total / 3600:.2f}",)),
             *((run.quantization, f"{file['bytes'] / 1e6:,.1f}", f"{file['mean_kl']:.1e}") if file else ("", "", "")),
         ))  # fmt: skip
     filled = [place for place in range(len(rows[0])) if any(row[place] for row in rows[1:])]
     return [tuple(row[place] for place in filled) for row in rows]
+
+
+def drawn(run: Run) -> tuple[str, str]:
+    """Return pass@k and maj@k after GRPO, of as many drawn answers as there are; empty without any."""
+    if "sampled" not in run.figures:
+        return "", ""
+    own = run.figures["sampled"]["grpo"]
+    k = str(own["samples"])
+    return f"{own['pass_at'][k]['share']:.1%} (k = {k})", f"{own['majority_at'][k]['share']:.1%} (k = {k})"
 
 
 def pair_rows(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:

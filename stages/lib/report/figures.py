@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict, TypeVar
 
 from stages.lib.answers.evaluated import Validation
+from stages.lib.answers.sampled import Sampled
 from stages.lib.distance import Distance
 from stages.lib.errors import UserError
 from stages.lib.gguf.prompted import Prompted
@@ -169,12 +170,13 @@ class Step(TypedDict):
 
 
 class InferFigures(TypedDict):
-    """The evaluation of three models, and the steps "base to sft" and "sft to grpo"."""
+    """The evaluation of three models, the steps "base to sft" and "sft to grpo", and drawn answers by model."""
 
     base: Evaluation
     sft: Evaluation
     grpo: Evaluation
     steps: dict[str, Step]
+    sampled: NotRequired[dict[str, Sampled]]
 
 
 class FourBitDistance(TypedDict):

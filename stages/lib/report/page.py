@@ -15,7 +15,7 @@ from stages.lib.artifact.manifest import MANIFEST, manifest_in
 from stages.lib.recipe.tables import Recipe
 from stages.lib.report.card import shown, versions
 from stages.lib.report.plots import draw_accuracy, draw_curve, draw_parity_svg, draw_rewards
-from stages.lib.report.terminal import interval
+from stages.lib.report.terminal import interval, samples
 
 STAGES = (
     "base-model", "prepare-data", "sft", "score-base", "grpo", "infer", "merge", "gguf", "ollama-modelfile",
@@ -55,6 +55,7 @@ def write(recipe: Recipe, artifacts: Path, price: float | None = None) -> str:
         recipe=recipe, recipe_text=recipe.path.read_text(encoding="utf-8-sig").strip(), stages=stages, figures=figures,
         model=shown(recipe.model.name), sources=[shown(source.name) for source in recipe.data.sources],
         verdict=verdict(infer), models=MODELS, plots=plots,
+        sampled_rows=samples(infer["sampled"]) if infer and "sampled" in infer else [],
         seconds=seconds, cost=None if price is None else price * seconds / 3600, price=price,
         curves={
             "SFT": curves(artifacts, "sft", SFT_CURVES),

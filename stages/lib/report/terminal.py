@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from stages.lib.answers import stats
 from stages.lib.answers.evaluated import Validation
+from stages.lib.answers.sampled import Sampled
 from stages.lib.ollama import served
 from stages.lib.report.figures import (
     AdapterFile,
@@ -105,7 +106,21 @@ def infer(figures: InferFigures) -> str:
         f"{step}: {own['gained']} problems gained, {own['lost']} lost, McNemar {stats.p_text(own['p'])}"
         for step, own in figures["steps"].items()
     ]
-    return "\n".join([*aligned(rows), *steps])
+    drawn = aligned(samples(figures["sampled"])) if "sampled" in figures else []
+    return "\n".join([*aligned(rows), *steps, *drawn])
+
+
+def samples(models: Mapping[str, Sampled]) -> list[tuple[str, ...]]:
+    """Return a header, and a row of texts for each of `models` by name and each number k of drawn answers."""
+    rows: list[tuple[str, ...]] = [("drawn", "k", "pass@k", "95% interval", "maj@k", "95% interval")]
+    for name, own in models.items():
+        for k, passed in own["pass_at"].items():
+            voted = own["majority_at"][k]
+            shares = [
+                part for each in (passed, voted) for part in (f"{each['share']:.1%}", interval(*each["interval"]))
+            ]
+            rows.append((name, k, *shares))
+    return rows
 
 
 def merge(figures: MergeFigures) -> str:

@@ -7,6 +7,7 @@ whole. Where several processes share the work, each reads its lines from the fil
 are sent between processes.
 """
 
+import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -22,8 +23,11 @@ from stages.lib.answers.sandbox import check_sandbox
 from stages.lib.artifact.folder import write_artifact
 from stages.lib.artifact.manifest import read_manifest
 from stages.lib.data.place import files_of_source
+from stages.lib.data.preview import preview, rows_as_read, rows_each
 from stages.lib.data.rows import label
-from stages.lib.data.sets import Draft, Ruler, helpers
+from stages.lib.data.ruler import Ruler
+from stages.lib.data.sets import Draft, helpers
+from stages.lib.data.shapes import as_list
 from stages.lib.errors import UserError
 from stages.lib.model.dress import WITHOUT, rehearse
 from stages.lib.model.locate import local_model
@@ -34,6 +38,7 @@ from stages.lib.recipe.tables import PACKED_SUFFIXES, Recipe, is_hub_name
 from stages.lib.report import terminal
 from stages.lib.report.figures import PrepareDataFigures, Rehearsal
 
+MANY_EPOCHS = 100  # of one set, before that is a warning
 # Of base-model: all but the weights, which change no row.
 BASE_MODEL_FILES = ("problems/*", "model/*.json", "model/*.jinja", "model/*.model")
 
@@ -112,11 +117,43 @@ def prepare(
     `located` are the files of each source, none for one from the hub; `pool` are their `helpers`. Raises `UserError`
     for a row to refuse and for a set with too few rows.
     """
-    draft = Draft(folder, ruler, recipe)
-    read: list[Any] = [draft.add_source(*each, pool) for each in zip(recipe.data.sources, located, strict=True)]
+    sources = list(zip(recipe.data.sources, located, strict=True))
+    count = rows_each(len(sources))
+    previews = [preview(source, files, recipe.format.name, count) for source, files in sources]
+    for line in rows_as_read(previews):
+        click.echo(line)
+    for (source, _), seen in zip(sources, previews, strict=True):
+        for name in seen.lost_columns:
+            together = json.dumps([name, *as_list(source.question)], ensure_ascii=False)
+            click.echo(
+                f"warning: {source.name} ({source.split}): column {name!r} is not read, and by its name it belongs to "
+                f"the question. If it does: question = {together}",
+                err=True,
+            )
+    draft = Draft(folder, ruler, recipe, tuple(dict.fromkeys(text for seen in previews for text in seen.instructions)))
+    read: list[Any] = [draft.add_source(*each, pool) for each in sources]
     sets = draft.finish()
+    for warning in draft.warnings:
+        click.echo(f"warning: {warning}", err=True)
     refuse_small(recipe, sets)
+    say_epochs(recipe, sets)
     return {"sources": read, "sets": sets}
+
+
+def say_epochs(recipe: Recipe, sets: dict[str, Any]) -> None:
+    """Print how often SFT and GRPO go through their rows, as a warning from `MANY_EPOCHS` on."""
+    for name, steps, rows_per_step, packing in (
+        ("sft", recipe.sft.steps, recipe.sft.batch_size, recipe.sft.packing),
+        ("grpo", recipe.grpo.steps, recipe.grpo.prompts_per_step, False),
+    ):
+        rows = sets[name]["rows"]
+        line = terminal.epochs(name, steps, rows_per_step, rows, packing)
+        if steps * rows_per_step < MANY_EPOCHS * rows:
+            click.echo(line)
+        else:
+            click.echo(
+                f"warning: {line}: the model learns these by heart. Take more rows, or fewer [{name}] steps", err=True
+            )
 
 
 def refuse_small(recipe: Recipe, sets: dict[str, Any]) -> None:

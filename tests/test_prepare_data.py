@@ -1034,3 +1034,79 @@ def test_validation_rows_that_leave_nothing_to_train_on_are_refused(tmp_path):
     sources = [{**WORKED, "name": train, "use": ["sft", "grpo"]}, {"name": evaluated, "use": ["eval"]}]
     with pytest.raises(UserError, match=r"validation_rows = 30; expected fewer than the 30 rows of the grpo set"):
         prepare(tmp_path, sources, validation_rows=30)
+
+
+# What is said of the data before anything is trained
+
+
+def test_the_same_instruction_before_every_question_hides_no_leak_and_makes_no_two_alike(tmp_path: Path) -> None:
+    instruction = (
+        "Solve the following math problem step by step, and put your final answer on the last line after 'Answer:'.\n"
+    )
+    train = [{**row, "question": instruction + row["question"]} for row in [*numbered(0, 12), *numbered(9000, 9001)]]
+    metrics = three_sets(tmp_path, train, near_duplicate_jaccard=0.5, contamination_overlap=0.5, ngram_words=3)
+    assert metrics["sets"]["sft"]["dropped"] == {"too close to eval": 1}
+    assert metrics["sets"]["sft"]["rows"] == 12
+    assert rows_of(tmp_path, "sft")[0]["prompt"][1]["content"] == instruction + "Number 0, 0 and 1?"
+
+
+def test_a_row_left_out_keeps_what_is_wrong_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = [
+        {"question": f"Name {i}, {i * 31} and {i * i}?", "answer": f"{i} or so, {i}", "solution": "-"} for i in range(5)
+    ]
+    metrics = three_sets(tmp_path, [*bad, *numbered(0, 3)], stated={"unreadable": "drop"})
+    removed = rows_of(tmp_path, "removed")
+    assert [row["found"][:39] for row in removed] == [f"can't be read as one number: '{i} or so, " for i in range(5)]
+    assert metrics["sources"][0]["dropped"] == {"unreadable answer": 5}
+    said = capsys.readouterr()
+    assert "train.jsonl (train): 5 of 8 rows are left out, 5 of them for: unreadable answer, such as " in said.err
+    assert ":1: can't be read as one number: '0 or so, 0'" in said.err
+    assert "  read: left out   unreadable answer: " in said.out
+
+
+def test_a_set_of_which_most_rows_go_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    three_sets(tmp_path, numbered(0, 2) * 5)
+    assert (
+        "warning: the sft set: 8 of 10 rows are left out, 8 of them for: exact duplicate, such as "
+        in capsys.readouterr().err
+    )
+    assert {row["reason"] for row in rows_of(tmp_path, "removed")} == {"exact duplicate"}
+
+
+def test_an_empty_set_says_what_is_wrong_with_the_first_row(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"the sft set is empty: 3 long prompt.*\n  long prompt: .*train.jsonl:1: 18 tokens"
+    ):
+        three_sets(tmp_path, numbered(0, 3), max_prompt_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("steps", "rows", "said"),
+    [
+        (3, 12, "sft: 3 steps of 4 rows are 1 epochs of its 12 rows"),
+        (500, 1, "warning: sft: 500 steps of 4 rows are 2,000 epochs of its 1 rows: the model learns these by heart"),
+    ],
+)
+def test_epochs_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, rows: int, said: str) -> None:
+    three_sets(
+        tmp_path,
+        numbered(0, rows),
+        sft={
+            "steps": steps,
+            "batch_size": 4,
+            "micro_batch_size": 4,
+            "warmup_steps": 0,
+            "log_steps": 1,
+            "save_steps": 1,
+        },
+    )
+    captured = capsys.readouterr()
+    assert said in (captured.err if said.startswith("warning") else captured.out)
+
+
+def test_a_column_beside_the_question_is_said_with_the_line_to_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    three_sets(tmp_path, [{**row, "Body": "Ann had pens."} for row in numbered(0, 3)])
+    assert "column 'Body' is not read" in (said := capsys.readouterr().err)
+    assert 'question = ["Body", "question"]' in said

@@ -437,7 +437,7 @@ def test_a_file_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.jsonl: there is no such file or folder"):
+    with pytest.raises(UserError, match=r"nowhere\.jsonl': there is no such file or folder"):
         files_of_source(source(tmp_path / "nowhere.jsonl"), None, None)
 
 

@@ -1,5 +1,6 @@
 """Multiple choice: the options of a row, in whatever columns they stand, and the one that is right."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,11 @@ def with_options(question: str, answer: Any, values: Sequence[Any], names: Seque
     is_alone = sum(canonical_text(words) == canonical_text(text) for _, _, words in options) == 1
     is_read = read_choice(f"{letter}) {text}") == (letter, canonical_text(text))
     return "\n".join([question, *lines]), f"{letter}) {text}" if is_alone and is_read else letter
+
+
+def shuffled(question: str, options: Sequence[Any]) -> list[Any]:
+    """Return the options in an order that hangs on the question and their texts alone."""
+    return sorted(options, key=lambda each: hashlib.sha256(f"{question}\0{each}".encode(errors="replace")).digest())
 
 
 def options_of(value: Any) -> Options:

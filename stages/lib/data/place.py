@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stages.lib.errors import UserError
+from stages.lib.errors import UserError, nearest
 from stages.lib.recipe.tables import DATA_SUFFIXES, GYM, PACKED_SUFFIXES, Source, is_hub_name
 
 CARD_BYTES = 1 << 18  # the front matter of a dataset card ends before
@@ -29,7 +29,7 @@ def files_of_source(source: Source, base_model: Path | None, data: Path | None) 
         if data is None:
             if not source.revision:
                 raise UserError(
-                    f"[[data.sources]] name = {source.name!r}: there is no such file or folder, and for a dataset "
+                    f"[[data.sources]] name = {source.name!r}: {not_there(Path(source.name))}, and for a dataset "
                     f"of that name on the hub the recipe states no revision; expected a commit (40 hex digits). "
                     f"make doctor RECIPE=... shows the newest. Or give a local copy: make ... DATA=FOLDER"
                 )
@@ -63,7 +63,7 @@ def files_in(path: Path, source: Source) -> list[Path]:
             )
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: there is no such file or folder; expected {source.name!r} there")
+        raise UserError(f"[[data.sources]] name = {source.name!r}: {not_there(path)}")
     if listed := files_of_card(path, source):
         return listed
     places = [path / source.config] if source.config else []
@@ -78,6 +78,12 @@ def files_in(path: Path, source: Source) -> list[Path]:
         f"{path}: no file of the split {source.split!r}; expected {source.split}.jsonl, .json, .csv or .parquet, or "
         f"{source.config or 'data'}/{source.split}-00000-of-00001.parquet; found {sample or 'nothing'}{line}"
     )
+
+
+def not_there(path: Path) -> str:
+    """Return that there is no such file or folder, with the nearest name beside it."""
+    there = itertools.islice(path.parent.iterdir(), 10_000) if path.parent.is_dir() else ()
+    return f"there is no such file or folder{nearest(path.name, sorted(each.name for each in there))}"
 
 
 def files_of_split(place: Path, source: Source) -> list[Path]:

@@ -8,12 +8,12 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.lib.answers import formats
 from stages.lib.answers.grade import canonical, kind_of, shown_answer
 from stages.lib.data.batch import Batch
-from stages.lib.data.choices import with_options
+from stages.lib.data.choices import shuffled, with_options
 from stages.lib.data.files import Lines
 from stages.lib.data.problem import completion_of, parts_of, problem_of, separators_in
 from stages.lib.data.shapes import Unusable, as_list, joined, question_of
@@ -22,6 +22,7 @@ from stages.lib.recipe.tables import Source
 
 SETS = ("sft", "grpo", "eval")
 VALIDATION = "validation"  # a fourth set where a recipe asks for it: rows out of grpo's drafts
+MAX_FOUND = 300  # characters of what is said of a row that is left out
 MEASURES = ("prompt_tokens", "example_tokens", "sft_bytes", "line_bytes")
 BIT = {name: 1 << place for place, name in enumerate((*SETS, VALIDATION))}
 encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -50,6 +51,17 @@ class Rules:
     ngram_words: int
     safe_prompt: int  # a question of at most so many bytes gives a prompt that is short enough
     safe_example: int  # the same for question and completion together
+    instructions: tuple[str, ...] = ()  # that questions begin or end with: they make no two alike
+
+
+class LeftOut(NamedTuple):
+    """A row that is in no set, or not in one."""
+
+    set: str | None  # None: in no set
+    id: str | None  # None where it had none yet
+    reason: str  # that it is counted under
+    found: str  # what is wrong with it
+    number: int  # its place in the file, from 1
 
 
 @dataclass
@@ -62,7 +74,7 @@ class Checked:
     drafts: dict[str, tuple[Path, int]]  # of the lines of each set, and of the n-grams: the file, and where they begin
     table: dict[str, Any]  # arrays: ids, counts, bands, sets, number, and the MEASURES; tokens are filled in later
     to_measure: list[tuple[str, int, tuple[str, ...]]]  # column, row, the conversation
-    removed: list[tuple[str | None, str | None, str, int]]  # set, id, reason, number; None where it had none yet
+    removed: list["LeftOut"]
     separators: dict[str, str]  # the first answers with a "decimal comma" and that read in "two ways", and their places
 
 
@@ -78,7 +90,7 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
     batch = piece.parsed()
     answer_format, kind = formats.get(rules.format_name), str(kind_of(source))
     separators: dict[str, str] = {}
-    removed: list[tuple[str | None, str | None, str, int]] = []
+    removed: list[LeftOut] = []
 
     def leave_out(place: int, error: Unusable, name: str | None = None, row_id: str | None = None) -> None:
         if source.unreadable == "refuse":
@@ -86,25 +98,22 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
                 f'{batch.where(place)}: {error.reason}: {error}. Fix the row, or set unreadable = "drop" for '
                 f"{source.name} in the recipe"
             ) from error
-        removed.append((name, row_id, error.reason, batch.numbers[place]))
+        removed.append(LeftOut(name, row_id, error.reason, str(error)[:MAX_FOUND], batch.numbers[place]))
 
     problems, places = [], []
-    style = "marked" if source.style == "plain" and source.answer == source.solution else source.style
-    for place, (question, answer, solution, options) in enumerate(values_of_rows(source, batch)):
+    for place, values in enumerate(values_of_rows(source, batch)):
         try:
-            if source.choices:
-                names = as_list(source.choices)
-                question, answer = with_options(question_of(question), answer, options, names, source.chosen_by)
-            problems.append(problem_of(question, answer, solution, style, kind))
+            problems.append(problem_in(source, kind, values))
             places.append(place)
         except Unusable as error:
             leave_out(place, error)
+        answer = values[1]
         if not source.decimal and isinstance(answer, str) and (found := separators_in(answer, kind)):
             separators.setdefault(found, f"{batch.where(place)}: {answer.strip()[-40:]!r}")
     if not problems:
         return Checked(batch.origin, len(batch.numbers), 0, {}, {}, [], removed, separators)
     questions = [question for question, _, _ in problems]
-    prints = fingerprint.fingerprint(questions, rules.ngram_words)
+    prints = fingerprint.fingerprint(without(questions, rules.instructions), rules.ngram_words)
     ids = [f"{number:016x}" for number in prints.ids.tolist()]
     sets = sets_of(source, prints.ids)
     unused = int((sets == 0).sum())
@@ -113,8 +122,7 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
     for row in np.flatnonzero(sets & BIT["sft"]).tolist():
         _, answer, worked = problems[row]
         try:
-            thought, taught = parts_of(worked) if kind == "python" else (worked, shown_answer(kind, answer))
-            completions[row] = completion_of(thought, taught, source.style, answer_format)
+            completions[row] = taught(source, kind, answer, worked, answer_format)
         except Unusable as error:
             leave_out(places[row], error, "sft", ids[row])
             sets[row] -= BIT["sft"]
@@ -126,6 +134,35 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
     drafts = {name: add_to_draft(folder, name, b"".join(texts)) for name, texts in lines.items()}
     drafts["grams"] = add_to_draft(folder, "grams", prints.grams)
     return Checked(batch.origin, len(batch.numbers), unused, drafts, table, to_measure, removed, separators)
+
+
+def problem_in(source: Source, kind: str, values: tuple[Any, Any, Any, Sequence[Any]]) -> tuple[str, str, str]:
+    """Return question, answer and worked solution of a row of `source`, whose `values` are those of `values_of_rows`.
+
+    Raises `Unusable` for a row without a question or a readable answer.
+    """
+    question, answer, solution, options = values
+    if source.choices:
+        names, by = as_list(source.choices), source.chosen_by
+        question = question_of(question)
+        if source.answer in names:  # the right option has a column of its own: by place it would always be A
+            options, names, by = shuffled(question, options), [""] * len(names), "text"
+        question, answer = with_options(question, answer, options, names, by)
+    style = "marked" if source.style == "plain" and source.answer == source.solution else source.style
+    return problem_of(question, answer, solution, style, kind)
+
+
+def taught(source: Source, kind: str, answer: str, worked: str, answer_format: formats.Format) -> str:
+    """Return the SFT completion of a row. Raises `Unusable` without a solution, or with one that can't be written."""
+    thought, shown = parts_of(worked) if kind == "python" else (worked, shown_answer(kind, answer))
+    return completion_of(thought, shown, source.style, answer_format)
+
+
+def without(questions: list[str], instructions: Sequence[str]) -> list[str]:
+    """Return `questions` less those of `instructions` that they begin or end with, if anything is left."""
+    for text in instructions:
+        questions = [question.removeprefix(text).removesuffix(text).strip() or question for question in questions]
+    return questions
 
 
 def values_of_rows(source: Source, batch: Batch) -> Iterator[tuple[Any, Any, Any, Sequence[Any]]]:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from stages.lib.data.files import read_batches
 from stages.lib.data.rows import BIT, SETS, VALIDATION, Checked, Rules, check_batch, encode, label
+from stages.lib.data.ruler import Ruler
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe, Source
 
@@ -24,26 +25,7 @@ MAX_WAITING = 2 * MAX_PROCESSES  # batches sent to them and not yet returned: bo
 # Of a large source, the first batches (of 1 MB, or 2,000 rows) are tokenized for the length percentiles, and of the
 # others only rows that may be too long: a token is at least one byte, so a row of few bytes has few tokens.
 MEASURED_BATCHES = 2
-
-
-class Ruler:
-    """The lengths of conversations in tokens of the model, as its chat template renders them."""
-
-    def __init__(self, tokenizer: Any, system_prompt: str) -> None:
-        self.tokenizer, self.system_prompt = tokenizer, system_prompt
-
-    def tokens(self, conversations: list[tuple[str, ...]]) -> list[int]:
-        """Return the tokens of each (question,), with the generation prompt, and of each (question, completion)."""
-        if not conversations:
-            return []
-        texts = []
-        for spoken in conversations:
-            turns = zip(("system", "user", "assistant"), (self.system_prompt, *spoken), strict=False)
-            messages = [{"role": role, "content": content} for role, content in turns]
-            asks = len(spoken) == 1
-            texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [len(ids) for ids in encoded["input_ids"]]
+MEASURED = {"long prompt": "prompt_tokens", "long example": "example_tokens"}  # the column that a reason goes by
 
 
 def is_large(files: list[Path]) -> bool:
@@ -89,13 +71,15 @@ def check_all(
 class Draft:
     """The sets before the rows are compared with each other: files of their lines, and a table of all rows."""
 
-    def __init__(self, folder: Path, ruler: Ruler, recipe: Recipe) -> None:
+    def __init__(self, folder: Path, ruler: Ruler, recipe: Recipe, instructions: tuple[str, ...] = ()) -> None:
         self.folder, self.ruler, self.recipe = folder, ruler, recipe
         self.removed = (folder / "removed.jsonl").open("w", encoding="utf-8")
         self.origins: list[str] = []  # the files' names in the artifact
         self.parts: dict[str, list[Any]] = {}  # the table's columns, an array a batch
         self.batches: list[tuple[int, dict[str, tuple[Path, int]]]] = []  # rows in the table, and where the drafts are
         self.dropped = {name: Counter[str]() for name in (*SETS, VALIDATION)}
+        self.examples: dict[tuple[str, str], str] = {}  # of the rows left out of a source or set by reason, the first
+        self.warnings: list[str] = []
         (prompt,), (example,) = ruler.tokens([("0",)]), ruler.tokens([("0", "0")])
         self.rules = Rules(
             recipe.format.name,
@@ -103,6 +87,7 @@ class Draft:
             recipe.data.ngram_words,
             recipe.data.max_prompt_tokens - prompt - SLACK_TOKENS,
             recipe.sft.max_tokens - example - SLACK_TOKENS,
+            instructions,
         )
 
     def add_source(self, source: Source, files: list[Path], pool: ProcessPoolExecutor | None) -> dict[str, Any]:
@@ -116,7 +101,7 @@ class Draft:
                 self.origins.append(label(source, Path(origin)) if files else origin)
             rows += checked.rows
             unused += checked.unused
-            dropped.update(reason for name, _, reason, _ in checked.removed if name is None)
+            dropped.update(row.reason for row in checked.removed if row.set is None)
             separators = checked.separators | separators
             self.add(checked)
         if len(separators) == 2:
@@ -124,18 +109,31 @@ class Draft:
                 f"{separators['two ways']} reads two ways, since elsewhere the decimals follow a comma "
                 f'({separators["decimal comma"]}). State decimal = "," for {source.name} in the recipe, or "."'
             )
+        if 2 * dropped.total() > rows:
+            self.warn_of_most(f"{source.name} ({source.split})", "", dropped, rows)
         entry = {"name": source.name, "split": source.split, "use": source.use, "rows": rows, "dropped": dict(dropped)}
         entry |= {"outside_shares": unused} if source.shares else {}
         return entry if files else {**entry, "revision": source.revision, "sha256": content.hexdigest()}
+
+    def warn_of_most(self, what: str, name: str, dropped: Counter[str], rows: int) -> None:
+        """Note that more than half of `rows` are left out, and what is wrong with the first of the commonest reason."""
+        (reason, count), *_ = dropped.most_common(1)
+        example = self.examples.get((name, reason), "")
+        self.warnings.append(
+            f"{what}: {dropped.total():,} of {rows:,} rows are left out, {count:,} of them for: {reason}"
+            f"{f', such as {example}' if example else ''}. All are in removed.jsonl"
+        )
 
     def add(self, checked: Checked) -> None:
         """Measure the rows of a batch that have to be, and append the batch to the table."""
         import numpy as np
 
-        for name, row_id, reason, number in checked.removed:
-            if name:
-                self.dropped[name][reason] += 1
-            line = {"id": row_id, "set": name, "reason": reason, "where": f"{self.origins[-1]}:{number}"}
+        for each in checked.removed:
+            if each.set:
+                self.dropped[each.set][each.reason] += 1
+            place = f"{self.origins[-1]}:{each.number}"
+            self.examples.setdefault((each.set or "", each.reason), f"{place}: {each.found}")
+            line = {"id": each.id, "set": each.set, "reason": each.reason, "found": each.found, "where": place}
             self.removed.write(encode(line) + "\n")
         if not checked.table:
             return
@@ -168,7 +166,8 @@ class Draft:
         from stages.lib.data import duplicates
 
         if not self.batches:
-            raise UserError("no source has a row that can be used; nothing to train on")
+            said = "".join(f"\n  {reason}: {found}" for (_, reason), found in self.examples.items())
+            raise UserError(f"no source has a row that can be used; nothing to train on{said}")
         data, jaccard = self.recipe.data, self.recipe.data.near_duplicate_jaccard
         table = {name: np.concatenate(self.parts.pop(name)) for name in list(self.parts)}
         draft_sets = table["sets"].copy()
@@ -237,8 +236,16 @@ class Draft:
 
         rows = np.flatnonzero(table["sets"] & BIT[name])
         if not len(rows):
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped[name].items()) or "no row came in"
-            raise UserError(f"the {name} set is empty: {reasons}. See [data] in {self.recipe.path}")
+            dropped = self.dropped[name]
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no row came in"
+            said = "".join(
+                f"\n  {reason}: {self.examples[where, reason]}"
+                for where, reason in self.examples
+                if where in ("", name)
+            )
+            raise UserError(f"the {name} set is empty: {reasons}. See [data] in {self.recipe.path}{said}")
+        if 2 * self.dropped[name].total() > len(rows) + self.dropped[name].total():
+            self.warn_of_most(f"the {name} set", name, self.dropped[name], len(rows) + self.dropped[name].total())
         size = table["sft_bytes" if name == "sft" else "line_bytes"]
         first = 0
         source = "grpo" if name == VALIDATION else name  # whose drafts have its lines
@@ -269,10 +276,16 @@ class Draft:
         for index, row in enumerate(rows.tolist()):
             row_id = f"{table['ids'][row]:016x}"
             line: dict[str, Any] = {"id": row_id, "set": name, "reason": reason, "where": place(row)}
+            found = place(row)
+            if reason in MEASURED:
+                line["tokens"] = int(table[MEASURED[reason]][row])
+                found = f"{found}: {line['tokens']:,} tokens"
             if others is not None:
                 other = int(others[index])
                 line |= {"like": f"{table['ids'][other]:016x}", "like_where": place(other)}
                 line["likeness"] = round(float(like[index]), 4)
+                found = f"{found}, like {line['like_where']}"
+            self.examples.setdefault((name, reason), found)
             self.removed.write(encode(line) + "\n")
 
 

@@ -34,6 +34,13 @@ def counted(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "none"
 
 
+def epochs(name: str, steps: int, rows_per_step: int, rows: int, packing: bool = False) -> str:
+    """Return how often a training of `steps` steps goes through the `rows` of its set."""
+    count = steps * rows_per_step / rows
+    times = f"{'at least ' if packing else ''}{f'{count:,.0f}' if count >= 10 else f'{count:.2g}'}"
+    return f"{name}: {steps:,} steps of {rows_per_step:,} rows are {times} epochs of its {rows:,} rows"
+
+
 def prepare_data(figures: PrepareDataFigures) -> str:
     """Return a line for each set and for each source."""
     rows = [("set", "rows", "prompt tokens", "at most", "dropped")]

@@ -1,9 +1,10 @@
-"""Measure prepare-data against `datasets` itself on a million rows, both in one run.
+"""Measure prepare-data against `datasets` itself, and against an older commit, on a million rows, all in one run.
 
-    python -m bench.prepare_data [--rows 1000000] [--gsm8k ../shared/data/gsm8k]
+    python -m bench.prepare_data [--rows 1000000] [--gsm8k ../shared/data/gsm8k] [--before CHECKOUT]
 
-Writes bench/results/prepare_data.md. The rows are made up, of the length and the look of GSM8K's: question, solution
-with calculator marks, answer. One in 200 is an earlier question again, one in 200 an earlier one with a word changed.
+Writes bench/results/prepare_data.md. CHECKOUT is another checkout of Temper, of the commit to compare with. The rows
+are made up, of the length and the look of GSM8K's: question, solution with calculator marks, answer. One in
+200 is an earlier question again, one in 200 an earlier one with a word changed.
 """
 
 import datetime
@@ -31,7 +32,7 @@ from stages.lib.recipe.read import read_recipe
 from tests.support import micro
 
 ROOT = Path(__file__).parents[1]
-TINY = ROOT / "recipes" / "tiny.toml"
+TINY = Path("recipes") / "tiny.toml"
 RESULTS = ROOT / "bench" / "results" / "prepare_data.md"
 LOOK_SECONDS = 0.25  # between two looks at the memory; each walks all page tables, on processors that are being timed
 DATASETS = """
@@ -51,10 +52,10 @@ class Measured:
     bytes: int
 
 
-def measure(command: list[str]) -> Measured:
-    """Run a command to its end and measure it, with all the processes it starts."""
+def measure(command: list[str], checkout: Path = ROOT) -> Measured:
+    """Run a command of a checkout to its end and measure it, with all the processes it starts."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL)
     ended = threading.Event()
     with ThreadPoolExecutor(1) as beside:
         peak = beside.submit(peak_bytes, process.pid, ended)
@@ -118,12 +119,17 @@ def make_rows(path: Path, rows: int) -> None:
             file.write(json.dumps({"question": question, "answer": answer}) + "\n")
 
 
-def write_recipe(path: Path, model: Path, rows: Path, max_prompt_tokens: int) -> None:
-    """Write the tiny recipe with the rows as its only source: 0.2% eval, 29.8% sft, 70% grpo."""
-    tables = tomllib.loads(TINY.read_text())
+def write_recipe(path: Path, rows: Path, max_prompt_tokens: int, rehearsal: bool, checkout: Path) -> None:
+    """Write a checkout's tiny recipe with the rows as its only source: 0.2% eval, 29.8% sft, 70% grpo.
+
+    The model is the folder `model` beside the recipe. Only this checkout's recipes know of the rehearsal.
+    """
+    tables = tomllib.loads((checkout / TINY).read_text())
     del tables["base_model"], tables["gguf"]["max_mean_kl"]
     save = json.dumps(tables.pop("save"))
-    tables["model"]["name"] = str(model)
+    tables["model"]["name"] = str(path.parent / "model")
+    if checkout == ROOT:
+        tables["model"]["rehearsal"] = rehearsal
     tables["sft"]["max_tokens"] = 1024
     tables["merge"]["prompts"] = tables["gguf"]["prompts"] = 1  # of the run with a tight limit few eval rows are left
     tables["data"] = {
@@ -145,7 +151,7 @@ def write_recipe(path: Path, model: Path, rows: Path, max_prompt_tokens: int) ->
 
 def make_model(folder: Path) -> None:
     """Make a model folder as far as this stage needs one: the tiny model's tokenizer, a configuration, some weights."""
-    knobs = read_recipe(TINY).base_model
+    knobs = read_recipe(ROOT / TINY).base_model
     base_model.make_tokenizer(knobs, base_model.conversations(knobs), folder)
     from transformers import Gemma3TextConfig
 
@@ -153,12 +159,20 @@ def make_model(folder: Path) -> None:
     Gemma3TextConfig(vocab_size=knobs.vocabulary_size, architectures=["Gemma3ForCausalLM"]).save_pretrained(folder)
 
 
-def stage(folder: Path, name: str, model: Path, rows: Path, max_prompt_tokens: int) -> tuple[Measured, dict[str, Any]]:
-    """Run the stage on `rows`; return what it took and its metrics."""
-    recipe, out = folder / f"{name}.toml", folder / name
-    write_recipe(recipe, model, rows, max_prompt_tokens)
-    measured = measure([sys.executable, "-m", "stages.prepare_data", "--recipe", str(recipe), "--out", str(out)])
-    return measured, json.loads((out / "manifest.json").read_text())["metrics"]
+def stage(
+    recipe: Path, rows: Path, max_prompt_tokens: int = 512, rehearsal: bool = False, checkout: Path = ROOT
+) -> tuple[Measured, dict[str, Any]]:
+    """Run the stage of a checkout on `rows`, into a folder beside `recipe`; return what it took and its metrics."""
+    out = recipe.with_suffix("")
+    write_recipe(recipe, rows, max_prompt_tokens, rehearsal, checkout)
+    command = [sys.executable, "-m", "stages.prepare_data", "--recipe", str(recipe), "--out", str(out)]
+    return measure(command, checkout), json.loads((out / "manifest.json").read_text())["metrics"]
+
+
+def commit_of(checkout: Path) -> str:
+    """Return the commit of a checkout, with what it says of changes that are in none."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def gsm8k_table(folder: Path) -> list[str]:
@@ -179,7 +193,8 @@ def gsm8k_table(folder: Path) -> list[str]:
 @click.option("--rows", default=1_000_000, show_default=True)
 @click.option("--tokenized-rows", default=50_000, show_default=True, help="Rows of the run with a tight limit.")
 @click.option("--gsm8k", type=click.Path(path_type=Path, exists=True, file_okay=False), help="The real files.")
-def main(rows: int, tokenized_rows: int, gsm8k: Path | None) -> None:
+@click.option("--before", type=click.Path(path_type=Path, exists=True, file_okay=False), help="An older checkout.")
+def main(rows: int, tokenized_rows: int, gsm8k: Path | None, before: Path | None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["HF_HOME"] = str(folder / "hub")
@@ -191,42 +206,49 @@ def main(rows: int, tokenized_rows: int, gsm8k: Path | None) -> None:
             measure([sys.executable, "-c", DATASETS, str(many), str(folder / f"{mode}.jsonl"), mode])
             for mode in ("streaming", "table")
         ]
-        ours, metrics = stage(folder, "ours", folder / "model", many, 512)
-        again, metrics_again = stage(folder, "again", folder / "model", many, 512)
-        same = metrics == metrics_again and all(
-            (folder / "ours" / f"{name}.jsonl").read_bytes() == (folder / "again" / f"{name}.jsonl").read_bytes()
+        older, ours, metrics = [], [], []
+        for turn in ("first", "again"):  # in turns: the machine may become busier meanwhile
+            if before:
+                older.append(stage(folder / f"{turn}-before.toml", many, checkout=before.absolute())[0])
+            measured, found = stage(folder / f"{turn}.toml", many)
+            ours.append(measured)
+            metrics.append(found)
+        same = metrics[0] == metrics[1] and all(
+            (folder / "first" / f"{name}.jsonl").read_bytes() == (folder / "again" / f"{name}.jsonl").read_bytes()
             for name in ("sft", "grpo", "eval", "removed")
         )
-        tight, _ = stage(folder, "tight", folder / "model", few, 200)
+        rehearsed, _ = stage(folder / "rehearsed.toml", many, rehearsal=True)
+        tight, _ = stage(folder / "tight.toml", few, 200)
         input_bytes = many.stat().st_size
-        output_bytes = sum(path.stat().st_size for path in (folder / "ours").glob("*.jsonl"))
+        output_bytes = sum(path.stat().st_size for path in (folder / "first").glob("*.jsonl"))
 
-    def row(what: str, count: int, measured: Measured) -> str:
-        return (
-            f"| {what} | {count:,} | {measured.wall:.1f} | {count / measured.wall:,.0f} | {measured.processor:.1f} | "
-            f"{measured.bytes / 1e6:.0f} |"
-        )
-
+    measured_rows = [
+        ("`datasets`, streaming: JSONL to JSONL", rows, read_write[0]),
+        ("`datasets`, through its Arrow cache: JSONL to JSONL", rows, read_write[1]),
+        *((f"prepare-data of commit {commit_of(before)}", rows, each) for each in older if before),
+        *((f"prepare-data of commit {commit_of(ROOT)}", rows, each) for each in ours),
+        ("the same, with the rehearsal of the model beside it", rows, rehearsed),
+        ("the same, without, and a limit of 200 tokens", tokenized_rows, tight),
+    ]
     packages = ", ".join(
         f"{package} {version(package)}" for package in ("datasets", "pyarrow", "numpy", "transformers", "tokenizers")
     )
+    loads = " ".join(f"{load:.1f}" for load in os.getloadavg())
     lines = [
         "# prepare-data: speed and memory",
         "",
         f"{datetime.date.today()}, {os.cpu_count()} processors ({processor()}), Python {platform.python_version()}, "
-        f"{packages}. Command: `python -m bench.prepare_data --rows {rows}`. Each line is a process from start to end, "
-        "imports included.",
+        f"{packages}. Command: `python -m bench.prepare_data --rows {rows}{' --before CHECKOUT' if before else ''}`. "
+        "Each line is a process from start to end, imports included; the commits took turns. "
+        f"Load of the machine at the end (1, 5 and 15 minutes): {loads}.",
         "",
         "| what | rows | seconds | rows a second | processor seconds | peak memory, MB |",
         "|---|--:|--:|--:|--:|--:|",
-        row("`datasets`, streaming: JSONL to JSONL", rows, read_write[0]),
-        row("`datasets`, through its Arrow cache: JSONL to JSONL", rows, read_write[1]),
-        row("prepare-data", rows, ours),
-        row("prepare-data, again", rows, again),
-        row("prepare-data, limit of 200 tokens", tokenized_rows, tight),
+        *(row(*each) for each in measured_rows),
         "",
-        f"prepare-data at {speed(ours, again, read_write[0])} of the speed of streaming `datasets` and "
-        f"{speed(ours, again, read_write[1])} of that through the cache (the better of its two runs). "
+        *([compared(older, ours), ""] if older else []),
+        f"prepare-data at {speed(read_write[:1], ours)} of the speed of streaming `datasets` and "
+        f"{speed(read_write[1:], ours)} of that through the cache (the better of its two runs). "
         f"The two runs gave {'the same' if same else 'DIFFERENT'} bytes.",
         "",
         f"The {rows:,} rows ({input_bytes / 1e6:.0f} MB) are read and written by all. `datasets` writes them as they "
@@ -234,10 +256,13 @@ def main(rows: int, tokenized_rows: int, gsm8k: Path | None) -> None:
         "duplicates, near duplicates and what is too close to the eval set. It keeps prompts to 512 tokens and SFT "
         "examples to 1,024: it tokenizes the first 2 MB and whatever has enough bytes to be too long. In the last line "
         "the limit is 200 tokens, so that hardly any prompt is surely short enough. Memory is the largest sum of "
-        f"proportional set sizes over all processes of the command, looked at every {LOOK_SECONDS * 1000:.0f} ms.",
+        f"proportional set sizes over all processes of the command, looked at every {LOOK_SECONDS * 1000:.0f} ms. The "
+        "rehearsal trains, merges and converts a small copy of the model, with torch, in processes of its own.",
         "",
         "What became of the rows: "
-        + "; ".join(f"{name} {made['rows']:,} (dropped: {made['dropped']})" for name, made in metrics["sets"].items())
+        + "; ".join(
+            f"{name} {set_['rows']:,} (dropped: {set_['dropped']})" for name, set_ in metrics[0]["sets"].items()
+        )
         + ".",
     ]
     if gsm8k:
@@ -246,9 +271,27 @@ def main(rows: int, tokenized_rows: int, gsm8k: Path | None) -> None:
     click.echo(RESULTS.read_text())
 
 
-def speed(first: Measured, second: Measured, reference: Measured) -> str:
-    """Return how fast the better of two runs is against a reference, as text."""
-    return f"{reference.wall / min(first.wall, second.wall):.2f}"
+def row(what: str, count: int, measured: Measured) -> str:
+    """Return a line of the table."""
+    return (
+        f"| {what} | {count:,} | {measured.wall:.1f} | {count / measured.wall:,.0f} | {measured.processor:.1f} | "
+        f"{measured.bytes / 1e6:.0f} |"
+    )
+
+
+def compared(older: list[Measured], ours: list[Measured]) -> str:
+    """Return how this commit compares with an older one, the better of two runs each, as text."""
+    wall = min(each.wall for each in ours) / min(each.wall for each in older)
+    processor_time = min(each.processor for each in ours) / min(each.processor for each in older)
+    return (
+        f"Against the older commit, the better of two runs each: {wall:.2f} times its seconds and {processor_time:.2f} "
+        "times its processor seconds, which say more where others use the machine."
+    )
+
+
+def speed(reference: list[Measured], ours: list[Measured]) -> str:
+    """Return how fast the better of our runs is against a reference, as text."""
+    return f"{reference[0].wall / min(each.wall for each in ours):.2f}"
 
 
 def processor() -> str:

@@ -1,8 +1,8 @@
 """Tell make and docker/run what they have to know of a recipe; needs Python 3.11 and nothing else.
 
 recipe.py base-model FILE   "yes" if the recipe has a [base_model] table, else "no"
-recipe.py paths FILE        what it may name on this disk, model, data and rewards of one's own: absolute paths, each
-                            ended by NUL. A hub's name is among them; nothing lies there.
+recipe.py paths FILE        what it may name on this disk, model, data and rewards of one's own with what these
+                            import: absolute paths, each ended by NUL. A hub's name is among them; nothing lies there.
 
 A recipe that is not TOML, or has other tables than it should, names nothing here: the stage says what is wrong with it.
 """
@@ -12,6 +12,9 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from stages.lib.rewards.local import own_reward_files
 
 
 def main(what: str, file: Path) -> None:
@@ -31,9 +34,12 @@ def named(recipe: dict[str, Any], folder: Path) -> list[Path]:
     """Return what the recipe names, as paths: rewards from the recipe's folder, the rest from the one make runs in."""
     models = [recipe.get("model"), *listed(table(recipe.get("data")).get("sources"))]
     names = [(Path(), table(each).get("name")) for each in models]
-    rewards = listed(table(recipe.get("rewards")).get("functions"))
-    names += [(folder, name.rpartition(":")[0]) for name in rewards if isinstance(name, str)]
-    return [start / name for start, name in names if isinstance(name, str) and name and "\0" not in name]
+    rewards = [each for each in listed(table(recipe.get("rewards")).get("functions")) if isinstance(each, str)]
+    rewards = [each for each in rewards if "\0" not in each]
+    names += [(folder, name.rpartition(":")[0]) for name in rewards]
+    found = [start / name for start, name in names if isinstance(name, str) and name and "\0" not in name]
+    imported = own_reward_files(rewards, folder).values()
+    return found + [path for path in imported if path not in {each.resolve() for each in found}]
 
 
 def table(value: Any) -> dict[str, Any]:

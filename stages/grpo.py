@@ -23,9 +23,11 @@ from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe
 from stages.lib.report import terminal
 from stages.lib.report.figures import GrpoFigures, Rewarded, ScoreBaseFigures, figures_of
+from stages.lib.rewards.checked import ROW
 from stages.lib.rewards.judge import Reward
+from stages.lib.rewards.local import own_reward_files
 from stages.lib.rewards.names import load_rewards
-from stages.lib.rewards.own import own_reward_files
+from stages.lib.rewards.trial import try_rewards
 from stages.lib.train import ladder, ranks, trackers, validation
 from stages.lib.train.callbacks import settle_heap
 from stages.lib.train.config import shared_arguments
@@ -35,7 +37,7 @@ from stages.lib.train.rollouts import keep_completions
 from stages.lib.train.run import configure, read_rows, run_trainer, save_adapter
 from stages.lib.train.teaching import sample_groups_that_teach
 
-COLUMNS = ("prompt", "answer", "kind")  # of a row: what is asked, and what the rewards need
+COLUMNS = ("prompt", "answer", "kind", "id", ROW)  # of a row: what is asked, and what the rewards need
 
 
 class Rows(NamedTuple):
@@ -169,7 +171,9 @@ def train(recipe: Recipe, problems: Rows, adapter: Path, run: Run) -> GrpoFigure
     trackers.prepare(recipe, run.folder.parent)
     import_engine(recipe)
     recipe = ladder.lowered(recipe, "grpo", run.checkpoints)
-    functions = load_rewards(recipe)  # before the model: only loading shows every fault of a user's file
+    if ranks.is_first():  # before the model: only a call shows every fault of a user's file
+        try_rewards(recipe, problems.train)
+    functions = load_rewards(recipe)
     tokenizer = load_tokenizer(recipe)
     with ladder.stepping_down(recipe, "grpo", run.checkpoints):
         model = load_trainable(recipe, adapter)
@@ -219,7 +223,7 @@ def learn(
     with ladder.stepping_down(recipe, "grpo", run.checkpoints, trainer):
         run_trainer(trainer, bar, recipe.health, round_steps=knobs.num_iterations)
     keep_results(recipe, trainer, tokenizer, run)
-    log = [entry for entry in trainer.state.log_history if "reward" in entry]
+    log = [entry for entry in trainer.state.log_history if entry.get("reward") is not None]
     tenth = max(1, len(log) // 10)
     names = [function.__name__ for function in functions]
     return [means(part, names) for part in (log[:tenth], log[-tenth:])]
@@ -244,10 +248,14 @@ def means(log: Sequence[dict[str, float]], names: Sequence[str]) -> Rewarded:
     def mean(key: str) -> float:
         return sum(entry[key] for entry in log) / len(log)
 
+    scored: dict[str, float] = {}  # a step of which a function scored nothing has no mean of it
+    for name in names:
+        values = [value for entry in log if (value := entry.get(f"rewards/{name}/mean")) is not None]
+        scored |= {name: sum(values) / len(values)} if values else {}
     figures: Rewarded = {
         "reward": mean("reward"),
         "reward_std": mean("reward_std"),
-        "rewards": {name: mean(f"rewards/{name}/mean") for name in names},
+        "rewards": scored,
         "completion_tokens": mean("completions/mean_length"),
         "cut_off": mean("completions/clipped_ratio"),
     }

@@ -37,6 +37,8 @@ from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import PACKED_SUFFIXES, Recipe, is_hub_name
 from stages.lib.report import terminal
 from stages.lib.report.figures import PrepareDataFigures, Rehearsal
+from stages.lib.rewards.own import is_own
+from stages.lib.rewards.trial import try_rewards
 
 MANY_EPOCHS = 100  # of one set, before that is a warning
 # Of base-model: all but the weights, which change no row.
@@ -75,6 +77,8 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
         "lora": {"target_modules": run_recipe.lora.target_modules},
         "save": ["lora"] if "lora" in run_recipe.save else [],
     }
+    if any(is_own(name) for name in run_recipe.rewards.functions):
+        tables["rewards"] = {"whole_rows": True}  # the grpo set keeps each row's own columns for them
     inputs = {"base-model": (base_model, BASE_MODEL_FILES)} if base_model else {}
     if any(source.answers == "python" for source in sources):
         check_sandbox()  # before hours of training: rewards and infer run programs in it
@@ -89,6 +93,7 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
                 rehearsal = beside.submit(rehearse_beside, run_recipe) if run_recipe.model.rehearsal else None
                 ruler = Ruler(tokenizer, run_recipe.format.system_prompt)
                 metrics = prepare(run_recipe, source_files, ruler, run.folder, pool)
+                try_rewards(run_recipe, run.folder / "grpo.jsonl")
                 tokenizer_check.result()
                 if rehearsal and (figures := rehearsal.result()):
                     metrics["rehearsal"] = cast(Rehearsal, figures)

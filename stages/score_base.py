@@ -24,8 +24,10 @@ from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Recipe, ScoreBase
 from stages.lib.report import terminal
 from stages.lib.report.figures import ScoreBaseFigures, Scores, Spread, figures_of
+from stages.lib.rewards.checked import ROW
+from stages.lib.rewards.local import own_reward_files
 from stages.lib.rewards.names import load_rewards
-from stages.lib.rewards.own import own_reward_files
+from stages.lib.rewards.trial import of_trainer, try_rewards
 from stages.lib.train import ranks
 from stages.lib.train.sampling import Completion, sample_on_gpus
 
@@ -56,6 +58,7 @@ def main(recipe: Path, prepare_data: Path, sft: Path | None, base_model: Path | 
     room = room_to_answer(knobs.problems * (knobs.completions_per_problem + 1), run_recipe.grpo.max_completion_tokens)
     try:
         with write_artifact(out, "score-base", tables, inputs, sources=sources, room_bytes=room) as run:
+            try_rewards(run_recipe, prepare_data / "grpo.jsonl")
             problems = draw(rows_of(prepare_data / "grpo.jsonl"), knobs)
             rows = sample(run_recipe, problems, sft / "adapter" if sft else None, run)
             write_rows(run.folder / "scores.jsonl", rows)
@@ -88,7 +91,8 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None,
 
     A row holds `id`, `question`, `answer` (the right one), `completion`, `tokens` (with the end token), `ended` (false:
     truncated), `well_formed`, `given` (the canonical answer read, or None), `right`, `rewards` (by name, not weighted)
-    and `total`, their weighted sum. Rewards see all completions in one call, on any number of GPUs.
+    and `total`, their weighted sum; None for what is not scored. Rewards see all completions in one call, on any number
+    of GPUs.
     """
     answer_format = formats.get(recipe.format.name)
     functions = load_rewards(recipe)
@@ -107,12 +111,15 @@ def sample(recipe: Recipe, problems: list[dict[str, Any]], adapter: Path | None,
         "completion_ids": completion_ids,
         "answer": [problem["answer"] for problem in each],
         "kind": [problem.get("kind", "number") for problem in each],
+        **{name: [problem.get(name) for problem in each] for name in ("id", ROW)},
+        **of_trainer(recipe),
     }
     rewards = {function.__name__: function(**columns) for function in functions}
     rows = []
     for place, (problem, (ids, has_end), text) in enumerate(zip(each, completions, texts, strict=True)):
         own = {name: values[place] for name, values in rewards.items()}
-        total = sum(weight * value for weight, value in zip(recipe.rewards.weights, own.values(), strict=True))
+        scored = [pair for pair in zip(recipe.rewards.weights, own.values(), strict=True) if pair[1] is not None]
+        total = sum(weight * value for weight, value in scored) if scored else None
         rows.append(
             {
                 "id": problem["id"],
@@ -167,18 +174,20 @@ def score(rows: list[dict[str, Any]], weights: list[float], group: int) -> Score
     }
 
 
-def summary(values: list[float], group: int) -> Spread:
-    """Return the figures of `values`, of which `group` in a row are one problem's.
+def summary(values: list[float | None], group: int) -> Spread:
+    """Return the figures of `values`, of which `group` in a row are one problem's; None is not scored, and left out.
 
     In a group without variance every advantage is 0.
     """
-    groups = [values[first : first + group] for first in range(0, len(values), group)]
+    places = range(0, len(values), group)
+    groups = [[value for value in values[first : first + group] if value is not None] for first in places]
+    scored = [value for own in groups for value in own] or [0.0]
     return {
-        "mean": statistics.fmean(values),
-        "spread": statistics.stdev(values),
-        "least": min(values),
-        "most": max(values),
-        "zero_variance": sum(max(own) - min(own) <= NO_VARIANCE for own in groups) / len(groups),
+        "mean": statistics.fmean(scored),
+        "spread": statistics.stdev(scored) if len(scored) > 1 else 0.0,
+        "least": min(scored),
+        "most": max(scored),
+        "zero_variance": sum(max(own, default=0) - min(own, default=0) <= NO_VARIANCE for own in groups) / len(groups),
     }
 
 

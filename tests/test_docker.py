@@ -340,6 +340,24 @@ def test_a_container_sees_once_what_the_recipe_names_on_this_disk(checkout, give
     assert list(checkout.parent.rglob("made")) == []
 
 
+def test_a_container_sees_the_modules_that_a_reward_of_ones_own_imports(checkout):
+    files = {
+        "own.py": "import helper, pack.inner",
+        "helper.py": "",
+        "pack/__init__.py": "",
+        "pack/inner.py": "",
+        "no.py": "",
+    }
+    for name, text in files.items():
+        (checkout.parent / "elsewhere" / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout.parent / "elsewhere" / name).write_text(text)
+    with_image(checkout)
+    text = naming("base-model", ["base-model"], ["../../elsewhere/own.py:f", "../../elsewhere/own.py:g"])
+    (checkout / "recipes" / "mine.toml").write_text(text)
+    seen = [checkout.parent / "elsewhere" / name for name in files if name != "no.py"]
+    assert sorted(mounted(checkout)) == sorted(f"type=bind,source={path},target={path},readonly" for path in seen)
+
+
 @pytest.mark.parametrize(
     ("model", "sources", "rewards"),
     [

@@ -219,6 +219,8 @@ def test_a_reward_that_only_loading_shows_to_be_wrong_is_refused_before_a_model_
     monkeypatch.setattr(score_base, "sample_on_gpus", load)
     with pytest.raises(UserError, match=rf"'own.py:variety'.*{message}"):
         if stage == "grpo":
-            grpo.train(recipe, tmp_path, tmp_path, SimpleNamespace(folder=tmp_path, checkpoints=tmp_path))
+            grpo.train(
+                recipe, grpo.Rows(tmp_path, tmp_path), tmp_path, SimpleNamespace(folder=tmp_path, checkpoints=tmp_path)
+            )
         else:
             score_base.sample(recipe, [], None, SimpleNamespace(folder=tmp_path))

@@ -49,7 +49,7 @@ def judge(server, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     text = PAGE.read_text().partition("<!-- judge -->\n```python\n")[2].partition("```\n")[0]
     (tmp_path / "judge.py").write_text(text)
-    return load_own("judge.py:judge", tmp_path)
+    return load_own(["judge.py:judge"], tmp_path)["judge.py:judge"]
 
 
 def rewards(judge, *texts: str) -> list[float]:

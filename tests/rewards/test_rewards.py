@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -329,6 +330,19 @@ def own(tmp_path, source, name="politeness"):
         "def politeness(**columns):\n    return [float(a == '42') for a in columns['answer']]",
         "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: float\n"
         "def politeness(completions):\n    return [A(1.0).x, 0.0]",
+        "async def politeness(completions, answer):\n    return [float(a == '42') for a in answer]",
+        "import asyncio\nasync def one(a):\n    await asyncio.sleep(0)\n    return a == '42'\n"
+        "async def politeness(completions, answer):\n    return await asyncio.gather(*map(one, answer))",
+        "class A:\n    def __call__(self, completions, **kwargs):\n        return [1.0, 0.0]\npoliteness = A()",
+        "class A:\n    async def __call__(self, completions):\n        return [1.0, 0.0]\npoliteness = A()",
+        "class A:\n    def f(self, completions):\n        return [1.0, 0.0]\npoliteness = A().f",
+        "import functools\ndef f(right, completions, answer):\n    return [float(a == right) for a in answer]\n"
+        "politeness = functools.partial(f, '42')",
+        "import functools\ndef f(completions, *, answer):\n    return [float(answer == 1), 0.0]\n"
+        "politeness = functools.partial(f, answer=1)",
+        "import numpy\ndef politeness(completions):\n    return numpy.array([1, 0])",
+        "import numpy\ndef politeness(completions):\n    return [numpy.float32(1), numpy.bool_(False)]",
+        "from fractions import Fraction\ndef politeness(completions):\n    return [Fraction(1), 0]",
     ],
 )
 def test_a_plain_function_of_the_users_own_is_a_reward_under_its_own_name(source, tmp_path):
@@ -336,6 +350,64 @@ def test_a_plain_function_of_the_users_own_is_a_reward_under_its_own_name(source
     completions = [[{"role": "assistant", "content": text}] for text in ("please", "now")]
     assert reward(completions, answer=["42", "41"], completion_ids=[[1], [2]], prompts=None) == [1.0, 0.0]
     assert reward.__name__ == "politeness"
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("value", ["tensor([1.0, 0.0], requires_grad=True)", "tensor([1, 0])", "[tensor(1.0), 0.0]"])
+def test_an_own_reward_may_return_tensors(value, tmp_path):
+    assert own(tmp_path, f"from torch import tensor\ndef politeness(completions): return {value}")(["a", "b"]) == [1, 0]
+
+
+def test_none_is_not_scored(tmp_path):
+    assert own(tmp_path, "def politeness(completions): return [None, 2]")(["a", "b"]) == [None, 2.0]
+
+
+def test_async_rewards_have_one_loop_so_that_what_waits_in_it_lives_on(tmp_path):
+    source = """\
+import asyncio
+
+waiting = []
+
+async def politeness(completions):
+    if not waiting:
+        waiting.append(asyncio.get_running_loop().create_task(asyncio.sleep(0, "done")))
+    return [float(await waiting[0] == "done")]
+"""
+    reward = own(tmp_path, source)
+    assert [reward(["a"]), reward(["a"])] == [[1.0], [1.0]]
+
+
+def test_an_own_reward_gets_every_column_of_the_row_and_none_where_a_source_lacks_it(tmp_path):
+    source = """\
+def politeness(completions, answer, level, tags, row, **kwargs):
+    assert kwargs == {"id": ["1", "2"], "meta": [{"by": "x"}, None]}, kwargs
+    assert (level, tags, answer) == ([3, None], [["a", 1.5], None], ["42", "41"])
+    assert row == [{"level": 3, "tags": ["a", 1.5], "meta": {"by": "x"}, "answer": "#### 42"}, {}]
+    tags[0].append("rewritten")
+    return [0.0, 1.0]
+"""
+    rows = ['{"level": 3, "tags": ["a", 1.5], "meta": {"by": "x"}, "answer": "#### 42"}', "{}"]
+    given = {"answer": ["42", "41"], "id": ["1", "2"], "row": rows}
+    reward = own(tmp_path, source)
+    assert reward(["a", "b"], **given) == reward(["a", "b"], **given) == [0.0, 1.0]
+
+
+def test_an_error_of_an_own_reward_names_step_row_and_question(tmp_path):
+    given = {
+        "trainer_state": SimpleNamespace(global_step=6),
+        "id": ["00ff", "0abc"],
+        "prompts": [[{"role": "user", "content": text}] for text in ("What is 1 + 1?", "What is 6 x 7?")],
+    }
+    reward = own(tmp_path, "def politeness(completions): return [1.0, float('nan')]")
+    with pytest.raises(UserError) as error:
+        reward(["a", "b"], **given)
+    assert error.value.message == (
+        "[rewards] 'my_rewards.py:politeness' in step 7 returned nan (float) for completion 1 of row 0abc "
+        "('What is 6 x 7?'); expected a finite number, 3e+38 at most in size, or None"
+    )
+    reward = own(tmp_path, "def politeness(completions): return [1 / 0]")
+    with pytest.raises(UserError, match=r"'my_rewards.py:politeness' in step 7: .*my_rewards.py, line 1: ZeroDivision"):
+        reward(["a", "b"], **given)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +421,20 @@ def test_a_plain_function_of_the_users_own_is_a_reward_under_its_own_name(source
         ("def politeness(completions):\n    return [1.0, float('nan')]", r"returned nan \(float\) for completion 1"),
         ("def politeness(completions):\n    return [float('inf'), 1.0]", r"returned inf \(float\) for completion 0"),
         ("def politeness(completions):\n    return [1.0, '1.0']", r"returned '1.0' \(str\) for completion 1"),
-        ("def politeness(completions):\n    return [None, 1.0]", r"returned None \(NoneType\) for completion 0"),
+        (
+            "import numpy\ndef politeness(completions):\n    return numpy.ones((2, 2))",
+            r"returned \[1.0, 1.0\] \(list\)",
+        ),
+        (
+            "import numpy\ndef politeness(completions):\n    return numpy.array(1.0)",
+            "returned ndarray; expected a list",
+        ),
+        (
+            "import numpy\ndef politeness(completions):\n    return numpy.array([1, numpy.nan])",
+            r"returned nan \(float\) for",
+        ),
+        ("async def politeness(completions):\n    raise OSError('gone')", r"my_rewards.py, line 2: OSError: gone"),
+        ("def politeness(completions):\n    return (1.0 for _ in completions)", "returned generator; expected a list"),
         ("def politeness(completions):\n    return [1j, 1.0]", r"\(complex\)"),
         ("def politeness(completions):\n    return [1.0, -4e38]", r"returned -4e\+38 \(float\) for completion 1"),
         ("def politeness(completions):\n    return [10**400, 1.0]", r"returned 10{59}\.\.\. \(int\) for completion 0"),
@@ -377,12 +462,14 @@ def test_what_the_users_function_does_wrong_is_an_error_that_names_it(source, me
             r"has no function 'politeness' \(did you mean 'politness'\?\); it has: politness",
         ),
         ("politeness = 3", "has no function 'politeness'; it has: none"),
-        ("class politeness: ...", "has no function 'politeness'"),
+        ("class politeness: ...", "has a class of this name; expected a function or an object of it"),
         ("def politeness(): ...", r"expected politeness\(completions, \*\*kwargs\).*found politeness\(\)"),
         ("def politeness(texts): ...", r"found politeness\(texts\)"),
         ("def politeness(completions, /): ...", r"found politeness\(completions, /\)"),
-        ("async def politeness(completions): ...", "found an async or a generator function"),
-        ("def politeness(completions):\n    yield 1.0", "found an async or a generator function"),
+        ("def politeness(completions):\n    yield 1.0", "that returns a list, found a generator function"),
+        ("async def politeness(completions):\n    yield 1.0", "that returns a list, found a generator function"),
+        ("class A:\n    def __call__(self): ...\npoliteness = A()", r"found politeness\(\)"),
+        ("from operator import itemgetter\npoliteness = itemgetter(1)", r"'my_rewards.py:politeness': "),
         ("def politeness(completions:\n", r"my_rewards.py, line 1: SyntaxError"),
         ("import no_such_module_here\n", r"my_rewards.py, line 1: ModuleNotFoundError"),
         ("\n\nraise ValueError('no')\n", r"my_rewards.py, line 3: ValueError: no"),

@@ -68,7 +68,11 @@ def outside_paths(paths: Iterable[Path]) -> bytes:
 def is_current(out: Path, identity: Mapping[str, Any]) -> bool:
     """Say whether the finished artifact `out` states exactly this identity and still has its files, byte for byte."""
     manifest = manifest_in(out / MANIFEST, identity["stage"])
-    if manifest is None or any(manifest.get(key) != value for key, value in identity.items()):
+    if manifest is None:
+        return False
+    before = {key: manifest.get(key) for key in identity}
+    if before != identity:
+        click.echo(f"{identity['stage']}: is made again. Changed: {what_changed(before, identity)}", err=True)
         return False
     wrong = next(faults(out, manifest["files"], digest_of), None)
     if wrong or not (out / OUTSIDE).is_file():
@@ -93,6 +97,12 @@ def say_what_is_lost(checkpoints: Path, before: Mapping[str, Any], identity: Map
     steps = [int(name) for path in checkpoints.glob("checkpoint-*") if (name := path.name[11:]).isdecimal()]
     if not steps:
         return
+    what = what_changed(before, identity) if "code" in before else "what they were made from is not known"
+    click.echo(f"{identity['stage']}: starts anew, {max(steps)} steps are lost. Changed: {what}", err=True)
+
+
+def what_changed(before: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """Return what differs between two identities of a stage, in words: keys of the recipe, files, the code."""
     was, now = dict(leaves(before)), dict(leaves(identity))
     changes = []
     for key in sorted(key for key in was | now if was.get(key) != now.get(key)):
@@ -105,8 +115,7 @@ def say_what_is_lost(checkpoints: Path, before: Mapping[str, Any], identity: Map
                 changes.append(name)
             case ("code",):
                 changes.append(f"the code of {identity['stage']}")
-    what = "; ".join(changes) if "code" in before else "what they were made from is not known"
-    click.echo(f"{identity['stage']}: starts anew, {max(steps)} steps are lost. Changed: {what}", err=True)
+    return "; ".join(changes)
 
 
 def leaves(value: Any, *key: str) -> Iterator[tuple[tuple[str, ...], Any]]:

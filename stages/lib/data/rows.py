@@ -1,5 +1,6 @@
 """Rows of a source, checked: drafts of the lines of each set, fingerprints, and the rows left out with the reason."""
 
+import base64
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date, time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from stages.lib.answers.grade import canonical, kind_of, shown_answer
 from stages.lib.data.batch import Batch
 from stages.lib.data.choices import shuffled, with_options
 from stages.lib.data.files import Lines
-from stages.lib.data.problem import completion_of, parts_of, problem_of, separators_in
+from stages.lib.data.problem import SURROGATE, completion_of, parts_of, problem_of, separators_in
 from stages.lib.data.shapes import Unusable, as_list, joined, question_of
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Source
@@ -23,7 +25,7 @@ from stages.lib.recipe.tables import Source
 SETS = ("sft", "grpo", "eval")
 VALIDATION = "validation"  # a fourth set where a recipe asks for it: rows out of grpo's drafts
 MAX_FOUND = 300  # characters of what is said of a row that is left out
-MEASURES = ("prompt_tokens", "example_tokens", "sft_bytes", "line_bytes")
+MEASURES = ("prompt_tokens", "example_tokens", "sft_bytes", "grpo_bytes", "eval_bytes")
 BIT = {name: 1 << place for place, name in enumerate((*SETS, VALIDATION))}
 encode = json.JSONEncoder(ensure_ascii=False).encode
 quote = json.encoder.encode_basestring  # as `encode` does for a string, but faster
@@ -52,6 +54,7 @@ class Rules:
     safe_prompt: int  # a question of at most so many bytes gives a prompt that is short enough
     safe_example: int  # the same for question and completion together
     instructions: tuple[str, ...] = ()  # that questions begin or end with: they make no two alike
+    whole_rows: bool = False  # the grpo set keeps each row's own columns, for rewards of the user's own
 
 
 class LeftOut(NamedTuple):
@@ -126,8 +129,9 @@ def check_batch(source: Source, piece: Batch | Lines, rules: Rules, measure_all:
         except Unusable as error:
             leave_out(places[row], error, "sft", ids[row])
             sets[row] -= BIT["sft"]
-    answer_parts = [(question, f'"answer": {quote(answer)}, "kind": "{kind}"') for question, answer, _ in problems]
-    lines, table, to_measure = lines_of(answer_parts, completions, ids, sets, rules, measure_all)
+    answers = [f'"answer": {quote(answer)}, "kind": "{kind}"' for _, answer, _ in problems]
+    parts = list(zip(questions, answers, own_columns(batch, places), strict=True))
+    lines, table, to_measure = lines_of(parts, completions, ids, sets, rules, measure_all)
     table |= {"ids": prints.ids, "counts": prints.counts, "bands": prints.bands, "sets": sets}
     table["answers"] = np.array([zlib.crc32(canonical(kind, answer).encode()) for _, answer, _ in problems], np.uint32)
     table["number"] = np.array([batch.numbers[place] for place in places], np.uint32)
@@ -188,13 +192,40 @@ def add_to_draft(folder: Path, name: str, content: Any) -> tuple[Path, int]:
     return path, begin
 
 
+def own_columns(batch: Batch, places: list[int]) -> list[str]:
+    """Return the `row_text` of the batch's rows at `places`; "" for each where no reward needs it."""
+    return [row_text(batch.rows[place]) if batch.rows else "" for place in places]
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """Return a row's own columns as JSON; what that has no form for is text: a date, a decimal, bytes in base64.
+
+    As text, rows of any columns make one column of a set, and a reward gets them back as they were.
+    """
+    text = encode_row(row)
+    return json.dumps(row, default=plain_value) if SURROGATE.search(text) else text
+
+
+def plain_value(value: Any) -> Any:
+    """Return what stands in JSON for a value that it has no form for."""
+    if isinstance(value, bytes | bytearray):
+        return base64.b64encode(value).decode()
+    if isinstance(value, date | time):
+        return value.isoformat()
+    return list(value) if isinstance(value, set | tuple) else str(value)
+
+
+encode_row = json.JSONEncoder(ensure_ascii=False, default=plain_value).encode
+
+
 def lines_of(
-    problems: list[tuple[str, str]], completions: dict[int, str], ids: list[str], sets: Any, rules: Rules,
+    problems: list[tuple[str, str, str]], completions: dict[int, str], ids: list[str], sets: Any, rules: Rules,
     measure_all: bool,
 ) -> tuple[dict[str, list[bytes]], dict[str, Any], list[tuple[str, int, tuple[str, ...]]]]:  # fmt: skip
     """Return the lines of each set, and of a `Checked` the MEASURES, with the bytes filled in, and `to_measure`.
 
-    `problems` are questions, each with its answer and kind as JSON; `completions` are those of the sft set, by row.
+    `problems` are questions, each with its answer and kind as JSON, and with its `row_text`, "" to keep none;
+    `completions` are those of the sft set, by row.
     """
     import numpy as np
 
@@ -203,7 +234,7 @@ def lines_of(
     table = {name: np.zeros(len(ids), np.uint32) for name in MEASURES}
     to_measure: list[tuple[str, int, tuple[str, ...]]] = []
     for row, bits in enumerate(sets.tolist()):
-        question, answer = problems[row]
+        question, answer, whole = problems[row]
         line = f'{{"id": "{ids[row]}", {head}{quote(question)}}}], {answer}'
         length = most_tokens(question)
         if row in completions:
@@ -214,10 +245,11 @@ def lines_of(
             if measure_all or length + most_tokens(completion) > rules.safe_example:
                 to_measure.append(("example_tokens", row, (question, completion)))
         line_bytes = f"{line}}}\n".encode()
-        table["line_bytes"][row] = len(line_bytes)
-        for name in ("grpo", "eval"):
+        grpo_bytes = f'{line}, "row": {quote(whole)}}}\n'.encode() if whole else line_bytes
+        for name, text in (("grpo", grpo_bytes), ("eval", line_bytes)):
             if bits & BIT[name]:
-                lines[name].append(line_bytes)
+                lines[name].append(text)
+                table[f"{name}_bytes"][row] = len(text)
         if bits and (measure_all or length > rules.safe_prompt):
             to_measure.append(("prompt_tokens", row, (question,)))
     return lines, table, to_measure

@@ -16,6 +16,7 @@ from stages.lib.data.rows import BIT, SETS, VALIDATION, Checked, Rules, check_ba
 from stages.lib.data.ruler import Ruler
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe, Source
+from stages.lib.rewards.own import is_own
 
 SLACK_TOKENS = 16  # the markup around a question may have some more tokens than around the one that was measured
 # A source with so many bytes is large: several processes share the work, and not all prompts are tokenized.
@@ -54,9 +55,9 @@ def check_all(
     """
     large = is_large(files)
     futures: deque[Future[Checked]] = deque()
-    for number, batch in enumerate(read_batches(source, files)):
+    for number, batch in enumerate(read_batches(source, files, rules.whole_rows and "grpo" in source.use)):
         if not files:
-            content.update(repr(batch.columns).encode())
+            content.update(repr(batch.columns if batch.rows is None else batch.rows).encode())
         job = (source, batch, rules, not large or number < MEASURED_BATCHES, folder)
         if pool and large:
             futures.append(pool.submit(check_batch, *job))
@@ -88,6 +89,7 @@ class Draft:
             recipe.data.max_prompt_tokens - prompt - SLACK_TOKENS,
             recipe.sft.max_tokens - example - SLACK_TOKENS,
             instructions,
+            any(is_own(name) for name in recipe.rewards.functions),
         )
 
     def add_source(self, source: Source, files: list[Path], pool: ProcessPoolExecutor | None) -> dict[str, Any]:
@@ -246,9 +248,9 @@ class Draft:
             raise UserError(f"the {name} set is empty: {reasons}. See [data] in {self.recipe.path}{said}")
         if 2 * self.dropped[name].total() > len(rows) + self.dropped[name].total():
             self.warn_of_most(f"the {name} set", name, self.dropped[name], len(rows) + self.dropped[name].total())
-        size = table["sft_bytes" if name == "sft" else "line_bytes"]
         first = 0
         source = "grpo" if name == VALIDATION else name  # whose drafts have its lines
+        size = table[f"{source}_bytes"]
         drafts = self.pieces(source, delete=source == name)
         with drafts as pieces, (self.folder / f"{name}.jsonl").open("wb") as file:
             for draft, begin, count in pieces:

@@ -60,7 +60,7 @@ def write(kind: str, names: Mapping[str, str], recipe: Recipe, manifests: Manife
     answers = formats.get(recipe.format.name)
     first, last = grpo["first"]["rewards"], grpo["last"]["rewards"]
     rewards = [
-        (name, weight, first[label], last[label])
+        (name, weight, first.get(label), last.get(label))
         for name, weight in zip(recipe.rewards.functions, recipe.rewards.weights, strict=True)
         for label in [name.rpartition(":")[2]]  # TRL logs a function of a file by its own name
     ]

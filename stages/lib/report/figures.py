@@ -88,8 +88,8 @@ class Rewarded(TypedDict):
     """Means over some steps of GRPO.
 
     `reward`: the weighted sum; `reward_std`: its deviation over a step's completions; `rewards`: unweighted, by
-    function; `cut_off`: the share of truncated completions. With vLLM, `sampling_difference`: of its log-probability of
-    a token from the trainer's, absolute, nats; and `importance_ratio`.
+    function, without one that scored nothing; `cut_off`: the share of truncated completions. With vLLM,
+    `sampling_difference`: of its log-probability of a token from the trainer's, absolute, nats; and `importance_ratio`.
     """
 
     reward: float

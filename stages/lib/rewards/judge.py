@@ -9,7 +9,7 @@ from stages.lib.answers.grade import grade
 from stages.lib.answers.number import read_number
 
 Completion = str | list[dict[str, Any]]
-Reward = Callable[..., list[float]]
+Reward = Callable[..., Any]  # list[float]; of the user's own list[float | None]
 
 
 class Judgement(NamedTuple):

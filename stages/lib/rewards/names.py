@@ -1,10 +1,11 @@
 """Rewards by name: the two suites, those for any format, and the user's own. `docs/rewards.md` explains each.
 
-A reward is a function as TRL calls it: `f(completions, **columns)` gives one number a completion. `completions` holds
-strings or conversations of one assistant message; `answer` is the column of right answers as the dataset writes them,
-`kind` that of their kinds; `completion_ids` are the token ids of each completion. The format reads a completion's
-answer and `answers/grade.py` grades it, so a reward and `infer` never disagree. Rewards print nothing, draw nothing at
-random and keep no state: the caches and the process of `math_correct` change how long an answer takes, nothing else.
+A reward is a function as TRL calls it: `f(completions, **columns)` gives one number a completion, or None for "not
+scored", which only the user's own do. `completions` holds strings or conversations of one assistant message; `answer`
+is the column of right answers as the dataset writes them, `kind` that of their kinds; `completion_ids` are the token
+ids of each completion. The format reads a completion's answer and `answers/grade.py` grades it, so a reward and `infer`
+never disagree. Rewards print nothing, draw nothing at random and keep no state: the caches and the process of
+`math_correct` change how long an answer takes, nothing else.
 
 Recipes name the functions and weigh them. TRL logs each under its name and trains on the weighted sum: one of weight 0
 is only logged.
@@ -41,8 +42,10 @@ def load_rewards(recipe: Recipe) -> list[Reward]:
     A name is one of the suite of the recipe's format, one for any format, or `FILE.py:FUNCTION` for the user's own, the
     file relative to the recipe. Raises UserError for one that is unknown, missing, named twice or no reward function.
     """
-    rewards = [_load_one(name, recipe) for name in recipe.rewards.functions]
-    _refuse_twice(recipe.rewards.functions)
+    names = recipe.rewards.functions
+    own = load_own([name for name in names if is_own(name)], recipe.path.parent)
+    rewards = [own[name] if name in own else _load_one(name, recipe) for name in names]
+    _refuse_twice(names)
     return rewards
 
 
@@ -67,8 +70,6 @@ def _refuse_twice(names: Sequence[str]) -> None:
 
 
 def _load_one(name: str, recipe: Recipe) -> Reward:
-    if is_own(name):
-        return load_own(name, recipe.path.parent)
     reward = _known(name, formats.get(recipe.format.name))
     if name == "math_correct":
         WORKER.start()

@@ -1,6 +1,8 @@
 """The completions that GRPO samples: kept with their rewards, and shown on the terminal."""
 
 import json
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
         def on_step_end(self, args, state, control, **kwargs):
             logs = trainer._logs  # TRL's own records: its public way to them is a table on every log
             columns = {"prompt": logs["prompt"], "completion": logs["completion"]}
-            columns |= {"advantage": [round(value, 4) for value in logs["advantages"]], **logs["rewards"]}
+            columns |= {"advantage": [round(value, 4) for value in logs["advantages"]], **scored(logs["rewards"])}
             rows = [
                 {"step": state.global_step, **dict(zip(columns, values, strict=True))}
                 for values in zip(*columns.values(), strict=True)
@@ -34,6 +36,11 @@ def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
                 show(rows, state.global_step)
 
     return KeepCompletions()
+
+
+def scored(rewards: Mapping[str, Iterable[float]]) -> dict[str, list[float | None]]:
+    """Return TRL's record of the rewards with None, in place of NaN, for what is not scored: JSON has no NaN."""
+    return {name: [None if math.isnan(value) else value for value in values] for name, values in rewards.items()}
 
 
 def lines_until(path: Path, step: int) -> bytes:
@@ -55,6 +62,7 @@ def show(rows: list[dict[str, Any]], step: int) -> None:
 
     rows = sorted(rows, key=lambda row: row["advantage"])
     for name, row in (("best", rows[-1]), ("worst", rows[0])):
-        rewards = [f"{key} {value:g}" for key, value in row.items() if key not in ("step", "prompt", "completion")]
+        values = {key: value for key, value in row.items() if key not in ("step", "prompt", "completion")}
+        rewards = [f"{key} {'not scored' if value is None else f'{value:g}'}" for key, value in values.items()]
         lines = ["    " + line for line in row["completion"].strip().splitlines()[:12]]
         tqdm.write("\n".join([f"step {step}, {name}: {'  '.join(rewards)}", *lines]))

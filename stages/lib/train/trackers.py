@@ -22,6 +22,7 @@ from stages.lib.artifact.manifest import write_json
 from stages.lib.bars import say
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe
+from stages.lib.train.rollouts import scored
 
 OPEN_SECONDS, LOG_SECONDS, FINISH_SECONDS = 60.0, 20.0, 60.0  # after which a tracker is left, as without a network
 TRACKING = "tracking"  # the folder beside the stages
@@ -180,7 +181,7 @@ def follow(recipe: Recipe, stage: str, artifacts: Path, trainer: Any, table_step
 def sampled(trainer: Any) -> list[dict[str, Any]]:
     """Return completions of GRPO's last step with their rewards: those of the highest and of the lowest advantage."""
     logs = trainer._logs  # as in rollouts.py
-    columns = {"completion": logs["completion"], "advantage": list(logs["advantages"]), **logs["rewards"]}
+    columns = {"completion": logs["completion"], "advantage": list(logs["advantages"]), **scored(logs["rewards"])}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     rows.sort(key=lambda row: row["advantage"])
     return rows if len(rows) <= TABLE_ROWS else [*rows[: TABLE_ROWS // 2], *rows[-TABLE_ROWS // 2 :]]

@@ -2,6 +2,10 @@
 
     python -m bench.breaks kills      100 kills of `make all` over all its stages
     python -m bench.breaks power      power cuts on a disk that loses what was not synced; needs root
+    python -m bench.breaks files      300 broken and hostile files, each to what reads it
+    python -m bench.breaks names      100 hostile names of recipes, data, models, rewards, and questions
+    python -m bench.breaks ggufs      1,200 GGUF files with a changed header, to llama.cpp
+    python -m bench.breaks together   two makes, two recipes, two checkouts, an input replaced while it is read
 
 All parts have a seed. They work in a checkout of the last commit in a temporary folder, with this one's environment.
 """
@@ -16,11 +20,14 @@ from pathlib import Path
 
 import click
 
-from bench.breaking import kills, power
+from bench.breaking import files, ggufs, kills, names, power, together
 
 RESULTS = Path(__file__).parent / "results" / "breaks.md"
 HEAD = "# What was tried to break Temper\n\nWritten by `bench/breaks.py`, a part at a time.\n"
-PARTS = {"kills": (kills.run, 100), "power": (power.run, 60)}
+PARTS = {
+    "kills": (kills.run, 100), "power": (power.run, 40), "files": (files.run, 300), "names": (names.run, 100),
+    "together": (together.run, 4), "ggufs": (ggufs.run, 1200),
+}  # fmt: skip
 
 
 @click.command(help=__doc__)

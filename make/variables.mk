@@ -26,6 +26,10 @@ PROCESSES ?=
 IMAGE ?=
 ## more folders and files that a container sees, read-only, with : between them
 MOUNT ?=
+## the most memory a container may take, as in 16g; left out, all
+MEMORY ?=
+## the most processes and threads a container may have, as in 2000; left out, as the engine has it
+PIDS ?=
 ## the container engine's client: docker or podman
 DOCKER ?= docker
 ## the virtual environment of RUNTIME=local and of the tests
@@ -85,7 +89,7 @@ define newline
 
 
 endef
-asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS PROCESSES TRACK IMAGE VENV PORT PUBLIC YES
+asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS PROCESSES TRACK IMAGE MEMORY PIDS VENV PORT PUBLIC YES
 $(foreach each,$(asked) SET PYTHON DOCKER TORCH_INDEX BASE CA_BUNDLE PIP_CONFIG HUB WHAT,$(if $(findstring $(newline),$($(each))), \
   $(error $(each)=$(subst $(newline), ,$($(each))): there is a line break in it, which make can't hand on)))
 wrong := $(shell $(foreach each,$(asked),$(each)=$(call quoted,$($(each)))) make/asked)

@@ -39,7 +39,7 @@ ifeq ($(RUNTIME),docker)
   python = docker/run python
   export IMAGE_FILE := $(ready)
   export RECIPE_FILE := $(recipe)
-  export GPUS CA_BUNDLE MOUNT
+  export GPUS CA_BUNDLE MOUNT MEMORY PIDS
 else
   export HF_HUB_DISABLE_TELEMETRY ?= 1
   ready := $(VENV)/installed

@@ -229,6 +229,23 @@ def test_a_port_is_published_to_this_machine_alone(checkout):
     assert after("--publish", run(checkout, "true", PUBLISH="8123")) == ["127.0.0.1:8123:8123"]
 
 
+def test_memory_and_processes_are_bounded_where_that_is_asked_for(checkout):
+    words = run(checkout, "true", MEMORY="16g", PIDS="2000")
+    assert (after("--memory", words), after("--memory-swap", words), after("--pids-limit", words)) == (
+        ["16g"], ["16g"], ["2000"],
+    )  # fmt: skip
+    (checkout.parent / "log").unlink()
+    assert not {"--memory", "--memory-swap", "--pids-limit"} & set(run(checkout, "true", MEMORY="", PIDS=""))
+
+
+def test_the_bounds_that_make_is_given_reach_the_container(checkout):
+    with_image(checkout)
+    (checkout / "recipes" / "mine.toml").write_text("")
+    assert mounted(checkout, "MEMORY=8g", "PIDS=500") == []
+    words = (checkout.parent / "log").read_text().rpartition("== run\n")[2].splitlines()
+    assert (after("--memory", words), after("--pids-limit", words)) == (["8g"], ["500"])
+
+
 def test_only_who_asks_gets_the_keyboard(checkout):
     words = run(checkout, "bash", INTERACTIVE="1")
     assert "--interactive" in words
@@ -437,6 +454,8 @@ def test_targets_that_start_no_stage_ask_no_engine(checkout):
         (["GPUS=first"], r"GPUS=first is not known\. Expected all, none, or device numbers: 0 or 0,1"),
         (["GPUS=0,"], r"GPUS=0, is not known"),
         (["IMAGE=gpu"], r"IMAGE=gpu is not known\. Expected cpu or cuda"),
+        (["MEMORY=lots"], r"MEMORY=lots is not known\. Expected an amount of memory, such as 16g"),
+        (["PIDS=0"], r"PIDS=0 is not known\. Expected a number of processes, such as 2000"),
         (["push"], r"make push HUB=user/name"),
         (
             ["doctor", "PYTHON=no-python"],

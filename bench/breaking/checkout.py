@@ -13,8 +13,6 @@ from tests.support import micro
 ROOT = Path(__file__).parents[2]
 RECIPE = "breaks"
 MARK = "TEMPER_BREAKS"  # in the environment of all that is started, so that what is left running is found
-# Of no two runs the same: times, and what follows from them.
-TIMED = ("report.html", "manifest.json")
 
 
 def make_checkout(folder: Path) -> Path:
@@ -75,6 +73,22 @@ def stage_process(mark: str) -> tuple[int, str] | None:
         if " -m stages." in line and "multiprocessing" not in line and not line.startswith("make"):
             return number, line.partition(" -m stages.")[2].split()[0].replace("_", "-")
     return None
+
+
+def wait_for_stage(process: subprocess.Popen, mark: str, stage: str) -> bool:
+    """Return whether `stage` runs, as soon as it does; False when make has ended before."""
+    while process.poll() is None:
+        running = stage_process(mark)
+        if running and running[1] == stage:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def stage_seconds(artifacts: Path) -> dict[str, float]:
+    """Return how long each finished stage took, by name, in the order of their work."""
+    walls = [(json.loads(path.read_text())["wall"], path.parent.name) for path in artifacts.glob("*/manifest.json")]
+    return {name: wall["seconds"] for wall, name in sorted(walls, key=lambda each: each[0]["started"])}
 
 
 def end_all(mark: str, seconds: float) -> dict[int, str]:

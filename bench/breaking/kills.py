@@ -1,5 +1,6 @@
 """Kills of `make all` at random moments: of the whole group or of the stage alone, by KILL or TERM, once or twice."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -18,25 +19,30 @@ from bench.breaking.checkout import (
     held,
     make_checkout,
     stage_process,
+    stage_seconds,
     start,
+    wait_for_stage,
 )
 
-SECONDS = (0.3, 11.0)  # from the start of make to a kill
-SECOND_SECONDS = (0.1, 4.0)  # to the second of two
+START_SECONDS = 4.0  # of a stage, before its own clock begins: Python and its imports
+AGAIN_SECONDS = (0.1, 4.0)  # from the start of make to the second of two kills
 END_SECONDS = 60.0  # for what was told to end: a step of the trainer, a checkpoint
 RUN_SECONDS = 900.0
 WAYS = [(number, who) for number in (signal.SIGKILL, signal.SIGTERM) for who in ("group", "stage")]
 
 
-def kill_once(checkout: Path, mark: str, chance: random.Random, seconds: tuple[float, float]) -> tuple[str, str, str]:
-    """Start make and kill it; return how, in which stage, and "" or what went wrong."""
+def kill_once(checkout: Path, mark: str, chance: random.Random, stage: str, seconds: float) -> tuple[str, str, str]:
+    """Start make, and kill it `seconds` after `stage` began ("": after make did).
+
+    Return how, in which stage, and "" or what went wrong; "" for how when make had ended before.
+    """
     process = start(checkout, mark)
     number, who = chance.choice(WAYS)
-    try:
-        process.wait(chance.uniform(*seconds))
+    if not stage or wait_for_stage(process, mark, stage):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+    if process.poll() is not None:
         return "", "", "" if process.returncode == 0 else f"make ended by itself with {process.returncode}"
-    except subprocess.TimeoutExpired:
-        pass
     running = stage_process(mark)
     if who == "stage" and running:
         try:
@@ -76,20 +82,21 @@ def run(folder: Path, seed: int, count: int) -> list[str]:
     began = time.monotonic()
     wrong = [each for each in [to_the_end(checkout, mark)] if each]
     artifacts = checkout / "artifacts" / RECIPE
-    expected, ways, stages, rounds, kills, same = held(artifacts), Counter(), Counter(), 0, 0, 0
+    expected, took, ways, stages = held(artifacts), stage_seconds(artifacts), Counter(), Counter()
+    rounds, kills, same = 0, 0, 0
     while kills < count and not wrong:
         shutil.rmtree(artifacts)
         rounds += 1
         twice = False
-        for _ in range(chance.randrange(12, 26)):
-            how, stage, fault = kill_once(checkout, mark, chance, SECOND_SECONDS if twice else SECONDS)
+        for stage in [name for name in took for _ in range(chance.randint(1, 4))]:
+            seconds = chance.uniform(*AGAIN_SECONDS) if twice else chance.uniform(0, took[stage] + START_SECONDS)
+            how, where, fault = kill_once(checkout, mark, chance, "" if twice else stage, seconds)
             wrong += [f"round {rounds}: {fault}"] if fault else []
-            if not how:
-                break
-            kills += 1
-            ways[f"{how}{', again at once' if twice else ''}"] += 1
-            stages[stage] += 1
-            twice = chance.random() < 0.3
+            if how:
+                kills += 1
+                ways[f"{how}{', again at once' if twice else ''}"] += 1
+                stages[where] += 1
+            twice = bool(how) and chance.random() < 0.3
         wrong += [f"round {rounds}: {fault}" for fault in [to_the_end(checkout, mark)] if fault]
         differing = differences(expected, held(artifacts))
         wrong += [f"round {rounds}: other bytes or files: {differing}"] if differing else []

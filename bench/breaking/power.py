@@ -6,6 +6,7 @@ first, as after a power cut, and its journal replayed. `commit=300` and `noauto_
 synced for as long as ext4 can. Needs root, loop devices and mkfs.ext4.
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -15,11 +16,20 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from bench.breaking.checkout import RECIPE, end_all, held, make_checkout, stage_process, start
-from bench.breaking.kills import differences, to_the_end
+from bench.breaking.checkout import (
+    RECIPE,
+    end_all,
+    held,
+    make_checkout,
+    stage_process,
+    stage_seconds,
+    start,
+    wait_for_stage,
+)
+from bench.breaking.kills import START_SECONDS, differences, to_the_end
 
 IMAGE_BYTES = 1 << 30
-SECONDS = (0.5, 11.0)
+UMOUNT_SECONDS = 60.0  # for what another program of the machine looks at
 MODES = ("data=ordered", "data=writeback")
 
 
@@ -28,21 +38,34 @@ def mounted(image: Path, at: Path, mode: str) -> None:
     subprocess.run(["mount", "-o", f"loop,commit=300,noauto_da_alloc,{mode}", image, at], check=True)
 
 
-def cut(checkout: Path, mark: str, image: Path, chance: random.Random, mode: str) -> str:
-    """Run make, cut the power at a random moment, and mount what is left; return the stage, "" if make had ended."""
+def unmounted(at: Path) -> None:
+    """Unmount what is mounted at a folder."""
+    until = time.monotonic() + UMOUNT_SECONDS
+    while subprocess.run(["umount", at], check=False, stderr=subprocess.DEVNULL).returncode:
+        if time.monotonic() > until:
+            raise TimeoutError(f"{at}: can't be unmounted")
+        time.sleep(0.5)
+
+
+def cut(checkout: Path, mark: str, image: Path, stage: tuple[str, float], mode: str) -> str:
+    """Run make, cut the power so many seconds after a stage began, and mount what is left.
+
+    Return the stage in which that was, "" if make had ended before.
+    """
     process = start(checkout, mark)
-    try:
-        process.wait(chance.uniform(*SECONDS))
+    if wait_for_stage(process, mark, stage[0]):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(stage[1])
+    if process.poll() is not None:
         return ""
-    except subprocess.TimeoutExpired:
-        running = stage_process(mark)
+    running = stage_process(mark)
     os.killpg(process.pid, signal.SIGSTOP)
     after = image.with_suffix(".cut")
     subprocess.run(["cp", "--sparse=always", image, after], check=True)
     os.killpg(process.pid, signal.SIGKILL)
     end_all(mark, 10.0)
     process.wait()
-    subprocess.run(["umount", checkout / "artifacts"], check=True)
+    unmounted(checkout / "artifacts")
     after.replace(image)
     mounted(image, checkout / "artifacts", mode)
     return running[1] if running else "between stages"
@@ -55,7 +78,8 @@ def run(folder: Path, seed: int, count: int) -> list[str]:
     artifacts, image = checkout / "artifacts", folder / "disk.img"
     began = time.monotonic()
     wrong = [each for each in [to_the_end(checkout, mark)] if each]
-    expected, stages, rounds, cuts, same = held(artifacts / RECIPE), Counter(), 0, 0, 0
+    expected, took = held(artifacts / RECIPE), stage_seconds(artifacts / RECIPE)
+    stages, rounds, cuts, same = Counter(), 0, 0, 0
     shutil.rmtree(artifacts / RECIPE)
     while cuts < count and not wrong:
         mode = MODES[rounds % len(MODES)]
@@ -65,17 +89,17 @@ def run(folder: Path, seed: int, count: int) -> list[str]:
         subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
         mounted(image, artifacts, mode)
         try:
-            for _ in range(chance.randrange(12, 26)):
-                if not (stage := cut(checkout, mark, image, chance, mode)):
-                    break
-                cuts += 1
-                stages[stage] += 1
+            for name in [name for name in took for _ in range(chance.randint(1, 3))]:
+                moment = name, chance.uniform(0, took[name] + START_SECONDS)
+                if where := cut(checkout, mark, image, moment, mode):
+                    cuts += 1
+                    stages[where] += 1
             wrong += [f"round {rounds}: {fault}" for fault in [to_the_end(checkout, mark)] if fault]
             differing = differences(expected, held(artifacts / RECIPE))
             wrong += [f"round {rounds}: other bytes or files: {differing}"] if differing else []
             same += not differing
         finally:
-            subprocess.run(["umount", artifacts], check=True)
+            unmounted(artifacts)
         print(f"round {rounds}: {cuts} cuts, {time.monotonic() - began:.0f} s {wrong}", flush=True)
     where = ", ".join(f"{name} {number}" for name, number in sorted(stages.items()))
     return [

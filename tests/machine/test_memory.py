@@ -1,5 +1,6 @@
 """The memory estimate: shapes add up to the published models, parts are what arithmetic by hand gives, peaks behave."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from stages.lib.machine.memory import (
 from stages.lib.machine.shape import LINEAR_LAYERS, SHAPES, Shape, shape_of_config
 from stages.lib.recipe.tables import Lora, Recipe
 from tests.support.arguments import RECIPES
+from tests.support.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 ALL = list(LINEAR_LAYERS)
@@ -124,9 +126,58 @@ def test_a_config_json_gives_the_parameters_that_transformers_makes_of_it(case):
     assert shape_of_config(saved, "config.json") == shape_of_config(config, "config.json")
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "model", [model for model in PUBLISHED if not model.refused], ids=lambda model: model.name.partition("/")[2]
+)
+def test_a_published_config_json_gives_the_parameters_that_transformers_makes_of_it(model, tmp_path):
+    import torch
+    from transformers import AutoConfig
+
+    from stages.lib.model.network import network_class
+
+    (tmp_path / "config.json").write_text(json.dumps(model.config))
+    made = AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        network = network_class(tmp_path).from_config(made)
+    expected = sum(weight.numel() for weight in network.parameters())
+    if model.name == "mistralai/Mistral-Small-3.1-24B-Instruct-2503":  # its config.json does not say that it is untied
+        expected += 131_072 * 5_120
+    shape = shape_of_config(model.config, "config.json")
+    assert shape.parameters == expected
+    saved = shape_of_config(made.to_dict(), "config.json")
+    assert saved.parameters == expected
+    assert kv_bytes(saved, 100_000) == kv_bytes(shape, 100_000)
+    linear = sum(each.weight.numel() for name, each in network.named_modules() if is_quantized(name, each))
+    assert shape.linear_parameters == linear
+
+
+def is_quantized(name: str, module: Any) -> bool:
+    """Say whether 4-bit loading quantizes a module here: a linear layer of the text part, but for the output layer."""
+    return type(module).__name__ == "Linear" and "vision" not in name and "projector" not in name and name != "lm_head"
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "size"),
+    [
+        ("Qwen/Qwen3.5-4B", 1000, 2 * 2 * 1000 * 8 * 4 * 256),  # 8 of 32 layers with attention
+        ("ibm-granite/granite-4.0-h-tiny", 1000, 2 * 2 * 1000 * 4 * 4 * 128),
+        ("LiquidAI/LFM2-1.2B", 1000, 2 * 2 * 1000 * 6 * 8 * 64),
+        ("unsloth/gpt-oss-20b-BF16", 1000, 2 * 2 * 8 * 64 * 12 * (1000 + 128)),
+        # 15 layers with keys of their own, 12 of them with a window; a head counted as in the other 3, with 512
+        ("google/gemma-4-E2B-it", 1000, 2 * 2 * 1 * 512 * (3 * 1000 + 12 * 512)),
+        ("mistralai/Ministral-3-3B-Reasoning-2512", 1000, 2 * 2 * 1000 * 26 * 8 * 128),
+    ],
+)
+def test_a_kv_cache_is_kept_by_the_layers_with_attention(name, tokens, size):
+    config = next(model.config for model in PUBLISHED if model.name == name)
+    assert kv_bytes(shape_of_config(config, "config.json"), tokens) == size
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"model_type": "gemma4", "audio_config": {"hidden_size": 8}}, "has an audio_config"),
         ({"model_type": "mixtral", "hidden_size": 8}, "model_type is 'mixtral'"),
         ({"hidden_size": 8}, "model_type is None"),
         ({"model_type": "llama", "num_attention_heads": 2, "hidden_size": 8}, "has no 'num_hidden_layers'"),
@@ -164,6 +215,9 @@ def test_four_bits_leave_embeddings_and_vision_tower_in_sixteen():
         (ALL, 3 * 2 * (16 + 12 + 12 + 16 + 72)),
         (["all-linear"], 3 * 2 * 128),
         (["lm_head"], 0),
+        (["qkv_proj"], 3 * 2 * (16 + 12 + 12)),
+        (["w1", "w2", "w3", "out_proj"], 3 * 2 * (72 + 16)),
+        (["input_linear", "output_linear"], 3 * 2 * 72),
     ],
 )
 def test_an_adapter_by_hand(modules, parameters):

@@ -26,6 +26,12 @@ VLLM_GRAPH_BYTES = 1_000_000_000  # captured CUDA graphs
 VLLM_BATCH_TOKENS = 8192  # vLLM's max_num_batched_tokens: the prompts it reads at once
 SAMPLER_BYTES = 8  # a logit in vLLM's sampler: float32, and a copy to sort or normalize
 FRAGMENTS = 0.1  # of what comes and goes within a step: memory that torch's allocator holds and can't use
+# What Phi 3, Granite 4 and LFM2 call those of `LINEAR_LAYERS`, or several of them in one.
+OTHER_NAMES = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj"), "out_proj": ("o_proj",),
+    "input_linear": ("gate_proj", "up_proj"), "output_linear": ("down_proj",),
+    "w1": ("gate_proj",), "w3": ("up_proj",), "w2": ("down_proj",),
+}  # fmt: skip
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -57,13 +63,15 @@ def adapter_parameters(shape: Shape, lora: Lora) -> int:
 
 
 def adapted(target_modules: Sequence[str]) -> list[str]:
-    """Return those of `LINEAR_LAYERS` that the recipe's `target_modules` means, by name or as ["all-linear"]."""
-    return [name for name in LINEAR_LAYERS if name in target_modules or "all-linear" in target_modules]
+    """Return those of `LINEAR_LAYERS` that `target_modules` means: by name, by another family's, or ["all-linear"]."""
+    meant = {each for name in target_modules for each in OTHER_NAMES.get(name, (name,))}
+    return [name for name in LINEAR_LAYERS if name in meant or "all-linear" in meant]
 
 
 def kv_bytes(shape: Shape, tokens: int) -> int:
     """Return the bytes of a sequence's 16-bit KV cache; sliding layers keep no more tokens than their window."""
-    full = (shape.layers - shape.sliding_layers) * tokens
+    layers = shape.layers if shape.attention_layers is None else shape.attention_layers
+    full = (layers - shape.sliding_layers) * tokens
     sliding = shape.sliding_layers * min(tokens, shape.sliding_window)
     return 2 * 2 * shape.kv_heads * shape.head_dim * (full + sliding)
 

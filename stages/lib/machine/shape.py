@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.lib.errors import UserError
+from stages.lib.machine.layers import COUNTS, vision_parameters
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Gemma3TextConfig's defaults: the published config.json of Gemma 3 4B leaves these out.
@@ -15,7 +16,10 @@ GEMMA3_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense decoder with gated MLP and grouped-query attention; sizes in elements, as config.json has them."""
+    """A decoder with gated MLP and grouped-query attention; sizes in elements, as config.json has them.
+
+    Where layers differ, sizes are those of the largest, and `counted` has the parameters.
+    """
 
     layers: int
     hidden_size: int
@@ -31,6 +35,8 @@ class Shape:
     sliding_window: int = 0  # tokens that the sliding layers look back
     sliding_layers: int = 0
     vision_parameters: int = 0  # of the vision tower and what joins it on, which stay as they are
+    attention_layers: int | None = None  # with keys and values of their own; None: all layers
+    counted: tuple[int, int] | None = None  # weights of linear layers and all others, where layers are not alike
 
     @property
     def linear(self) -> dict[str, tuple[int, int]]:
@@ -44,16 +50,20 @@ class Shape:
     @property
     def linear_parameters(self) -> int:
         """Weights of all layers' linear layers, without biases: what 4-bit loading quantizes."""
+        if self.counted:
+            return self.counted[0]
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linear.values())
 
     @property
     def parameters(self) -> int:
         """All parameters, a tied embedding counted once."""
+        embeddings = (1 if self.tied else 2) * self.vocabulary_size * self.hidden_size
+        rest = embeddings + self.hidden_size + self.vision_parameters
+        if self.counted:
+            return sum(self.counted) + rest
         bias = (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
         norms = self.layer_norms * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        embeddings = (1 if self.tied else 2) * self.vocabulary_size * self.hidden_size
-        rest = self.layers * (bias + norms) + embeddings + self.hidden_size + self.vision_parameters
-        return self.linear_parameters + rest
+        return self.linear_parameters + self.layers * (bias + norms) + rest
 
 
 # The published config.json of the recipes' models, for a machine that has neither network nor a copy.
@@ -71,7 +81,12 @@ SHAPES = {
     "meta-llama/Llama-3.1-8B-Instruct": Shape(32, 4096, 32, 8, 128, 14_336, 128_256, False),
     "unsloth/Phi-4": Shape(40, 5120, 40, 10, 128, 17_920, 100_352, False),
 }  # fmt: skip
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text")
+# Families of which all layers are `Shape`'s; `COUNTS` has the others.
+PLAIN = (
+    "llama", "mistral", "mistral3", "ministral3", "qwen2", "qwen3", "gemma3", "gemma3_text", "phi3", "smollm3",
+)  # fmt: skip
+FAMILIES = (*PLAIN, *COUNTS)
+TIED = ("gemma3", "gemma3_text", "gemma4", "gemma4_text", "smollm3", "lfm2")  # unless config.json says otherwise
 
 
 def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
@@ -83,32 +98,39 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES or not isinstance(text, dict):
         raise UserError(f"{where}: model_type is {family!r}; its memory can be estimated for {', '.join(FAMILIES)}")
-    gemma = family.startswith("gemma3")
-    sizes: dict[str, Any] = (GEMMA3_DEFAULTS if gemma else {}) | {
+    if config.get("audio_config"):
+        raise UserError(f"{where}: has an audio_config; the memory of what reads sound can't be estimated")
+    sizes: dict[str, Any] = (GEMMA3_DEFAULTS if family.startswith("gemma3") else {}) | {
         key: value for key, value in text.items() if value is not None
     }
     try:
-        heads = sizes["num_attention_heads"]
-        return Shape(
-            layers=sizes["num_hidden_layers"],
-            hidden_size=sizes["hidden_size"],
-            heads=heads,
-            kv_heads=sizes.get("num_key_value_heads", heads),
-            head_dim=sizes.get("head_dim", sizes["hidden_size"] // heads),
-            intermediate_size=sizes["intermediate_size"],
-            vocabulary_size=sizes["vocab_size"],
-            tied=sizes.get("tie_word_embeddings", config.get("tie_word_embeddings", gemma)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family in ("qwen3", "gemma3", "gemma3_text"),
-            layer_norms=4 if gemma else 2,
-            sliding_window=sizes["sliding_window"] if gemma else 0,
-            sliding_layers=sliding_layers(sizes) if gemma else 0,
-            vision_parameters=vision_parameters(config["vision_config"], sizes) if "vision_config" in config else 0,
-        )
+        fields = plain_fields(family, sizes)
+        fields["tied"] = sizes.get("tie_word_embeddings", config.get("tie_word_embeddings", family in TIED))
+        fields["vision_parameters"] = vision_parameters(config, sizes)
+        return Shape(**fields | (COUNTS[family](sizes) if family in COUNTS else {}))
     except KeyError as error:
         raise UserError(f"{where}: has no {error.args[0]!r}; expected a whole config.json") from error
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{where}: config.json states a size that is none ({error}). Fetch or make it again") from error
+
+
+def plain_fields(family: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `Shape` that the text part's `sizes` state, as of a model whose layers are alike."""
+    heads, gemma3 = sizes["num_attention_heads"], family.startswith("gemma3")
+    return {
+        "layers": sizes["num_hidden_layers"],
+        "hidden_size": sizes["hidden_size"],
+        "heads": heads,
+        "kv_heads": sizes.get("num_key_value_heads", heads),
+        "head_dim": sizes.get("head_dim", sizes["hidden_size"] // heads),
+        "intermediate_size": sizes["block_ff_dim"] if "block_ff_dim" in sizes else sizes["intermediate_size"],
+        "vocabulary_size": sizes["vocab_size"],
+        "qkv_bias": family == "qwen2",
+        "qk_norm": family == "qwen3" or gemma3,
+        "layer_norms": 4 if gemma3 else 2,
+        "sliding_window": sizes["sliding_window"] if gemma3 else 0,
+        "sliding_layers": sliding_layers(sizes) if gemma3 else 0,
+    }
 
 
 def sliding_layers(text: Mapping[str, Any]) -> int:
@@ -116,12 +138,3 @@ def sliding_layers(text: Mapping[str, Any]) -> int:
     if "layer_types" in text:
         return text["layer_types"].count("sliding_attention")
     return text["num_hidden_layers"] - text["num_hidden_layers"] // text.get("sliding_window_pattern", 6)
-
-
-def vision_parameters(vision: Mapping[str, Any], text: Mapping[str, Any]) -> int:
-    """Return the parameters of Gemma 3's SigLIP tower and of its projector into the text model."""
-    hidden, inner = vision["hidden_size"], vision["intermediate_size"]
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    embedding = hidden * (3 * vision["patch_size"] ** 2 + 1) + patches * hidden
-    layer = 4 * hidden * (hidden + 1) + hidden * (inner + 1) + inner * (hidden + 1) + 4 * hidden
-    return embedding + vision["num_hidden_layers"] * layer + 2 * hidden + hidden * (text["hidden_size"] + 1)

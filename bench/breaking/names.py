@@ -58,14 +58,15 @@ def by_make(kind: str, name: str, checkout: Path) -> None:
 
     log = checkout / ".venv" / "bin" / "log"
     log.unlink(missing_ok=True)
+    word = name.replace("$", "$$")  # as on make's command line, where one $ is make's own
     shutil.rmtree(checkout / "artifacts", ignore_errors=True)
     if kind == "recipe":
         (checkout / "recipes" / f"{name}.toml").write_bytes((checkout / "recipes" / "breaks.toml").read_bytes())
-        done, wanted = make(checkout, "base-model", f"RECIPE={name}"), f"recipes/{name}.toml"
+        done, wanted = make(checkout, "base-model", f"RECIPE={word}"), f"recipes/{name}.toml"
         (checkout / "recipes" / f"{name}.toml").unlink()
     else:
         (checkout / name).mkdir(exist_ok=True)
-        done, wanted = make(checkout, "prepare-data", "RECIPE=tiny-gsm8k", f"DATA={name}"), name
+        done, wanted = make(checkout, "prepare-data", "RECIPE=tiny-gsm8k", f"DATA={word}"), name
     if list(checkout.rglob("made")):
         raise RuntimeError("a name was run as a command")
     if done.returncode:

@@ -9,7 +9,7 @@ from stages.lib.data.batch import BATCH_ROWS, Batch, Wanted, require_columns, to
 from stages.lib.errors import UserError
 
 MAX_BATCH_BYTES = 1 << 27  # of `BATCH_ROWS` rows, as Arrow holds them
-MAX_MEGABYTES = 2000  # of address space to decode them: pyarrow itself takes a quarter
+MAX_MEGABYTES = 800  # of address space to decode them; pyarrow itself takes about a third
 BASE_SECONDS, BYTES_A_SECOND = 6, 10_000_000  # to read a file in: a slow machine decodes some ten times as fast
 
 

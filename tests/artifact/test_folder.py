@@ -260,7 +260,7 @@ def test_files_and_folders_are_on_the_disk_before_the_manifest_and_that_before_i
     assert before.index("*/model/weights") < before.index("*/model")
     assert before[-1] == "*"
     where = str(tmp_path)
-    assert after == ["*/manifest.json.tmp", f"replace {where}/*/manifest.json", "*", f"rename {out}", where]
+    assert after == ["*/manifest.json.tmp", f"replace {where}/*/manifest.json", "*", "*", f"rename {out}", where]
 
 
 def test_a_second_run_writes_nothing_but_the_manifests_time(tmp_path, capsys):

@@ -205,6 +205,7 @@ def put_in_place(folder: Path, out: Path, stage: str) -> None:
     before = remove_replaced(out, stage)
     remove_folder(folder / CHECKPOINTS)
     (folder / IDENTITY).unlink(missing_ok=True)
+    sync(folder)  # or a power cut might bring these back beside the result, where they are nobody's
     if out.exists():
         out.rename(before)
     folder.rename(out)

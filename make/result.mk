@@ -33,6 +33,13 @@ sweep: export SET := $(value SET)
 # make -n would run a line that names MAKE itself.
 this_make := $(MAKE)
 
+# Of the merged model, or of the GGUF in llama-server. What lies in BENCHMARKS is read, and nothing is then fetched.
+judged := merge $(if $(filter gguf,$(OF)),gguf)
+benchmark: $(call done_of,$(judged))  ## Run public benchmarks, base and result: make benchmark TASKS=gsm8k,math_hard LIMIT=200
+	@$(call stage,benchmark) $(call given,$(judged) $(base)) --artifacts $(out) --of $(OF) --tasks $(call quoted,$(TASKS)) \
+	  $(if $(LIMIT),--limit $(LIMIT)) $(if $(BENCHMARKS),--local $(call quoted,$(BENCHMARKS))) $(if $(filter 1,$(CHAT)),--chat)
+benchmark: override export MOUNT := $(MOUNT)$(if $(BENCHMARKS),$(if $(MOUNT),:)$(BENCHMARKS))
+
 push: $(call done_of,$(uploaded))  ## Upload the result to a private repository: make push HUB=user/name (PUBLIC=1, WHAT=gguf)
 	@INTERACTIVE=1 $(call stage,push) --hub $(call quoted,$(HUB)) $(call given,$(uploaded)) \
 	  $(if $(WHAT),--what $(call quoted,$(WHAT))) $(if $(filter 1,$(PUBLIC)),--public) $(if $(filter 1,$(YES)),--yes)

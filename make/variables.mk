@@ -60,6 +60,16 @@ RECIPES ?=
 SET ?=
 ## make sweep: what is made of each recipe: infer, or all for the files too
 GOAL ?= infer
+## make benchmark: names of lm-eval's tasks, as in gsm8k,math_hard
+TASKS ?=
+## make benchmark: at most so many problems of each task; left out, all
+LIMIT ?=
+## make benchmark: a folder with local copies of the tasks' datasets, and with tasks of one's own
+BENCHMARKS ?=
+## make benchmark: merged, or gguf for the recommended file in llama-server
+OF ?= merged
+## make benchmark: 1 prompts by the chat template and the system prompt
+CHAT ?=
 ## make push: the repository, as in user/name
 HUB ?=
 ## make push: what to upload; left out, all
@@ -89,7 +99,7 @@ define newline
 
 
 endef
-asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS PROCESSES TRACK IMAGE MEMORY PIDS VENV PORT PUBLIC YES
+asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS PROCESSES TRACK IMAGE MEMORY PIDS VENV PORT PUBLIC YES TASKS LIMIT BENCHMARKS OF CHAT
 $(foreach each,$(asked) SET PYTHON DOCKER TORCH_INDEX BASE CA_BUNDLE PIP_CONFIG HUB WHAT,$(if $(findstring $(newline),$($(each))), \
   $(error $(each)=$(subst $(newline), ,$($(each))): there is a line break in it, which make can't hand on)))
 wrong := $(shell $(foreach each,$(asked),$(each)=$(call quoted,$($(each)))) make/asked)
@@ -113,6 +123,12 @@ ifneq ($(filter sweep,$(MAKECMDGOALS)),)
   endif
 endif
 
+ifneq ($(filter benchmark,$(MAKECMDGOALS)),)
+  ifeq ($(TASKS),)
+    $(error make benchmark needs names of lm-eval's tasks: make benchmark TASKS=gsm8k,math_hard LIMIT=200)
+  endif
+endif
+
 recipe := recipes/$(RECIPE).toml
 out := artifacts/$(RECIPE)
 stages := base-model prepare-data sft score-base grpo infer merge gguf ollama-modelfile
@@ -120,7 +136,7 @@ stages := base-model prepare-data sft score-base grpo infer merge gguf ollama-mo
 done_of = $(1:%=$(out)/%/manifest.json)
 done := $(call done_of,$(stages))
 
-.PHONY: all help check test test-gpu clean setup verify ask chat serve push ollama report compare sweep image shell lock sbom doctor FORCE
+.PHONY: all help check test test-gpu clean setup verify ask chat serve push ollama report compare sweep benchmark image shell lock sbom doctor FORCE
 .PHONY: $(stages)
 # A manifest is never half written: make, interrupted in the moment after one appeared, must not delete it.
 .PRECIOUS: $(done)

@@ -58,7 +58,7 @@ on_host = $(call quoted,$(or $(shell for each in $(VENV)/bin/python $(call quote
   $(PYTHON) has no click. Run: $(PYTHON) -m pip install click, or: make setup)))
 
 # Only a recipe with a [base_model] table makes its own base model; every stage that loads the model then reads it.
-ifneq ($(filter all verify ask chat serve push ollama $(stages) $(out)/%,$(goals)),)
+ifneq ($(filter all verify ask chat serve push ollama benchmark $(stages) $(out)/%,$(goals)),)
   told := $(shell for each in $(call quoted,$(PYTHON)) $(VENV)/bin/python; do \
     "$$each" make/recipe.py base-model $(recipe) 2> /dev/null && break; done; true)
   ifeq ($(told)$(RUNTIME),docker)  # no Python here reads TOML; the image's does

@@ -42,7 +42,8 @@ def main(recipe: Path, prepare_data: Path, sft: Path, grpo: Path, base_model: Pa
     tables = run_recipe.tables("model", "vllm", "format", "infer")
     tables |= {"data": {"max_prompt_tokens": run_recipe.data.max_prompt_tokens}}
     sources = local_model(run_recipe)
-    room = room_to_answer(len(MODELS) * run_recipe.infer.problems, run_recipe.infer.max_completion_tokens)
+    answers = len(MODELS) * (1 + run_recipe.infer.samples)  # to each problem
+    room = room_to_answer(answers * run_recipe.infer.problems, run_recipe.infer.max_completion_tokens)
     with write_artifact(out, "infer", tables, inputs, sources=sources, room_bytes=room) as run:
         problems = rows_of(prepare_data / "eval.jsonl", run_recipe.infer.problems)
         rows = answer(run_recipe, problems, {"sft": sft / "adapter", "grpo": grpo / "adapter"}, run)

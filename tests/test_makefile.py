@@ -622,6 +622,15 @@ def test_a_changed_lock_sets_up_again_and_runs_no_stage(copy):
         (['GPUS="; touch made; "'], r'GPUS="; touch made; " is not known'),
         (["MAKE_VERSION=3.81"], r"this is GNU make 3\.81; expected 4\.2 or newer\. On macOS: brew install make"),
         (["MAKE_VERSION=4.1"], r"this is GNU make 4\.1; expected 4\.2 or newer"),
+        (["TASKS=--help"], r"TASKS=--help is not known\. Expected names of lm-eval's tasks with commas between them"),
+        (["TASKS=gsm8k --device=x"], r"TASKS=gsm8k --device=x is not known"),
+        (["TASKS=gsm8k'; touch made; '"], r"is not known\. Expected names of lm-eval's tasks"),
+        (["TASKS=tasks/mine.yaml"], r"is not known\. Expected names of lm-eval's tasks"),
+        (["LIMIT=0"], r"LIMIT=0 is not known\. Expected a number of problems, such as 200"),
+        (["LIMIT=5 --of gguf"], r"LIMIT=5 --of gguf is not known"),
+        (["OF=ggml"], r"OF=ggml is not known\. Expected merged or gguf"),
+        (["BENCHMARKS=nowhere"], r"BENCHMARKS=nowhere: there is no such folder"),
+        (["CHAT=yes"], r"CHAT=yes is not known\. Expected 1, or leave it out"),
         (["PUBLIC=0"], r"PUBLIC=0 is not known\. Expected 1, or leave it out"),
         (["YES=no"], r"YES=no is not known\. Expected 1, or leave it out"),
         (["SUBSET=0"], r"SUBSET=0 is not known\. Expected 1, or leave it out"),
@@ -688,8 +697,9 @@ def test_the_preamble_is_strict():
 def asked(*variables: str) -> dict[str, list[list[str]]]:
     """Return the options that the Makefile gives each stage, a list a call."""
     targets = ["all", "verify", "score-base", "grpo", "ask", "chat", "serve", "report", "compare", "sweep"]
-    targets += ["push", "ollama", "doctor"]
-    result = make(ROOT, "-n", "-B", *targets, "HUB=user/name", "RECIPES=tiny tiny-gsm8k", "SET=grpo.seed=1", *variables)
+    targets += ["push", "ollama", "doctor", "benchmark"]
+    given = ["HUB=user/name", "RECIPES=tiny tiny-gsm8k", "SET=grpo.seed=1", "TASKS=gsm8k"]
+    result = make(ROOT, "-n", "-B", *targets, *given, *variables)
     assert result.returncode == 0, result.stderr
     calls: dict[str, list[list[str]]] = {}
     for line in result.stdout.replace("\\\n", "").splitlines():
@@ -709,6 +719,10 @@ def test_the_makefiles_options_are_exactly_the_stages():
         "YES=1",
         "WHAT=gguf",
         "PRICE=2.5",
+        "LIMIT=20",
+        "OF=gguf",
+        "CHAT=1",
+        "BENCHMARKS=tests/support",
     ]
     with_all += ["RUNTIME=docker", "GPUS=none"]
     for variables in (["RECIPE=tiny"], ["RECIPE=gemma3-1b-gsm8k"], with_all):

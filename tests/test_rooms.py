@@ -15,7 +15,7 @@ FLOORS = (
     ("artifact", "answers", "gguf", "ollama"),
     ("rewards", "model"),
     ("recipe", "data", "train", "serve", "report"),
-    ("machine",),
+    ("machine", "benchmark"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in LIB.rglob("*.py") if path.name != "__init__.py")

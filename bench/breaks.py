@@ -35,7 +35,8 @@ PARTS = {
 @click.argument("part", type=click.Choice(list(PARTS)))
 @click.option("--seed", default=0)
 @click.option("--count", type=int, help="How many; left out, as in the results.")
-def main(part: str, seed: int, count: int | None) -> None:
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, help="The file to write the part to.")
+def main(part: str, seed: int, count: int | None, results: Path) -> None:
     run, usual = PARTS[part]
     count = count or usual
     with tempfile.TemporaryDirectory(prefix="temper-breaks-") as folder:
@@ -45,7 +46,7 @@ def main(part: str, seed: int, count: int | None) -> None:
     where = f"{os.cpu_count()} processors, {platform.platform()}, Python {platform.python_version()}"
     command = f"python -m bench.breaks {part} --seed {seed} --count {count}"
     about = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, commit {commit}, {where}: `{command}`"
-    write_part(RESULTS, part, [about, "", *lines])
+    write_part(results, part, [about, "", *lines])
 
 
 def write_part(path: Path, part: str, lines: list[str]) -> None:

@@ -52,9 +52,9 @@ class Checkout:
             check=False, input=said,
         )  # fmt: skip
 
-    def inside(self, program: str) -> subprocess.CompletedProcess:
+    def inside(self, program: str, **bounds: str) -> subprocess.CompletedProcess:
         """Run a Python program as a stage would be."""
-        settings = {"IMAGE_FILE": "data/cache/image-cpu", "GPUS": "none"}
+        settings = {"IMAGE_FILE": "data/cache/image-cpu", "GPUS": "none", **bounds}
         return subprocess.run(
             ["docker/run", "python", "-c", program], cwd=self.folder, env=self.environment() | settings,
             capture_output=True, text=True, check=False,
@@ -234,6 +234,47 @@ print(json.dumps({
     assert seen["init"] in ("docker-init", "tini", "catatonit")
     assert seen["user"] == [os.getuid(), os.getgid()]
     assert not {"sda", "vda", "mem", "kmsg", "fuse"} & set(seen["devices"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "links"), [("verify", ["lo"]), ("base_model", ["lo"]), ("ask", ["lo"]), ("merge", ["eth0", "lo"])]
+)
+def test_a_stage_that_fetches_nothing_has_no_network_and_one_that_fetches_has(checkout, tmp_path, stage, links):
+    for name in ("docker", "make"):
+        shutil.copytree(checkout.folder / name, tmp_path / name)
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / f"{stage}.py").write_text("import os; print(sorted(os.listdir('/sys/class/net')))")
+    settings = {"IMAGE_FILE": str(checkout.folder / "data" / "cache" / "image-cpu"), "GPUS": "none"}
+    done = subprocess.run(
+        ["docker/run", "python", "-m", f"stages.{stage}"], cwd=tmp_path, env=checkout.environment() | settings,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, str(links)), done.stderr
+
+
+def test_a_program_that_takes_more_memory_than_it_may_is_ended(checkout):
+    program = "print(len(bytearray(1 << 29)))"
+    assert checkout.inside(program, MEMORY="2g").stdout == f"{1 << 29}\n"
+    done = checkout.inside(program, MEMORY="300m")
+    assert (done.returncode, done.stdout) == (137, "")
+
+
+def test_a_program_that_starts_more_processes_than_it_may_can_not(checkout):
+    program = """
+import os, time
+started = 0
+try:
+    while started < 200:
+        if os.fork() == 0:
+            time.sleep(3)
+            os._exit(0)
+        started += 1
+except BlockingIOError:
+    pass
+print(started)
+"""
+    assert checkout.inside(program, PIDS="1000").stdout == "200\n"
+    assert 40 < int(checkout.inside(program, PIDS="60").stdout) < 60
 
 
 def test_a_user_that_the_image_does_not_know_can_use_it(checkout):

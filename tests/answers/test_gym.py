@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from stages.lib.answers.formats import XML, Answer
 from stages.lib.answers.grade import canonical, grade, shown_answer
 from stages.lib.answers.gym import MAX_CHARACTERS, TASKS
 from stages.lib.answers.worker import Worker
+from stages.lib.errors import UserError
 from tests.support.gym_table import load_patience
 from tests.support.rewards import load_rewards
 
@@ -82,6 +84,23 @@ def test_an_answer_that_is_too_long_is_wrong():
 def test_a_scorer_that_does_not_end_is_killed_and_the_next_answer_is_scored():
     worker = Worker("patience", load_patience)
     assert [worker.ask("", given) for given in ("ends", "never ends", "ends")] == [1.0, 0.0, 1.0]
+
+
+def test_a_worker_starts_also_when_the_server_that_forks_it_was_killed():
+    from multiprocessing.forkserver import _forkserver
+
+    assert Worker("patience", load_patience).ask("", "ends") == 1.0
+    os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
+    assert Worker("patience", load_patience).ask("", "ends") == 1.0
+
+
+def load_death() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_while_it_loads_says_by_what():
+    with pytest.raises(UserError, match=r"the process that grades \(death\) could not start: it was ended by SIGKILL"):
+        Worker("death", load_death).start()
 
 
 def test_the_right_answer_is_shown_and_compared_without_its_entry():

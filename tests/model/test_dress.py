@@ -7,6 +7,7 @@ import pytest
 
 from stages.lib.errors import UserError
 from stages.lib.model.dress import rehearse
+from stages.lib.model.lora import require_modules
 from stages.lib.model.network import network_class, outside_text
 from stages.lib.model.shrink import small_sizes
 from stages.lib.recipe.read import read_recipe
@@ -108,6 +109,26 @@ def test_an_adapter_on_one_use_of_a_tied_embedding_is_refused_before_training(re
     lora = dataclasses.replace(recipe.lora, target_modules=["q_proj", name])
     with pytest.raises(UserError, match=rf"make sft would fail(.|\n)*names '{name}'; (.|\n)*are one matrix"):
         rehearse(dataclasses.replace(recipe, lora=lora))
+
+
+def test_an_adapter_on_experts_is_refused_with_the_reason(recipe):
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "vocab_size": 64,
+    }
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(num_hidden_layers=1, mlp_only_layers=[], **sizes))
+    lora = dataclasses.replace(recipe.lora, target_modules=["q_proj", "gate_proj"])
+    with pytest.raises(UserError, match=r"names 'gate_proj'; .*no such module.* Its experts are one tensor each"):
+        require_modules(dataclasses.replace(recipe, lora=lora), model)
+    lora = dataclasses.replace(recipe.lora, target_modules=["q_proj", "v_proj"])
+    require_modules(dataclasses.replace(recipe, lora=lora), model)
 
 
 def test_a_model_that_generates_no_text_is_refused(recipe, tmp_path):

@@ -445,3 +445,31 @@ def test_two_processes_of_infer_end_together_with_one_message_when_one_is_killed
         assert [line for line in said.splitlines() if "rank" in line] == expected
         assert "Traceback" not in said
         assert not (tmp_path / "infer").exists()
+
+
+@pytest.mark.torch
+def test_a_signal_that_comes_while_the_ranks_agree_is_heeded_at_the_next_step(monkeypatch):
+    from types import SimpleNamespace
+
+    from stages.lib.train import callbacks
+
+    _, stop = callbacks.make_callbacks({}, 1)
+    sent = []
+
+    def agree(value):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+            return 0  # the other rank has no signal yet, and this one had none when it was asked
+        return value
+
+    monkeypatch.setattr(callbacks.ranks, "largest", agree)
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    before = signal.getsignal(signal.SIGTERM)
+    stop.on_train_begin(None, None, control)
+    stops = []
+    for step in (1, 2):
+        stop.on_step_end(None, SimpleNamespace(global_step=step), control)
+        stops.append(control.should_training_stop)
+    stop.on_train_end(None, None, control)
+    assert stops == [False, True]
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import spawn
 from typing import Any
@@ -13,6 +14,8 @@ from stages.lib.errors import UserError
 
 TIMEOUT_SECONDS = 0.5  # of processor time, so that other work of the machine does not count
 _WALL_SECONDS = 60.0  # for a process that waits instead of working
+_RESTART_SECONDS = 30.0  # for a server that was killed
+_STARTING = threading.Lock()  # of all workers: they start by the same function of multiprocessing
 _MAX_MEMORY_BYTES = 4 << 30  # of address space, of which SymPy alone takes a good part
 
 
@@ -31,19 +34,36 @@ class Worker:
 
     def start(self) -> None:
         """Start the process, which takes a second the first time, unless it runs."""
-        if self._pipe is None:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["math_verify", __name__])
-            self._pipe, remote = context.Pipe()
-            process = context.Process(target=_serve, args=(remote, self.load), name=self.name, daemon=True)
-            with _no_main_module():
-                process.start()
-            remote.close()  # so that the worker's death ends the pipe
+        deadline = time.monotonic() + _RESTART_SECONDS
+        while self._pipe is None:
             try:
-                self._pipe.recv()  # ready
-            except EOFError as error:
-                self._pipe = None
-                raise UserError(f"the process that grades ({self.name}) could not start; its error is above") from error
+                self._fork()
+            except (
+                EOFError,
+                ConnectionError,
+            ):  # the server was killed; once it is gone, a new one is started
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def _fork(self) -> None:
+        """Let the server fork a process, and wait until it is ready. Raises `UserError` if it ends before that."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["math_verify", __name__])
+        pipe, remote = context.Pipe()
+        process = context.Process(target=_serve, args=(remote, self.load), name=self.name, daemon=True)
+        with _no_main_module():
+            process.start()
+        remote.close()  # so that the worker's death ends the pipe
+        try:
+            pipe.recv()  # ready
+        except (EOFError, ConnectionError) as error:
+            process.join()
+            ended = f"it was ended by {signal.Signals(-code).name}" if (code := process.exitcode or 0) < 0 else ""
+            raise UserError(
+                f"the process that grades ({self.name}) could not start: {ended or 'its error is above'}"
+            ) from error
+        self._pipe = pipe
 
     def ask(self, true: str, given: str) -> float:
         """Return the grade of `given`, from 0 to 1, where `true` is the right answer; 0.0 if that takes too long."""
@@ -64,12 +84,13 @@ class Worker:
 @contextlib.contextmanager
 def _no_main_module() -> Iterator[None]:
     """Keep the main module from the worker, which does not need it and would run a script's lines again."""
-    told = spawn.get_preparation_data
-    spawn.get_preparation_data = lambda name: {k: v for k, v in told(name).items() if not k.startswith("init_main")}
-    try:
-        yield
-    finally:
-        spawn.get_preparation_data = told
+    with _STARTING:
+        told = spawn.get_preparation_data
+        spawn.get_preparation_data = lambda name: {k: v for k, v in told(name).items() if not k.startswith("init_main")}
+        try:
+            yield
+        finally:
+            spawn.get_preparation_data = told
 
 
 def _serve(pipe: Any, load: Callable[[], Callable[[str, str], float]]) -> None:

@@ -23,9 +23,11 @@ def require_modules(recipe: Recipe, model: Any) -> None:
     found = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
     for name in named:
         if name.rpartition(".")[2] not in found:
+            experts = any(".experts." in parameter for parameter, _ in model.named_parameters())
+            why = ". Its experts are one tensor each, and take no adapter" if experts else ""
             raise UserError(
                 f"{recipe.path}: [lora] target_modules names {name!r}; {recipe.model.name} has no such "
-                f"module{nearest(name, found)}; it has {', '.join(sorted(found - {''}))}"
+                f"module{nearest(name, found)}; it has {', '.join(sorted(found - {''}))}{why}"
             )
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     both = [name for name, module in model.named_modules() if module is embedding or module is output]

@@ -65,8 +65,9 @@ def make_callbacks(bar: Mapping[str, str], round_steps: int) -> tuple[Any, Any]:
                 signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.signal = ranks.largest(self.signal or 0) or None  # what one rank got, all heed
-            if self.signal is not None and state.global_step % round_steps == 0:
+            heard = ranks.largest(self.signal or 0)  # what one got, all heed; what comes meanwhile, a step later
+            self.signal = heard or self.signal
+            if heard and state.global_step % round_steps == 0:
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args, state, control, **kwargs):

@@ -121,6 +121,25 @@ def test_podman_gets_its_own_spelling(checkout, asked, devices):
     assert "--gpus" not in words
 
 
+def test_with_several_gpus_a_container_has_the_hosts_shared_memory_and_is_told_what_nccl_is_told(checkout):
+    told = {
+        "TEMPER_GPUS": "0,1", "PROCESSES": "2", "NCCL_DEBUG": "INFO", "NCCL_P2P_DISABLE": "1", "NCCL_NVLS_ENABLE": "0",
+        "NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0", "NCCL_OTHER": "not asked for",
+    }  # fmt: skip
+    words = run(checkout, "python", "-m", "stages.grpo", GPUS="0,1", **told)
+    assert after("--gpus", words) == ['"device=0,1"']
+    assert after("--ipc", words) == ["host"]
+    assert not [word for word in words if word.startswith("--shm-size")]  # with the host's, it would say nothing
+    assert set(told) & set(after("--env", words)) == set(told) - {"NCCL_OTHER"}
+
+
+def test_make_hands_the_gpus_on_to_the_container_and_to_the_stage(checkout):
+    made = make(checkout, "base-model", "RUNTIME=docker", "GPUS=0,1", IMAGE_FILE="")
+    log = (checkout.parent / "log").read_text()
+    assert '"device=0,1"' in log, made.stderr
+    assert "TEMPER_GPUS" in log.splitlines()
+
+
 def test_a_stage_may_do_as_little_as_it_can_do_with(checkout):
     words = run(checkout, "python", "-m", "stages.sft", "a b", "$(c)")
     assert words[-5:] == [IMAGE, "python", "-m", "stages.sft", "a b", "$(c)"][-5:]

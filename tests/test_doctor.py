@@ -71,7 +71,9 @@ class Machine:
         (folder / "shm").mkdir()
         monkeypatch.setenv("PATH", str(folder / "bin"))
         monkeypatch.setenv("HF_HOME", str(folder / "hf"))
-        for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "RUNTIME", "GPUS", "DATA", "DOCKER", "http_proxy"):
+        for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "RUNTIME", "DATA", "DOCKER", "http_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("GPUS", "PROCESSES", "NCCL_P2P_DISABLE"):
             monkeypatch.delenv(name, raising=False)
         for module in ("disk", "hub", "copies"):
             monkeypatch.setattr(f"stages.lib.machine.{module}.ARTIFACTS", folder / "artifacts")
@@ -438,10 +440,65 @@ def test_a_model_of_an_unknown_family_is_a_warning_and_no_guess(machine):
     assert not lines["disk"]
 
 
-def test_gpus_chooses_the_device_that_is_asked_about(machine):
-    machine.env(GPUS="2,3")
-    machine.look()
-    assert (machine.folder / "nvidia-smi.calls").read_text().startswith("--id=2 --query-gpu=name,driver_version,")
+def test_gpus_chooses_the_devices_that_are_asked_about(machine):
+    machine.env(GPUS="3")
+    code, lines = machine.look()
+    assert (machine.folder / "nvidia-smi.calls").read_text().startswith("--id=3 --query-gpu=name,driver_version,")
+    assert code == 0
+    assert not {"GPUs", "all_reduce"} & set(lines)
+
+
+def several(machine, *cards: str, told: str = "") -> tuple[int, dict[str, list[str]]]:
+    """Look at a machine with these GPUs, whose exchange tells `told`."""
+    machine.env(GPUS=",".join(str(number) for number in range(2, 2 + len(cards))))
+    machine.program("nvidia-smi", "\n".join(cards))
+    machine.monkeypatch.setattr("stages.lib.machine.exchange.PROGRAM", f"print({told!r})")
+    return machine.look()
+
+
+RIGHT = """\
+{"pair": [0, 1], "peer": true, "right": true, "gb_s": 390.0}
+{"pair": [1, 0], "peer": true, "right": true, "gb_s": 380.5}
+{"rank": 0, "sum_right": true, "seconds": 0.001, "bytes": 268000000}
+{"rank": 1, "sum_right": true, "seconds": 0.002, "bytes": 268000000}
+"""
+
+
+def test_of_several_gpus_each_has_its_memory_said_and_what_they_exchange(machine):
+    code, lines = several(machine, H200, H200, told=RIGHT)
+    assert code == 0
+    assert (machine.folder / "nvidia-smi.calls").read_text().startswith("--id=2,3 --query-gpu=")
+    each = "NVIDIA H200, 150.1 GB of 150.8 GB free"
+    assert lines["GPUs"] == [f"ok    GPUs: 2 alike (GPU 2: {each}; GPU 3: {each})"]
+    assert lines["peer-to-peer"] == [
+        "ok    peer-to-peer: 2 copies arrived as they were sent, the slowest at 380.5 GB/s (GPU 1 to GPU 0)"
+    ]
+    assert lines["all_reduce"] == [
+        "ok    all_reduce: the sum of 268 MB over 2 GPUs is right on each, at 134.0 GB/s (bus bandwidth, as nccl-tests "
+        "counts it)"
+    ]
+
+
+def test_the_gpu_with_the_least_free_memory_decides_what_fits(machine):
+    code, lines = several(machine, H200, "NVIDIA H200, 580.95.05, 143771, 900, 9.0", told=RIGHT)
+    assert code == 1
+    assert "0.9 GB of 150.8 GB are free" in lines["GPU memory"][0]
+    assert "GPU 3: NVIDIA H200, 0.9 GB of 150.8 GB free" in lines["GPUs"][0]
+
+
+def test_gpus_of_two_kinds_are_a_warning_and_each_kind_is_looked_at(machine):
+    _, lines = several(machine, H200, L4, told=RIGHT)
+    assert lines["GPUs"][0].startswith("warn  GPUs: GPU 2: NVIDIA H200, 150.1 GB of 150.8 GB free; GPU 3: NVIDIA L4, ")
+    assert "They are not alike" in lines["GPUs"][0]
+    assert [line.split(": ")[1].split(",")[0] for line in lines["GPU"]] == ["NVIDIA H200", "NVIDIA L4"]
+
+
+def test_gpus_between_which_nothing_could_be_tried_are_a_warning(machine):
+    code, lines = several(machine, H200, H200, told='{"without": "torch 2.13.0+cpu sees 0 GPUs"}')
+    assert code == 0
+    assert lines["all_reduce"][0].startswith(
+        "warn  all_reduce: not tried whether the 2 GPUs reach each other: torch 2.13.0+cpu sees 0 GPUs. To do: "
+    )
 
 
 def test_another_docker_client_and_gpus_by_cdi(machine):

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from stages.lib.machine.findings import Finding, command_output
+from stages.lib.machine.findings import Finding, command_output, gigabytes
 from stages.lib.machine.memory import gpu_memory_findings
 from stages.lib.machine.shape import Shape
 from stages.lib.recipe.tables import Recipe
@@ -19,13 +20,46 @@ NEW_DRIVER = (
 WATCH = "watch nvidia-smi and df in the first steps of sft and grpo"
 
 
+@dataclass(frozen=True)
+class Card:
+    """A GPU as nvidia-smi describes it, by `GPU_FIELDS`; memory in MiB, or a word where it tells none."""
+
+    name: str
+    driver: str
+    total: str
+    free: str
+    capability: str
+
+    @property
+    def tells_memory(self) -> bool:
+        """Say whether nvidia-smi tells its memory: not where GPU and system share it."""
+        return self.total.isdigit() and self.free.isdigit()
+
+    @property
+    def room(self) -> str:
+        """Its memory, as in "143.1 GB of 143.8 GB free"."""
+        if not self.tells_memory:
+            return "memory unknown"
+        return f"{gigabytes(int(self.free) << 20)} of {gigabytes(int(self.total) << 20)} free"
+
+
 def ask_devices(recipe: Recipe) -> tuple[int | None, str]:
-    """Return exit code and output of nvidia-smi on the first GPU that GPUS names, if the recipe needs one."""
+    """Return exit code and output of nvidia-smi on the GPUs that GPUS names, if the recipe needs one."""
     if recipe.model.engine != "unsloth":
         return None, ""
-    first = os.environ.get("GPUS", "").split(",")[0]
-    chosen = [f"--id={first}"] if first.isdigit() else []
+    gpus = os.environ.get("GPUS", "")
+    chosen = [f"--id={gpus}"] if gpus.replace(",", "").isdigit() else []
     return command_output("nvidia-smi", *chosen, f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader,nounits")
+
+
+def chosen_cards(devices: tuple[int | None, str]) -> list[Card]:
+    """Return the GPUs that GPUS names, from the answer of `ask_devices`: the first where it is left out."""
+    code, text = devices
+    if code != 0:
+        return []
+    cards = [Card(*(field.strip() for field in line.split(","))) for line in text.splitlines()]
+    gpus = os.environ.get("GPUS", "")
+    return cards if gpus == "all" or "," in gpus else cards[:1]
 
 
 def gpu_findings(recipe: Recipe, shape: Shape | None, devices: tuple[int | None, str]) -> Iterator[Finding]:
@@ -40,17 +74,21 @@ def gpu_findings(recipe: Recipe, shape: Shape | None, devices: tuple[int | None,
     if code != 0:
         yield no_gpu(code, text)
         return
-    name, driver, total, free, capability = (field.strip() for field in text.splitlines()[0].split(","))
+    cards = chosen_cards(devices)
+    driver = cards[0].driver
     if int(driver.split(".")[0]) < MIN_DRIVER:
         yield Finding("fail", "driver", f"{driver}; CUDA 13's wheels need {MIN_DRIVER} or newer", NEW_DRIVER)
     else:
         yield Finding("ok", "driver", driver)
-    yield capability_finding(name, capability, recipe.model.dtype)
-    if not total.isdigit() or not free.isdigit():
-        found = f"nvidia-smi tells no size ({total}), as it does where GPU and system share their memory"
+    for name, capability in dict.fromkeys((card.name, card.capability) for card in cards):
+        yield capability_finding(name, capability, recipe.model.dtype)
+    unknown = [card for card in cards if not card.tells_memory]
+    if unknown:
+        found = f"nvidia-smi tells no size ({unknown[0].total}), as it does where GPU and system share their memory"
         yield Finding("warn", "GPU memory", found, WATCH)
     elif shape is not None:
-        yield from gpu_memory_findings(recipe, shape, int(total) << 20, int(free) << 20)
+        least = min(cards, key=lambda card: int(card.free))  # each GPU holds the whole model
+        yield from gpu_memory_findings(recipe, shape, int(least.total) << 20, int(least.free) << 20)
 
 
 def no_gpu(code: int | None, text: str) -> Finding:

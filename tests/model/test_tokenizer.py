@@ -199,3 +199,20 @@ def test_a_variable_that_the_chat_template_lacks_is_refused_with_the_models_name
     folder = base("qwen2.5", tmp_path)
     with pytest.raises(UserError, match=rf"^{folder}: the chat template has no variable 'thinking'.*\. Leave it out"):
         load_tokenizer(recipe(folder, kwargs={"thinking": True}))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "SecurityError: access to attribute '__class__'"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ messages[7].content }}", "UndefinedError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_chat_template_that_fails_on_every_conversation_is_named_with_what_it_raises(tmp_path, template, reason):
+    folder = base("gemma3", tmp_path, template=template)
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}: the chat template fails on a question and its answer \({reason}"
+    ):
+        load_tokenizer(recipe(folder))

@@ -325,3 +325,12 @@ def test_no_template_holds_what_a_modelfile_would_lose():
         assert '"""' not in template
         assert all(c.isprintable() or c in "\n\t" for c in template)
         assert not re.search(r"\{\{-|-\}\}", re.sub(r'"[^"]*"', "", template))
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 // 0 }}", "{{ [][1:2] + 1 }}", "{{ '%d' % 'x' }}", "{{ 'x'.encode('no') }}"]
+)
+def test_whatever_a_template_raises_is_a_refusal_of_the_conversation(template):
+    render = jinja_render(template, {})
+    with pytest.raises(UserError, match="the chat template fails on a lone user message: "):
+        derive_template(render)

@@ -14,7 +14,7 @@ from typing import Any
 
 from stages.lib.bounded import TooMuch, call_bounded
 from stages.lib.errors import UserError, nearest
-from stages.lib.ollama.derive import dialogue, jinja_render, rejects
+from stages.lib.ollama.derive import OF_TEMPLATES, dialogue, jinja_render, rejects
 from stages.lib.ollama.go import Conversation
 
 DAY = date(2024, 7, 26)  # that of every prompt; Llama 3's templates fall back to it
@@ -80,7 +80,7 @@ def longest_rendering(template: str, special_tokens: dict[str, str]) -> int:
                     raise UserError(
                         f"the chat template makes more than {MAX_RENDERED:,} characters of a short conversation"
                     )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError):
+        except (TemplateError, *OF_TEMPLATES):
             continue
         longest = max(longest, count)
     return longest

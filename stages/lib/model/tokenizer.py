@@ -65,9 +65,18 @@ def load_tokenizer(recipe: Recipe) -> Any:
 
 
 def tokenized_turns(tokenizer: Any) -> list[int]:
-    """Return a short conversation as the chat template and `tokenizer` write it, in token ids."""
+    """Return a short conversation as the chat template and `tokenizer` write it, in token ids.
+
+    Raises `UserError` for a template that fails on it.
+    """
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-    return tokenizer.apply_chat_template(turns, return_dict=False)
+    try:
+        return tokenizer.apply_chat_template(turns, return_dict=False)
+    except Exception as error:  # Jinja's own, and any of what the template calls
+        raise UserError(
+            f"{tokenizer.name_or_path}: the chat template fails on a question and its answer ({type(error).__name__}: "
+            f"{str(error)[:200]}). Take the one that the model was published with"
+        ) from error
 
 
 def spare_token(tokenizer: Any) -> str | None:

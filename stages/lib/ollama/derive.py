@@ -43,6 +43,8 @@ Render = Callable[[Conversation, bool], str]
 SYSTEM, USER, ASSISTANT = "\ue000", "\ue100", "\ue200"  # markers: the n-th content of a role is marked chr(ord + n)
 MARKER = re.compile("([\ue000-\ue2ff])")
 TURNS = (1, 2, 3, 4, 5)
+# What a template can raise beside Jinja's own errors: it divides, looks up and calls.
+OF_TEMPLATES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 PLACE = ("$first", "$last", "$system")  # what the text around a user message may depend on
 
 
@@ -76,7 +78,7 @@ def jinja_render(chat_template: str, variables: dict[str, Any]) -> Render:
                 strftime_now=day,
                 **variables,
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, *OF_TEMPLATES) as error:
             raise Rejected(f"{type(error).__name__}: {error}") from error
         return texts[0]
 

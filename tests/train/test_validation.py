@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,6 +219,42 @@ def test_what_is_said_at_the_end_names_the_kept_step_and_warns_where_grpo_did_no
     worse = figures | {"kept": made[0] | {"step": 10, "right": 3}}
     assert terminal.validation(worse).endswith("It was higher before GRPO: lower [grpo] learning_rate, or look at the "
                                                "rewards")  # fmt: skip
+
+
+DRAWN = {"temperature": 0.9, "top_p": 0.8, "top_k": 50, "min_p": 0.1, "repetition_penalty": 1.2}
+
+
+@pytest.mark.torch
+def test_with_vllm_trls_own_call_is_greedy_in_the_body_and_draws_again_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TRL's code runs as it is; vLLM's engine and its SamplingParams are stand-ins, since a CPU has no vLLM."""
+    import torch
+    from trl.generation import vllm_generation
+
+    asked: list[dict[str, Any]] = []
+    output = SimpleNamespace(prompt_token_ids=[1, 2], outputs=[SimpleNamespace(token_ids=[7, 8])])
+    engine = object.__new__(vllm_generation.VLLMGeneration)
+    vars(engine).update(DRAWN)
+    vars(engine).update(
+        mode="colocate", enable_sleep_mode=False, tensor_parallel_size=1, structured_outputs_regex=None, logprobs=0,
+        max_completion_length=12, generation_kwargs={"stop_token_ids": [5]}, accelerator=None,
+        model=torch.nn.Identity(),
+        llm=SimpleNamespace(generate=lambda prompts, **_: [output] * len(prompts)),
+    )  # fmt: skip
+    monkeypatch.setattr(vllm_generation, "SamplingParams", lambda **given: asked.append(given), raising=False)
+    monkeypatch.setattr(vllm_generation, "extract_logprobs", lambda outputs: (None, None))
+    trainer = SimpleNamespace(use_vllm=True, vllm_generation=engine, _last_loaded_step=4)
+    with pytest.raises(RuntimeError, match="amid it"), validation.greedy(trainer):
+        assert engine.generate([[1, 2]], None, 1)[1] == [[7, 8]]
+        raise RuntimeError("amid it")
+    engine.generate([[1, 2]], None, 1)
+    names = [*DRAWN, "stop_token_ids", "max_tokens"]
+    greedy, drawn = ({name: each[name] for name in names} for each in asked)
+    rest = {"stop_token_ids": [5], "max_tokens": 12}
+    assert greedy == {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0} | rest
+    assert drawn == DRAWN | rest
+    assert trainer._last_loaded_step == -1  # the next step loads the weights that standby put away
 
 
 @pytest.mark.torch

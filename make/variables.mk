@@ -30,6 +30,10 @@ MOUNT ?=
 MEMORY ?=
 ## the most processes and threads a container may have, as in 2000; left out, as the engine has it
 PIDS ?=
+## 1: a container may make namespaces, which answers that are programs are run in
+SANDBOX ?=
+## names of environment variables, with blanks between them, that a container gets for rewards of your own
+PASS ?=
 ## the container engine's client: docker or podman
 DOCKER ?= docker
 ## the virtual environment of RUNTIME=local and of the tests
@@ -85,7 +89,7 @@ UV ?= uv
 ## make lock: 1 takes newer versions
 UPGRADE ?=
 
-export PYTHON TORCH_INDEX DOCKER TRACK
+export PYTHON TORCH_INDEX DOCKER TRACK SANDBOX PASS
 # Threads that wait do so asleep: spinning, as is the default, makes a shared CPU up to eight times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 # Recipes, rows and manifests are UTF-8 in every locale; Python would read and write them in the locale's encoding.
@@ -99,8 +103,8 @@ define newline
 
 
 endef
-asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS PROCESSES TRACK IMAGE MEMORY PIDS VENV PORT PUBLIC YES TASKS LIMIT BENCHMARKS OF CHAT
-$(foreach each,$(asked) SET PYTHON DOCKER TORCH_INDEX BASE CA_BUNDLE PIP_CONFIG HUB WHAT,$(if $(findstring $(newline),$($(each))), \
+asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS PROCESSES TRACK IMAGE MEMORY PIDS VENV PORT PUBLIC YES SANDBOX TASKS LIMIT BENCHMARKS OF CHAT
+$(foreach each,$(asked) SET PASS PYTHON DOCKER TORCH_INDEX BASE CA_BUNDLE PIP_CONFIG HUB WHAT,$(if $(findstring $(newline),$($(each))), \
   $(error $(each)=$(subst $(newline), ,$($(each))): there is a line break in it, which make can't hand on)))
 wrong := $(shell $(foreach each,$(asked),$(each)=$(call quoted,$($(each)))) make/asked)
 ifneq ($(wrong),)

@@ -40,7 +40,7 @@ def check_machine(recipe: Recipe) -> Iterator[Finding]:
         data_findings, urls = hub.data_places(recipe)
         datasets = list(urls)
         name = recipe.model.name
-        if model is None and is_hub_name(name):
+        if model is None and is_hub_name(name) and not recipe.model.hub:
             urls[name] = f"{hub.endpoint()}/{name}/resolve/{recipe.model.revision}/config.json"
         asked = pool.submit(hub.ask_hub, urls)
         shape, without = copies.shape_of_model(recipe, model)

@@ -32,7 +32,7 @@ from stages.lib.train import ranks
 from stages.lib.train.sampling import Completion, sample_on_gpus
 
 # The keys of [grpo] that this stage reads: with other values of these alone it samples again.
-SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
+SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "seed")
 GRPO_KNOBS = (*SAMPLING, "prompts_per_step")  # and how many problems a subset must have
 NO_VARIANCE = 1e-6  # rewards no further apart are equal: a weighted sum is rounded
 

@@ -244,6 +244,42 @@ def test_keys_pass_by_name_and_only_to_the_stages_that_use_them(checkout, stage,
     assert after("--network", words) == ([] if gets else ["none"])
 
 
+@pytest.mark.parametrize(
+    ("stage", "gets"),
+    [(each, True) for each in ("prepare_data", "score_base", "grpo")]
+    + [(each, False) for each in ("sft", "infer", "gguf", "verify")],
+)
+def test_variables_for_rewards_of_ones_own_pass_by_name_to_the_stages_that_call_them(checkout, stage, gets):
+    given = {"PASS": " JUDGE_KEY  JUDGE_MODEL", "JUDGE_KEY": "planted-1", "JUDGE_MODEL": "m", "JUDGE_ADDRESS": "a"}
+    words = run(checkout, "python", "-m", f"stages.{stage}", **given)
+    assert {"JUDGE_KEY", "JUDGE_MODEL", "JUDGE_ADDRESS"} & set(words) == (
+        {"JUDGE_KEY", "JUDGE_MODEL"} if gets else set()
+    )
+    assert "planted" not in (checkout.parent / "log").read_text()
+
+
+@pytest.mark.parametrize("name", ["--privileged", "A=b", "a-b", "$(id)"])
+def test_what_is_no_name_of_a_variable_is_refused(checkout, name):
+    settings = environment(checkout, PASS=f"GOOD {name}")
+    command = ["docker/run", "python", "-m", "stages.grpo"]
+    done = subprocess.run(command, cwd=checkout, env=settings, capture_output=True, text=True, check=False)
+    assert (done.returncode, f"docker/run: PASS: '{name}' is no name of a variable." in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(("security", "capabilities"), [("[name=seccomp name=rootless]", ["SETFCAP"]), ("[]", None)])
+def test_only_a_container_that_is_to_make_namespaces_may_and_root_gets_what_the_kernel_asks_for(
+    checkout, security, capabilities
+):
+    if capabilities is None:
+        capabilities = ["SETFCAP"] if os.getuid() == 0 else []
+    words = run(checkout, "true", SANDBOX="1", SECURITY=security)
+    assert set(after("--security-opt", words)) == {"no-new-privileges", "seccomp=unconfined", "apparmor=unconfined"}
+    assert (after("--cap-drop", words), after("--cap-add", words)) == (["ALL"], capabilities)
+    (checkout.parent / "log").unlink()
+    words = run(checkout, "true", SECURITY=security)
+    assert (after("--security-opt", words), after("--cap-add", words)) == (["no-new-privileges"], [])
+
+
 def test_a_port_is_published_to_this_machine_alone(checkout):
     assert after("--publish", run(checkout, "true", PUBLISH="8123")) == ["127.0.0.1:8123:8123"]
 

@@ -347,3 +347,21 @@ def test_the_bill_of_materials_names_everything_with_licence_and_hash(checkout):
     assert {"libc6", "gcc", "python3", "libgomp1"} <= set(debian)
     assert sum("hashes" in each for each in debian.values()) > 0.9 * len(debian)
     assert sum("licenses" in each for each in [*python.values(), *debian.values()]) > 0.95 * (len(python) + len(debian))
+
+
+def test_programs_are_judged_in_a_container_that_may_make_namespaces_and_refused_in_another(checkout: Checkout):
+    judge = """
+from stages.lib.answers.sandbox import check_sandbox, passes_tests
+check_sandbox()
+programs = ["def f(x): return 7 * x", "def f(x): return 8 * x", "import os\\nos.execv('/bin/sh', ['sh'])",
+            "import socket\\nsocket.socket()\\ndef f(x): return 42",
+            "print(open('/etc/passwd').read())\\ndef f(x): return 42",
+            "import os\\nos.fork()\\ndef f(x): return 42", "while True: pass"]
+print([passes_tests("assert f(6) == 42", each) for each in programs])
+"""
+    given = checkout.inside(judge, SANDBOX="1")
+    assert (given.returncode, given.stdout.strip()) == (0, str([True] + [False] * 6)), given.stderr
+    refused = checkout.inside(judge)
+    assert refused.returncode == 1
+    assert "this machine gives no sandbox to run programs in" in refused.stderr
+    assert "in a container: SANDBOX=1" in refused.stderr

@@ -14,7 +14,7 @@ from typing import Any
 from stages.lib.data.batch import BATCH_BYTES, Batch, Wanted, columns_of
 from stages.lib.data.delimited import read_delimited
 from stages.lib.data.documents import is_document, read_document
-from stages.lib.data.hub import read_hub
+from stages.lib.data.hub import files_of_modelscope, read_hub
 from stages.lib.data.opened import decoded, is_as_stored, opened, rest_of_line
 from stages.lib.data.parquet import read_parquet
 from stages.lib.data.place import kind_of_file
@@ -68,6 +68,8 @@ def read_batches(source: Source, files: list[Path], whole: bool = False) -> Iter
     """
     names = (*as_list(source.question), source.answer, source.solution, *as_list(source.choices))
     wanted = Wanted([name for name in dict.fromkeys(names) if name], whole)
+    if source.hub and not files:
+        files = files_of_modelscope(source)
     of_files = itertools.chain.from_iterable(read_file(file, wanted, source.split) for file in files)
     read = of_files if files else (read_gym if source.name == GYM else read_hub)(source, wanted)
     if not source.max_rows:

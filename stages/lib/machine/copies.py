@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from stages.lib import modelscope
 from stages.lib.errors import UserError
 from stages.lib.machine.disk import ARTIFACTS, CONTAINER_CACHE
 from stages.lib.machine.findings import Finding
@@ -37,6 +38,8 @@ def local_model(recipe: Recipe, cache: Path) -> Path | None:
     name = recipe.model.name
     if name == "base-model":
         folder = ARTIFACTS / recipe.path.stem / "base-model" / "model"
+    elif is_hub_name(name) and recipe.model.hub:
+        folder = modelscope.copy_folder("models", name, recipe.model.revision)
     elif is_hub_name(name):
         folder = cache / f"models--{name.replace('/', '--')}" / "snapshots" / recipe.model.revision
     else:

@@ -136,6 +136,8 @@ def model_finding(recipe: Recipe, model: Path | None, answers: dict[str, Answer]
         return Finding("ok", "model", f"{name}: a whole copy is at {model}")
     if name == "base-model":
         return Finding("ok", "model", "made by this run")
+    if recipe.model.hub:
+        return Finding("ok", "model", f"{name}: to fetch from ModelScope, which make doctor does not ask")
     if is_hub_name(name):
         return hub_finding("model", name, answers[name])
     found = f"{name}: no folder with config.json and all its safetensors files"
@@ -158,7 +160,11 @@ def data_places(recipe: Recipe) -> tuple[list[Finding], dict[str, str]]:
     for source in recipe.data.sources:
         if source.name == "base-model":
             continue
-        if is_hub_name(source.name) and not data:
+        if is_hub_name(source.name) and source.hub and source.revision and not data:
+            found = f"{source.name}: to fetch from ModelScope, which make doctor does not ask"
+            findings[source.name] = Finding("ok", "data", found)
+            continue
+        if is_hub_name(source.name) and not data and not source.hub:
             commit = source.revision or "main"
             urls[source.name] = f"{endpoint()}/datasets/{source.name}/resolve/{commit}/.gitattributes"
             continue
@@ -182,7 +188,7 @@ def token_finding(recipe: Recipe, model: Path | None, answers: dict[str, Answer]
     if statuses:
         found = f"{which} is set and does not open it" if value else "HF_TOKEN is not set"
         return Finding("fail", "token", f"{', '.join(statuses)}: the hub wants one ({found})", remedy)
-    if model is not None or not is_hub_name(name):
+    if model is not None or not is_hub_name(name) or recipe.model.hub:
         return Finding("ok", "token", "not needed: the model is not fetched")
     if answers[name].status is None and name.startswith(GATED) and not value:
         return Finding("fail", "token", f"{name} is gated and HF_TOKEN is not set", remedy)

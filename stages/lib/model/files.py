@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.errors import UserError
+from stages.lib.mirror import keep_to_mirror
 from stages.lib.model.headers import json_object, tensors_in
 
 
@@ -39,6 +40,7 @@ def whole_model_folder(name: str, revision: str | None) -> Path:
 @contextlib.contextmanager
 def fetching_model(name: str, revision: str | None) -> Iterator[None]:
     """Guard what may fetch the model `name`: raise `UserError` when the hub does not give it."""
+    keep_to_mirror()
     try:
         yield
     except OSError as error:  # of transformers and huggingface_hub: no network, no such revision, no licence

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from stages.lib import modelscope
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe
 
@@ -10,15 +11,26 @@ SAFE = {"trust_remote_code": False}  # no code from a model repository ever runs
 
 
 def locate_model(recipe: Recipe) -> tuple[str, str | None]:
-    """Return folder or hub name, and revision (None: a folder). Raises `UserError` for a folder without config.json."""
+    """Return folder or hub name, and revision (None: a folder); a model of ModelScope is fetched to a folder.
+
+    Raises `UserError` for a folder without config.json, and for what ModelScope does not give.
+    """
     name, folder = recipe.model.name, recipe.model_folder
     if folder is None:
         if name == "base-model":
             raise UserError("[model] name = 'base-model': expected the folder of that stage. Add --base-model FOLDER")
+        if recipe.model.hub == "modelscope":
+            return str(modelscope.fetch("models", name, recipe.model.revision, files_to_read)), None
         return name, recipe.model.revision
     if name != "base-model" and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: expected a model folder with config.json, from the recipe's [model] name")
     return str(folder), None
+
+
+def files_to_read(paths: list[str], folder: Path) -> list[str]:
+    """Return those files of a repository that are read: the model's own, not Mistral's weights a second time."""
+    tops = [path for path in paths if "/" not in path and not path.startswith(("consolidated", "."))]
+    return [path for path in tops if Path(path).suffix in MODEL_SUFFIXES]
 
 
 def local_model(recipe: Recipe) -> dict[str, Path]:

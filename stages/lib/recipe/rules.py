@@ -8,7 +8,7 @@ from stages.lib.answers.gym import TASKS
 from stages.lib.errors import UserError, nearest
 from stages.lib.gguf.types import GGUF_TYPES, NEED_IMPORTANCE
 from stages.lib.ollama import modelfile
-from stages.lib.recipe.tables import GYM, MAX_VLLM_RANK, Recipe, Source, is_hub_name
+from stages.lib.recipe.tables import GYM, MAX_VLLM_RANK, Model, Recipe, Source, is_hub_name
 from stages.lib.rewards.names import check_reward_names
 
 # Variables of a chat template that are about the conversation, or the tokenizer's.
@@ -57,6 +57,10 @@ def names(recipe: Recipe) -> Iterator[str]:
             )
         if name == "base-model" and recipe.base_model is None:
             yield f"{where} name = 'base-model' asks for a [base_model] table; there is none"
+    tables: list[Model | Source] = [recipe.model, *recipe.data.sources]
+    for table in tables:
+        if table.hub and not is_hub_name(table.name):
+            yield f"hub = {table.hub!r} goes with a name on it, OWNER/NAME; found name = {table.name!r}"
 
 
 def engine(recipe: Recipe) -> Iterator[str]:

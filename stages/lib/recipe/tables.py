@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 UNCHANGING = ("save_steps", "log_steps", "show_completions_steps", "rehearsal")
 # Keys that came later: left out of the identity where they are unset, so that an older result stays up to date.
 LATER: dict[str, Any] = {
-    "template_kwargs": {}, "sampled_prompts": None, "repeat_share": None, "validation_rows": 0, "evaluate_steps": 0,
-    "keep": "last", "samples": 0, "sample_temperature": None, "sample_top_p": None, "sample_seed": None,
+    "hub": "", "template_kwargs": {}, "sampled_prompts": None, "repeat_share": None, "validation_rows": 0,
+    "evaluate_steps": 0, "keep": "last", "samples": 0, "sample_temperature": None, "sample_top_p": None,
+    "sample_seed": None,
 }  # fmt: skip
-LATER_OF_SOURCE = ("tasks", "settings", "rows", "seed")
+LATER_OF_SOURCE = ("hub", "tasks", "settings", "rows", "seed")
 MAX_VLLM_RANK = 512  # of a LoRA (vllm/config/lora.py)
 
 
@@ -43,6 +44,9 @@ SEED = Bound("0 to 4294967295", lambda value: 0 <= value < 2**32)  # what NumPy 
 VOCABULARY = Bound("327 or more", lambda value: value >= 327)
 
 
+Hub = Literal["", "modelscope"]  # where a hub name is fetched: "": the Hugging Face hub, or HF_ENDPOINT
+
+
 @dataclass(frozen=True)
 class Model:
     """`[model]`: what is trained, and with which engine."""
@@ -51,6 +55,7 @@ class Model:
     dtype: Literal["float32", "bfloat16", "float16"]  # of the weights in training
     engine: Literal["trl", "unsloth"]
     revision: str = ""  # the hub commit, 40 hex digits
+    hub: Hub = ""
     load_in_4bit: bool = False  # engine unsloth: the base in 4 bits (NF4) while training; merge takes its 16 bits
     rehearsal: bool = True  # prepare-data trains, merges and converts a small copy of it, and refuses what fails so
 
@@ -130,6 +135,7 @@ class Source:
     chosen_by: Literal["", "letter", "text", "from 0", "from 1"] = ""  # choices: what the answer is: a letter or label,
     #   the option's text, its number; "": any, numbers from 0, and what reads two ways is refused
     revision: str = ""  # the hub commit, 40 hex digits
+    hub: Hub = ""
     config: str = ""  # the hub's name for a part of the dataset, such as "main" or "en"
     split: str = "train"
     shares: list[float] = dataclasses.field(default_factory=list)  # one a set in `use`, together at most 1: the hash
@@ -377,7 +383,7 @@ class Recipe:
                 table.pop(key, None)
             for source in table.get("sources", ()):
                 for key in LATER_OF_SOURCE:
-                    if source[key] in (None, {}):
+                    if source[key] in (None, {}, ""):
                         del source[key]
         return tables
 

@@ -87,11 +87,13 @@ def front_matter(
         front |= {"license": "other", "license_name": slug(recipe.ollama.license)}
     if kind in ("gguf", "merged_4bit") and "merged_16bit" in names:
         front |= {"base_model": names["merged_16bit"], "base_model_relation": "quantized"}
-    elif is_hub_name(recipe.model.name):
+    elif is_hub_name(recipe.model.name) and not recipe.model.hub:  # of ModelScope, the hub has no link to draw
         relation = "adapter" if kind == "lora" else "finetune"
         front |= {"base_model": recipe.model.name, "base_model_relation": relation}
     sources = recipe.data.sources
-    if datasets := list(dict.fromkeys(source.name for source in sources if is_hub_name(source.name))):
+    if datasets := list(
+        dict.fromkeys(source.name for source in sources if is_hub_name(source.name) and not source.hub)
+    ):
         front["datasets"] = datasets
     # On the hub a dataset's subsets are often its languages; nothing else in a recipe says one.
     languages = {source.config for source in sources}
@@ -106,7 +108,7 @@ def front_matter(
         titles = [f"{shown(source.name)} ({source.split})" for source in eval_sources]
         dataset = {
             "name": ", ".join([*titles, "held-out problems"]),
-            "type": next((source.name for source in eval_sources if is_hub_name(source.name)), "custom"),
+            "type": next((each.name for each in eval_sources if is_hub_name(each.name) and not each.hub), "custom"),
         }
         metrics = accuracies(infer, gguf if kind == "gguf" else None)
         result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}

@@ -129,8 +129,9 @@ def of_text(name: str, text: str) -> File:
 def adapter_config(content: bytes, recipe: Recipe) -> str:
     """Return adapter_config.json with hub name and revision of the base instead of a path on this disk."""
     settings = json.loads(content)
-    on_hub = is_hub_name(recipe.model.name)
-    settings["base_model_name_or_path"] = recipe.model.name if on_hub else Path(recipe.model.name).name
+    on_hub = is_hub_name(recipe.model.name) and not recipe.model.hub
+    is_name = is_hub_name(recipe.model.name)
+    settings["base_model_name_or_path"] = recipe.model.name if is_name else Path(recipe.model.name).name
     settings["revision"] = recipe.model.revision if on_hub else None
     return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 

@@ -34,7 +34,8 @@ def check_machine(recipe: Recipe) -> Iterator[Finding]:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         devices_asked = pool.submit(gpu.ask_devices, recipe)
         engine = containers.docker_info()
-        cache = copies.hub_cache(in_container=engine[0] == 0 and os.environ.get("RUNTIME") != "local")
+        in_container = engine[0] == 0 and os.environ.get("RUNTIME") != "local"
+        cache = copies.hub_cache(in_container=in_container)
         model = copies.local_model(recipe, cache)
         tokenizer = copies.start_tokenizer_check(recipe, model, cache)
         data_findings, urls = hub.data_places(recipe)
@@ -46,7 +47,7 @@ def check_machine(recipe: Recipe) -> Iterator[Finding]:
         shape, without = copies.shape_of_model(recipe, model)
         yield from gpu.gpu_findings(recipe, shape, devices_asked.result())
         cards = gpu.chosen_cards(devices_asked.result())
-        exchanged = start_exchange(cards)
+        exchanged = start_exchange(cards, in_container)
         if len(cards) > 1:
             yield exchange.cards_finding(cards)
         if shape is None:
@@ -71,10 +72,10 @@ def check_machine(recipe: Recipe) -> Iterator[Finding]:
         yield from exchange.findings(exchanged)
 
 
-def start_exchange(cards: Sequence[gpu.Card]) -> exchange.Started | None:
+def start_exchange(cards: Sequence[gpu.Card], in_container: bool) -> exchange.Started | None:
     """Start the exchange between several GPUs, or several processes on a CPU (PROCESSES); None where there is one."""
     if len(cards) > 1:
-        return exchange.start(len(cards), "nccl")
+        return exchange.start(len(cards), "nccl", in_container=in_container)
     processes = os.environ.get("PROCESSES", "")
     return exchange.start(int(processes), "gloo") if processes.isdigit() and int(processes) > 1 else None
 

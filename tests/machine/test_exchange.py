@@ -1,5 +1,6 @@
 """The exchange between several GPUs: its real processes on a CPU, and what is said of what GPUs may tell."""
 
+import sys
 import time
 from typing import Any
 
@@ -59,6 +60,21 @@ def test_a_process_that_never_ends_is_ended_and_said(monkeypatch):
     (finding,) = findings(start(2, "nccl", seconds=0.5))
     assert finding.found == "0 of 2 GPUs came to a sum in 0 s"
     assert finding.status == "fail"
+
+
+def test_where_stages_run_in_containers_the_exchange_does_once_the_image_is_built(monkeypatch, tmp_path):
+    started: list[list[str]] = []
+    monkeypatch.setattr("subprocess.Popen", lambda command, **options: started.append(command))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("stages.lib.machine.exchange.IMAGE_FILE", tmp_path / "image-cuda")
+    start(2, "nccl", in_container=True)
+    (tmp_path / "image-cuda").write_text("sha256:1")
+    start(2, "nccl", in_container=True)
+    start(2, "nccl")
+    start(2, "gloo", in_container=True)
+    assert [command[0] for command in started] == [sys.executable, "docker/run", sys.executable, sys.executable]
+    assert started[1][1:3] == ["python", "-c"]
+    assert started[1][-3:] == ["2", "nccl", "90.0"]
 
 
 def test_without_torch_nothing_is_tried_and_that_is_said(monkeypatch):

@@ -3,6 +3,7 @@
 Processes of their own make the copies and the sum: a hanging NCCL ends in a finding, in bounded time.
 """
 
+import contextlib
 import importlib.util
 import json
 import multiprocessing
@@ -58,11 +59,14 @@ def cards_finding(cards: Sequence[Card]) -> Finding:
     return Finding("warn", "GPUs", found, "name GPUs of one kind, as in GPUS=0,1")
 
 
-def start(count: int, backend: str, seconds: float = EXCHANGE_SECONDS) -> Started:
-    """Start the exchange between `count` GPUs (`backend` "nccl") or processes on a CPU ("gloo"), where torch is."""
+def start(count: int, backend: str, *, in_container: bool = False, seconds: float = EXCHANGE_SECONDS) -> Started:
+    """Start the exchange between `count` GPUs (`backend` "nccl") or processes on a CPU ("gloo").
+
+    It works in the CUDA image, where stages run in containers and the image is built; else here, where torch is.
+    """
     ends = time.monotonic() + seconds + END_SECONDS
     environment, command = dict(os.environ), [sys.executable]
-    if backend == "nccl" and os.environ.get("RUNTIME") != "local" and IMAGE_FILE.is_file():
+    if backend == "nccl" and in_container and IMAGE_FILE.is_file():
         environment |= {"IMAGE_FILE": str(IMAGE_FILE)}
         command = ["docker/run", "python"]
     elif importlib.util.find_spec("torch") is None:
@@ -236,7 +240,8 @@ def add_up(rank: int, count: int, backend: str, port: int, seconds: float) -> No
             best = min(best, time.perf_counter() - begun)
             right = right and bool(torch.equal(own, (pattern * (count * (count + 1) // 2)).float()))
         tell({"rank": rank, "sum_right": right, "seconds": best, "bytes": own.nbytes})
-        distributed.barrier()
+        with contextlib.suppress(Exception):  # a partner that has its sum may be gone
+            distributed.barrier()
     except Exception as error:
         tell({"rank": rank, "error": " ".join(str(error).split())[:300]})
     os._exit(0)  # NCCL waits at exit for partners that may be gone

@@ -5,9 +5,11 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -231,6 +233,81 @@ def test_a_recipe_prepares_its_data_from_local_copies(
     assert taught == [shown_answer(row["kind"], row["answer"]) for row in rows["sft"]]
     assert {kind: len(found) > 0 for kind, found in rows.items()} == {"sft": True, "grpo": True, "eval": True}
     assert not {row["id"] for row in rows["eval"]} & {row["id"] for row in rows["sft"] + rows["grpo"]}
+
+
+GINA = "Gina has 22 apples and gets 11 more. How many apples has Gina now?"
+DAN = "Dan has 60 apples and gets 34 more. How many apples has Dan now?"
+
+
+def page_example(number: int, folder: Path) -> dict[str, Any]:
+    """Return the tables of example `number` of docs/recipes.md; write its file, with 400 more rows, into data/."""
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    section = page[page.index("### Choices, formulas and tasks") : page.index("## Sources")]
+    quiz, formulas, both, gym = re.findall(r"```toml\n(.*?)```", section, re.DOTALL)
+    rows, lines = (re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)[0] for kind in ("csv", "jsonl"))
+    for i in range(400):
+        name, thing, right = NAMES[i % 10], THINGS[i // 40], 50 + 3 * i
+        rows += f"{name} puts {i + 2} {thing} beside {right - i - 2} others. How many?,{i},{right},1,2,B,I add {i}.\n"
+        problem = f"{name} adds ${i + 1}x$ and ${i + 2}y$ for {thing}."
+        lines += json.dumps({"problem": problem, "solution": f"So \\boxed{{{i + 1}x + {i + 2}y}}."}) + "\n"
+    (folder / "data").mkdir()
+    (folder / "data" / "quiz.csv").write_text(rows)
+    (folder / "data" / "math.jsonl").write_text(lines)
+    tables = read_tables("tiny-gym" if number == 2 else "tiny")
+    tables["data"]["sources"] = tomllib.loads((quiz, formulas, gym)[number])["data"]["sources"]
+    for name, table in tomllib.loads(both).items() if number < 2 else ():
+        tables[name] |= table
+    return tables
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "kind", "expected"),
+    [
+        (
+            0,
+            "choice",
+            {
+                f"{GINA}\nA) 32\nB) 11\nC) 34\nD) 33": "D) 33",
+                f"{DAN}\nA) 93\nB) 94\nC) 95\nD) 26": "B) 94",
+            },
+        ),
+        (
+            1,
+            "math",
+            {"Solve $5x + 22 = 32$ for $x$.": "2", "Add $\\frac{1}{2}$ and $\\frac{1}{3}$.": "\\frac{5}{6}"},
+        ),
+        (2, "scored scorer=reasoning_gym", {}),
+    ],
+)
+def test_the_examples_of_the_page_on_recipes_prepare_their_data(
+    number: int, kind: str, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_data, "check_tokenizer", lambda *_: None)  # as above
+    monkeypatch.setattr(prepare_data, "rehearse_beside", lambda *_: {"base": 1.0, "adapter": 0.0, "gguf": 0.0})
+    monkeypatch.chdir(tmp_path)
+    tables = page_example(number, tmp_path)
+    tables["data"]["max_prompt_tokens"] = tables["sft"]["max_tokens"] = 1000  # this tokenizer has seen little
+    tables["ollama"]["num_ctx"] = 2048
+    recipe = write_tables(tmp_path / "example.toml", tables)
+    model, out = base_model(tmp_path / "base-model"), tmp_path / "prepare-data"
+    arguments = ["--recipe", str(recipe), "--out", str(out), "--base-model", str(model)]
+    result = CliRunner().invoke(prepare_data.main, arguments)
+    assert result.exit_code == 0, result.output
+    rows = {name: [json.loads(line) for line in (out / f"{name}.jsonl").open()] for name in ("sft", "grpo", "eval")}
+    everywhere = [row for found in rows.values() for row in found]
+    assert {row["kind"] for row in everywhere} == {kind}
+    answers = {row["prompt"][1]["content"]: row["answer"] for row in everywhere}
+    assert {question: answers.get(question) for question in expected} == expected
+    assert min(map(len, rows.values())) >= 20
+    assert not {row["id"] for row in rows["eval"]} & {row["id"] for row in rows["sft"] + rows["grpo"]}
+    read = formats.get("xml").read
+    taught = [read(row["completion"][0]["content"]).answer for row in rows["sft"]]
+    assert taught == [shown_answer(kind, row["answer"]) for row in rows["sft"]]
+    rewards = {reward.__name__: reward for reward in load_rewards(read_recipe(recipe))}
+    right = rewards["reasoning_gym" if number == 2 else "correctness"]
+    columns = {key: [row[key] for row in rows["sft"]] for key in ("answer", "kind")}
+    assert set(right([row["completion"] for row in rows["sft"]], **columns)) == {1.0 if number == 2 else 2.0}
 
 
 # What is refused

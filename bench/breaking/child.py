@@ -25,6 +25,11 @@ class Outcome:
     seconds: float
     megabytes: float
 
+    @property
+    def last(self) -> str:
+        """Return the last line that was said, to 200 characters."""
+        return (self.said.strip().splitlines() or [""])[-1][:200]
+
 
 def call_apart(call: Callable[[], object]) -> Outcome:
     """Return how `call` ends in a process of its own, those that it starts counted in."""

@@ -122,7 +122,7 @@ def text_case(kind: str, place: Path, words: list[str]) -> None:
     from stages.lib.train.rollouts import lines_until
 
     if kind == "reward":
-        load_own("own.py:variety", place)
+        load_own(["own.py:variety"], place)
     elif kind == "completions.jsonl":
         lines_until(place / "grpo.unfinished" / "checkpoints" / "completions.jsonl", 4)
         stage("report", "--recipe", place / "micro.toml", "--artifacts", place)
@@ -157,8 +157,10 @@ def run(folder: Path, seed: int, count: int) -> list[str]:
             largest = max(largest, outcome.megabytes)
             over = outcome.seconds > MAX_SECONDS or outcome.megabytes > MAX_MEGABYTES
             if outcome.how == "broken" or over or (kind == "model as it was made" and outcome.how != "fine"):
-                wrong.append(f"{kind}: {outcome}")
-                print(wrong[-1], flush=True)
+                wrong.append(
+                    f"{kind}: {outcome.how}, {outcome.last}, {outcome.seconds:.1f} s, {outcome.megabytes:.0f} MB"
+                )
+                print(f"{kind}: {outcome}", flush=True)
         print(f"{sum(counts.values())} files, {time.monotonic() - began:.0f} s: {dict(counts)}", flush=True)
     listed = ", ".join(f"{kind} {number}" for kind, number in sorted(kinds.items()))
     return [

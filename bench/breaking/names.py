@@ -113,7 +113,7 @@ def act(kind: str, name: str, place: Path, finished: Path, checkout: Path) -> No
 
         (place / f"{name}.py").write_text("def f(completions):\n    return [1.0] * len(completions)\n")
         check_own(f"{name}.py:f", place)
-        if load_own(f"{name}.py:f", place)(["a", "b"]) != [1.0, 1.0]:
+        if load_own([f"{name}.py:f"], place)[f"{name}.py:f"](["a", "b"]) != [1.0, 1.0]:
             raise RuntimeError("another reward was called")
     if kind == "model":
         from bench.breaking.files import local_recipe
@@ -134,7 +134,7 @@ def run(folder: Path, seed: int, count: int) -> list[str]:
         outcome = call_apart(call)
         ends[kind][outcome.how] += 1
         if outcome.how == "broken":
-            wrong.append(f"{kind} {name!a}: {outcome.said}")
+            wrong.append(f"{kind} {name!a}: {outcome.last}")
             print(wrong[-1], flush=True)
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
     rows = [f"| {kind} | {each['fine']} | {each['refused']} | {each['broken']} |" for kind, each in ends.items()]

@@ -132,6 +132,16 @@ def test_the_verdict_goes_by_the_paired_test(p: float, after: float, expected: s
     assert page.verdict(infer).startswith(expected)
 
 
+@pytest.mark.parametrize(("prompt", "problem"), [
+    ("system\n\nuser\nHow many\nbuses?\nassistant\n", "How many\nbuses?"),
+    ("user\nHow many?\nmodel\n", "How many?"),
+    ("\n How many?", "How many?"),
+    ("user fees are 3. What does the model cost?", "user fees are 3. What does the model cost?"),
+])  # fmt: skip
+def test_the_names_of_roles_around_a_problem_are_left_out(prompt: str, problem: str) -> None:
+    assert page.without_roles(prompt) == problem
+
+
 def test_a_long_run_keeps_the_best_and_the_worst_of_each_step() -> None:
     rows = [
         {"step": step, "problem": "", "completion": "", "reward": float(number), "advantage": 0.0, "rewards": {}}

@@ -5,6 +5,7 @@ and the page's own security policy forbids every request and every script that i
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -134,10 +135,16 @@ def read_completions(path: Path, system_prompt: str) -> list[dict[str, Any]]:
     for row in read_jsonl(path):
         rewards = {name: value for name, value in row.items() if name not in NO_REWARDS}
         reward = sum(value for value in rewards.values() if isinstance(value, int | float))
-        problem = last_content(row["prompt"]).replace(system_prompt.strip(), "")
-        texts = {"problem": problem.strip(), "completion": last_content(row["completion"])}
+        problem = without_roles(last_content(row["prompt"]).replace(system_prompt.strip(), ""))
+        texts = {"problem": problem, "completion": last_content(row["completion"])}
         rows.append({**texts, "step": row["step"], "advantage": row["advantage"], "reward": reward, "rewards": rewards})
     return rows
+
+
+def without_roles(prompt: str) -> str:
+    """Return a rendered prompt without the names of roles that its markup leaves on lines of their own at its ends."""
+    prompt = re.sub(r"\A\s*(?:system\s*\n)?\s*(?:user\s*\n)?", "", prompt)
+    return re.sub(r"\n\s*(?:assistant|model)\s*\Z", "", prompt).strip()
 
 
 def last_content(text: Any) -> str:

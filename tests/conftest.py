@@ -10,10 +10,14 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NU
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.support import micro
 from tests.support.once import once_a_run, run_folder
+
+hypothesis.settings.register_profile("no clock", deadline=None)  # a busy machine is no fault of a test
+hypothesis.settings.load_profile("no clock")
 
 run_folder()  # of this process, before it starts others
 

@@ -129,11 +129,12 @@ def test_a_mirror_turns_xet_off_and_no_stage_sends_telemetry(copy, monkeypatch, 
     assert dict(line.split("=", 1) for line in (copy / "seen").read_text().splitlines()) == seen
 
 
-def test_what_is_not_whole_is_not_called_ready(copy):
-    assert "are ready" in make(copy, "all").stdout
-    done = make(copy, "all", BREAK="stages.verify")
-    assert done.returncode == 2
-    assert "ready" not in done.stdout
+def test_what_is_not_whole_gets_no_summary(copy):
+    assert make(copy, "all", BREAK="stages.verify").returncode == 2
+    assert "stages.verify" in (copy / "log").read_text()
+    assert "stages.report" not in (copy / "log").read_text()
+    assert make(copy, "all").returncode == 0
+    assert "-m stages.report" in (copy / "log").read_text().splitlines()[-1]
 
 
 def test_verify_looks_at_the_whole_of_a_recipes_artifacts_and_runs_no_stage(copy):

@@ -121,11 +121,19 @@ def run(judged: Judged, asked: Asked, harness: Path) -> dict[str, Any]:
             apply_chat_template=chat, fewshot_as_multiturn=chat, system_instruction=asked.system_prompt,
             confirm_run_unsafe_code=False,
         )  # fmt: skip
+    except OSError as error:  # also what a task fetches by itself, such as a metric of the hub
+        if not asked.data:
+            raise
+        said = str(error).splitlines()[0]
+        raise UserError(
+            f"TASKS: a task reads what is not in {asked.data}: {said} Leave it or BENCHMARKS out"
+        ) from error
     except ValueError as error:
         if "marked as unsafe" not in str(error):
             raise
+        said = str(error).partition(". Set ")[0]
         raise UserError(
-            f"TASKS: {error}. Temper runs no program of a model outside its sandbox: leave it out"
+            f"TASKS: {said}. Temper runs no program of a model outside its sandbox: leave it out"
         ) from error
     return {"version": lm_eval.__version__, **plain(found)}
 

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,23 @@ def test_a_disk_that_fails_or_can_not_be_written_is_said_to(number, tmp_path):
     said = pytest.raises(UserError, match=r"^/a/b: (Read-only file system|Input/output error)\. .*another disk$")
     with said, disk.naming_disk_faults(tmp_path):
         raise OSError(number, "x", "/a/b")
+
+
+@pytest.mark.parametrize(("number", "shown"), [(errno.ENOSPC, 0), (errno.EDQUOT, 0), (errno.EIO, 1)])
+def test_a_thread_that_meets_the_full_disk_shows_no_traceback_of_its_own(number, shown, tmp_path, capsys):
+    def write():
+        raise OSError(number, "x")
+
+    before = threading.excepthook
+    threading.excepthook = lambda failed: print(failed.exc_value)
+    try:
+        with disk.naming_disk_faults(tmp_path):
+            thread = threading.Thread(target=write)
+            thread.start()
+            thread.join()
+    finally:
+        threading.excepthook = before
+    assert capsys.readouterr().out.count("Errno") == shown
 
 
 def test_a_path_that_is_too_long_is_named_with_both_lengths(tmp_path):

@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from stages.lib.errors import UserError, chain
 
@@ -23,6 +25,13 @@ REMEDIES = {
 @contextlib.contextmanager
 def naming_disk_faults(folder: Path) -> Iterator[None]:
     """Raise `UserError`, with the cause and what to do, when the body fails because of the disk that holds `folder`."""
+    said_elsewhere = threading.excepthook
+
+    def say(failed: Any) -> None:  # TensorBoard's thread meets the full disk as well, and would show where
+        if getattr(failed.exc_value, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            said_elsewhere(failed)
+
+    threading.excepthook = say
     try:
         yield
     except Exception as error:  # OSError, safetensors' own, RuntimeError of torch, and what they became on the way
@@ -30,6 +39,8 @@ def naming_disk_faults(folder: Path) -> Iterator[None]:
         if message is None:
             raise
         raise UserError(message) from error
+    finally:
+        threading.excepthook = said_elsewhere
 
 
 def disk_fault(error: Exception, folder: Path) -> str | None:

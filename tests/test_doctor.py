@@ -26,6 +26,7 @@ from stages.lib.machine.disk import disk_rooms, most_room
 from stages.lib.machine.findings import Finding
 from stages.lib.machine.hub import endpoint
 from stages.lib.machine.memory import gpu_estimates
+from stages.lib.machine.rehearsed import rehearsal_finding, start_rehearsal
 from stages.lib.machine.shape import SHAPES
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Gguf, Grpo, Lora, Merge, Model, Ollama, Sft, Vllm
@@ -84,6 +85,7 @@ class Machine:
         monkeypatch.setattr("stages.lib.machine.containers.CDI_FOLDERS", (folder / "cdi",))
         monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, self.free_at(Path(path))))
         monkeypatch.setattr("stages.lib.machine.copies.start_tokenizer_check", lambda recipe, model, cache: None)
+        monkeypatch.setattr("stages.lib.machine.rehearsed.start_rehearsal", lambda recipe, cache: None)
         self.memory(128_000_000, 120_000_000)
         self.program("nvidia-smi", H200)
         self.program("docker", json.dumps(DOCKER))
@@ -177,7 +179,7 @@ def test_a_machine_that_is_fine_has_only_ok_lines(machine):
     assert [line for each in lines.values() for line in each if not line.startswith("ok  ")] == []
     assert set(lines) == {
         "driver", "GPU", "GPU memory", "vLLM", "Docker", "/dev/shm", "memory", "disk", "model", "token", "clock",
-        "tokenizer",
+        "tokenizer", "rehearsal",
     }  # fmt: skip
     assert len(lines["GPU memory"]) == 3
     assert "weights 5.7" in lines["GPU memory"][1]
@@ -644,17 +646,74 @@ def test_a_program_that_hangs_is_given_up_on(machine):
     assert "nvidia-smi did not answer within 0.3 s" in lines["driver"][0]
 
 
-@pytest.mark.torch
-def test_a_tokenizer_that_llama_cpp_reads_otherwise_fails(finished, tmp_path, monkeypatch):
-    recipe = tmp_path / "micro.toml"
-    recipe.write_text((finished / "micro.toml").read_text())
-    (tmp_path / "own.py").write_text((finished / "own.py").read_text())
+@pytest.fixture
+def checkout(finished, tmp_path, monkeypatch):
+    """Give the folder, which is the current one, of a checkout where the stage base-model of micro.toml is finished."""
+    for name in ("micro.toml", "own.py"):
+        (tmp_path / name).write_text((finished / name).read_text())
     base = tmp_path / "artifacts" / "micro" / "base-model"
     base.parent.mkdir(parents=True)
     shutil.copytree(finished / "base-model", base)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
-    run = read_recipe(recipe)
+    return tmp_path
+
+
+@pytest.mark.torch
+def test_the_model_is_rehearsed_without_its_weights(checkout):
+    for weights in checkout.glob("artifacts/micro/base-model/model/*.safetensors"):
+        weights.unlink()
+    run = read_recipe(checkout / "micro.toml")
+    finding = rehearsal_finding(start_rehearsal(run, checkout), run, time.monotonic() + 300)
+    assert (finding.status, finding.name) == ("ok", "rehearsal")
+    assert re.fullmatch(
+        r"a small copy of the model trains, merges and converts: its GGUF is \S+ nats .*", finding.found
+    )
+
+
+@pytest.mark.torch
+def test_a_model_that_training_would_refuse_fails_in_the_doctor(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}')
+    (model / "tokenizer.json").write_text("{}")
+    tables = read_tables()
+    tables["model"] |= {"name": str(model)}
+    run = read_recipe(write_tables(tmp_path / "fp8.toml", tables))
+    finding = rehearsal_finding(start_rehearsal(run, tmp_path), run, time.monotonic() + 120)
+    assert finding.status == "fail"
+    assert "its weights are quantized (fp8" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "found"),
+    [
+        ("echo 'warning: x: no rehearsal with a small copy'", "warn", "no rehearsal with a small copy"),
+        ("echo GGML_ASSERT; kill -ABRT $$", "fail", "was ended by SIGABRT: GGML_ASSERT"),
+        ("echo 'Traceback (most recent'; echo 'ValueError: seven'; exit 1", "fail", "ValueError: seven"),
+        ("while :; do :; done", "warn", "took too long and was ended"),
+    ],
+)
+def test_however_a_rehearsal_ends_there_is_a_finding(machine, program, status, found):
+    run = read_recipe(machine.recipe())
+    process = subprocess.Popen(["/bin/sh", "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    finding = rehearsal_finding(process, run, time.monotonic() + (-60 if "while" in program else 60))
+    assert (finding.status, found in finding.found) == (status, True)
+
+
+def test_no_rehearsal_without_a_model_or_where_the_recipe_leaves_it_out(machine):
+    run = read_recipe(machine.recipe())
+    assert start_rehearsal(run, machine.folder) is None
+    assert "make prepare-data RECIPE=big does it" in rehearsal_finding(None, run, 0).found
+    left_out = dataclasses.replace(run, model=dataclasses.replace(run.model, rehearsal=False))
+    assert rehearsal_finding(None, left_out, 0).found == "left out: [model] rehearsal = false"
+
+
+@pytest.mark.torch
+def test_a_tokenizer_that_llama_cpp_reads_otherwise_fails(checkout):
+    tmp_path, base = checkout, checkout / "artifacts" / "micro" / "base-model"
+    run = read_recipe(checkout / "micro.toml")
 
     def look() -> Finding:
         process = start_tokenizer_check(run, local_model(run, tmp_path), tmp_path)

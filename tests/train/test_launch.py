@@ -1,5 +1,6 @@
 """Two ranks on a CPU: one verdict, one message, and what they learn is what one rank learns."""
 
+import contextlib
 import json
 import os
 import signal
@@ -33,6 +34,7 @@ if rank is not None or os.environ.get("PROCESSES") == "1":
     number = int(rank or 0)
     notes = os.environ["NOTES"]
     fails = os.environ.get("FAILS", "").split()  # how, in which rank, in which step; once
+    told = os.environ.get("TOLD", "").split()  # by which signal and at the end of which step the stage is told to stop
 
     def draw(self, prompt_ids, images, fields, num_generations, has_tool_images=False):
         chosen = []
@@ -50,6 +52,18 @@ if rank is not None or os.environ.get("PROCESSES") == "1":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         save = torch.save
         torch.save = lambda what, path, *more, **options: save(what, "/dev/full", *more, **options)
+
+    def tell(number):
+        # The stage has the signal, and so has each rank, before any of them takes another step.
+        came, before = [], signal.getsignal(number)
+        signal.signal(number, lambda *heard: (came.append(heard), before(*heard)))
+        if rank == "0":
+            os.kill(os.getppid(), number)
+        elif rank is None:
+            os.kill(os.getpid(), number)
+        while not came:
+            time.sleep(0.01)
+        signal.signal(number, before)
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -69,6 +83,8 @@ if rank is not None or os.environ.get("PROCESSES") == "1":
             line = {"step": state.global_step, "adapter": adapter, "gradient": self.gradient}
             with open(os.path.join(notes, f"{number}.jsonl"), "a") as file:
                 file.write(json.dumps(line) + "\\n")
+            if told[1:] == [str(state.global_step)]:
+                tell(getattr(signal, told[0]))
             time.sleep(float(os.environ.get("PAUSE", "0")))
 
     trainer.DEFAULT_CALLBACKS.append(Watch)
@@ -84,14 +100,35 @@ def start(stage: str, finished: Path, out: Path, processes: int, recipe: Path | 
     command = [sys.executable, "-c", WATCHED, f"stages.{stage}", *micro.arguments(stage, finished, out, recipe)]
     environment = {**os.environ, "PROCESSES": str(processes), "NOTES": str(notes), **environment}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored
+    )  # fmt: skip
 
 
 def ended(process: subprocess.Popen) -> str:
-    """Wait for a stage; return all that it said."""
-    output, errors = process.communicate(timeout=240)
-    return output + errors
+    """Wait for a stage as long as it works; return all that it said.
+
+    It hangs when it and its ranks used less than a second of processor time in two minutes. Time on the wall says
+    nothing: beside other work a stage takes many times as long.
+    """
+    used = -1.0
+    while True:
+        try:
+            output, errors = process.communicate(timeout=120)
+            return output + errors
+        except subprocess.TimeoutExpired:
+            before, used = used, sum(map(processor_seconds, (process.pid, *ranks_of(process))))
+            if used < before + 1:
+                process.kill()  # and with it its ranks
+                raise
+
+
+def processor_seconds(process: int) -> float:
+    """Return the processor time that a process has used; 0 if it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def notes(out: Path, rank: int) -> list[dict]:
@@ -246,19 +283,13 @@ def test_a_killed_rank_ends_the_others_in_seconds_and_carried_on_it_ends_with_th
 def test_terminated_all_ranks_save_one_checkpoint_which_one_rank_carries_on_and_back(finished, tmp_path):
     out = tmp_path / "grpo"
     folder = out.with_name("grpo.unfinished") / "checkpoints"
-    steps = []
-    for count in (2, 1):
-        process = start("grpo", finished, out, count, PAUSE="0.3")
-        wait_for(folder / f"checkpoint-{2 if count == 2 else steps[0] + 1}" / "complete", process)
-        process.send_signal(signal.SIGTERM)
+    for count, step in ((2, 3), (1, 5)):
+        process = start("grpo", finished, out, count, TOLD=f"SIGTERM {step}")
         said = ended(process)
         assert process.returncode == 143, said
-        (step,) = [int(word) for word in said.split("saved at step ")[1].split()[:1]]
-        steps.append(step)
-        assert said.count("stopped by SIGTERM") == 1
+        assert said.count("stopped by SIGTERM") == said.count(f"saved at step {step}") == 1
         assert "Traceback" not in said
         assert (folder / f"checkpoint-{step}" / "complete").is_file()
-    assert steps[0] < steps[1] < 8
     said = ended(start("grpo", finished, out, 2))
     assert "grpo: finished" in said
     rows = [json.loads(line)["step"] for line in (out / "completions.jsonl").read_text().splitlines()]
@@ -270,16 +301,13 @@ def test_terminated_all_ranks_save_one_checkpoint_which_one_rank_carries_on_and_
 def test_hung_up_both_ranks_stop_at_one_step_and_leave_one_whole_checkpoint_of_it(finished, tmp_path):
     out = tmp_path / "sft"
     folder = out.with_name("sft.unfinished") / "checkpoints"
-    process = start("sft", finished, out, 2, PAUSE="0.3")
-    wait_for(folder / "checkpoint-2" / "complete", process)
-    process.send_signal(signal.SIGHUP)
+    process = start("sft", finished, out, 2, TOLD="SIGHUP 3")
     said = ended(process)
     assert process.returncode == 129, said
-    assert said.count("stopped by SIGHUP") == 1
-    step = int(said.split("saved at step ")[1].split()[0])
-    assert [notes(out, rank)[-1]["step"] for rank in (0, 1)] == [step, step]
-    assert max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")) == step
-    assert (folder / f"checkpoint-{step}" / "complete").is_file()
+    assert said.count("stopped by SIGHUP") == said.count("saved at step 3") == 1
+    assert [notes(out, rank)[-1]["step"] for rank in (0, 1)] == [3, 3]
+    assert max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")) == 3
+    assert (folder / "checkpoint-3" / "complete").is_file()
     assert "sft: finished" in ended(start("sft", finished, out, 1))
 
 

@@ -33,17 +33,21 @@ def hub_home() -> Path:
     return Path(os.environ.get("HF_HOME") or cache / "huggingface")
 
 
-def local_model(recipe: Recipe, cache: Path) -> Path | None:
-    """Return the folder with the whole model, the recipe's own or one in the hub's `cache`; None if there is none."""
+def model_place(recipe: Recipe, cache: Path) -> Path:
+    """Return the folder where the recipe's model is, or would be once it is fetched to the hub's `cache`, or made."""
     name = recipe.model.name
     if name == "base-model":
-        folder = ARTIFACTS / recipe.path.stem / "base-model" / "model"
-    elif is_hub_name(name) and recipe.model.hub:
-        folder = modelscope.copy_folder("models", name, recipe.model.revision)
-    elif is_hub_name(name):
-        folder = cache / f"models--{name.replace('/', '--')}" / "snapshots" / recipe.model.revision
-    else:
-        folder = Path(name)
+        return ARTIFACTS / recipe.path.stem / "base-model" / "model"
+    if is_hub_name(name) and recipe.model.hub:
+        return modelscope.copy_folder("models", name, recipe.model.revision)
+    if is_hub_name(name):
+        return cache / f"models--{name.replace('/', '--')}" / "snapshots" / recipe.model.revision
+    return Path(name)
+
+
+def local_model(recipe: Recipe, cache: Path) -> Path | None:
+    """Return the folder with the whole model, the recipe's own or one in the hub's `cache`; None if there is none."""
+    folder = model_place(recipe, cache)
     return folder if is_whole(folder) else None
 
 
@@ -68,11 +72,20 @@ def shape_of_model(recipe: Recipe, model: Path | None) -> tuple[Shape | None, st
 
 def start_tokenizer_check(recipe: Recipe, model: Path | None, cache: Path) -> subprocess.Popen | None:
     """Start `read_tokenizer` in a process of its own; None where there is no model or no llama.cpp."""
-    converter = Path(sys.prefix) / "llama.cpp" / "convert_hf_to_gguf.py"
-    wanted = ("transformers", "llama_cpp")
-    if model is None or not converter.is_file() or any(importlib.util.find_spec(name) is None for name in wanted):
+    if model is None or not has_packages("transformers", "llama_cpp"):
         return None
     code = f"from stages.lib.machine import copies; copies.read_tokenizer({str(recipe.path)!r}, {str(model)!r})"
+    return start_python(code, cache)
+
+
+def has_packages(*names: str) -> bool:
+    """Return whether llama.cpp's converter and the packages `names` are installed beside this Python."""
+    converter = Path(sys.prefix) / "llama.cpp" / "convert_hf_to_gguf.py"
+    return converter.is_file() and all(importlib.util.find_spec(name) for name in names)
+
+
+def start_python(code: str, cache: Path) -> subprocess.Popen:
+    """Start Python on `code`, with the hub's `cache` and no network, in a session of its own; return the process."""
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}, start_new_session=True,
@@ -100,14 +113,22 @@ def tokenizer_finding(process: subprocess.Popen | None, recipe: Recipe, deadline
     later = f"make prepare-data RECIPE={recipe.path.stem} checks it before any training"
     if process is None:
         return Finding("ok", "tokenizer", f"not checked: no copy of the model or no llama.cpp here; {later}")
-    try:
-        output = process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the converter it started as well
-        process.wait()
+    output = output_until(process, deadline)
+    if output is None:
         return Finding("warn", "tokenizer", "the check took too long and was ended", f"nothing: {later}")
     if process.returncode:
         lines = output.strip().splitlines() or [f"exit code {process.returncode}"]
         found = lines[-1] if lines[0].startswith("Traceback") else " ".join(output.split())[:600]
         return Finding("fail", "tokenizer", found, "use another base model, or see docs/recipes.md")
     return Finding("ok", "tokenizer", "llama.cpp reads text and chat template as transformers does")
+
+
+def output_until(process: subprocess.Popen, deadline: float) -> str | None:
+    """Return what `process` of `start_python` said by its end; None where it was ended at `deadline`, monotonic s."""
+    try:
+        output: str = process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0]
+        return output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the converter it started as well
+        process.wait()
+        return None

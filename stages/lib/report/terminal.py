@@ -1,6 +1,7 @@
 """The figures that a stage prints at its end, as tables and sentences."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from stages.lib.answers import stats
 from stages.lib.answers.evaluated import Validation
@@ -51,14 +52,13 @@ def prepare_data(figures: PrepareDataFigures) -> str:
         f"from {source['name']} ({source['split']}): {source['rows']:,} rows; dropped: {counted(source['dropped'])}"
         for source in figures["sources"]
     ]
-    return "\n".join([*aligned(rows), *sources, *rehearsal(figures)])
+    return "\n".join([*aligned(rows), *sources, *rehearsal(figures.get("rehearsal"))])
 
 
-def rehearsal(figures: PrepareDataFigures) -> list[str]:
+def rehearsal(found: Mapping[str, Any] | None) -> list[str]:
     """Return a line on the small copy of the model, if there was one."""
-    if "rehearsal" not in figures:
+    if not found:
         return []
-    found = figures["rehearsal"]
     lora = f", with the adapter's {found['lora']:.0e}" if "lora" in found else ""
     return [
         f"rehearsal: a small copy of the model trains, merges and converts: its GGUF is {found['gguf']:.0e} nats "

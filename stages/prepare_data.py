@@ -91,6 +91,8 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
                 check_chat_template(run_recipe, tokenizer)
                 check_completion(run_recipe, tokenizer)
                 rehearsal = beside.submit(rehearse_beside, run_recipe) if run_recipe.model.rehearsal else None
+                if rehearsal and pool:
+                    rehearsal.result()  # of a large source first this: together they would take over 1 GB
                 ruler = Ruler(tokenizer, run_recipe.format.system_prompt)
                 metrics = prepare(run_recipe, source_files, ruler, run.folder, pool)
                 try_rewards(run_recipe, run.folder / "grpo.jsonl")

@@ -76,7 +76,10 @@ def test_a_flipped_bit_anywhere_is_found_and_what_to_run_is_said_but_not_by_a_qu
         ),
         (lambda run: shutil.rmtree(run / "infer"), r"infer: \S+infer: there is none; .* Run: make infer"),
         (lambda run: (run / "sft/manifest.json").unlink(), r"sft: \S+sft: there is none; expected the finished output"),
-        (lambda run: (run / "sft/manifest.json").write_bytes(b""), r"sft: \S+sft: its manifest.json is not one"),
+        (
+            lambda run: (run / "sft/manifest.json").write_bytes(b""),
+            r"sft: \S+sft: its manifest.json is empty, as after a power cut",
+        ),
         (lambda run: (run / "sft").rename(run / "sft.unfinished"), r"sft: \S+sft: it was started and not finished"),
     ],
 )

@@ -14,6 +14,7 @@ from stages.lib.errors import UserError, chain
 NOT_WRITTEN = (
     os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "PytorchStreamWriter failed writing", "inline_container.cc",
 )  # fmt: skip
+UNWRITTEN = "a file can't be written; the disk has"
 FULL_BYTES = 1 << 20  # with less free a disk is full: numpy and llama.cpp say of one only that something failed
 FULL_FILES = 2
 REMEDIES = {
@@ -48,6 +49,8 @@ def disk_fault(error: Exception, folder: Path) -> str | None:
 
     None for an error of another cause.
     """
+    if isinstance(error, UserError) and UNWRITTEN in error.message:
+        return None  # a rank has said it
     causes = list(chain(error))
     failed = [each for each in causes if isinstance(each, OSError)]
     place = existing(folder)
@@ -72,7 +75,7 @@ def disk_fault(error: Exception, folder: Path) -> str | None:
     reason = [*said, *str(error).strip().splitlines()[-1:], type(error).__name__][0].strip()[:500]
     lack = "no inode left, which every file needs" if has_no_inode else f"{free / 1e9:.2f} GB free"
     return (
-        f"{place}: a file can't be written; the disk has {lack} ({reason}). "
+        f"{place}: {UNWRITTEN} {lack} ({reason}). "
         f"{'Delete files there' if has_no_inode else 'Free some'} and run the same command again: it goes on from what "
         f"is finished, and from the last checkpoint"
     )

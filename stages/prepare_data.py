@@ -1,10 +1,10 @@
 """Turn problems with checkable answers into the sft, grpo and eval sets: one answer form, no duplicates, no leaks.
 
-The rows are read once. Each is checked, written to a draft of its sets and fingerprinted. The fingerprints show which
-rows are duplicates or too close to eval problems, and the drafts are copied without those. So memory grows by about 100
-bytes a row and by the n-grams of the eval problems, not by the length of the texts; only a JSON list is in memory
-whole. Where several processes share the work, each reads its lines from the file and has drafts of its own: no texts
-are sent between processes.
+The first rows of each source are read ahead and shown; then all are read once. Each is checked, written to a draft of
+its sets and fingerprinted. The fingerprints show which rows are duplicates or too close to eval problems, and the
+drafts are copied without those. So memory grows by about 100 bytes a row and by the n-grams of the eval problems, not
+by the length of the texts; only a JSON list is in memory whole. Where several processes share the work, each reads its
+lines from the file and has drafts of its own: no texts are sent between processes.
 """
 
 import json

@@ -6,7 +6,6 @@ TEMPER_FUZZ=N takes N examples of each; left out, what fits a minute in all.
 import json
 import os
 import random
-from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,8 +19,8 @@ from stages.lib.errors import UserError
 from stages.lib.model.headers import json_object, tensors_in
 from stages.lib.ollama import modelfile
 from stages.lib.recipe.read import read_recipe
-from stages.lib.recipe.tables import Source
 from tests.support import hostile_files
+from tests.support.hostile_files import SOURCE, refusal
 from tests.support.recipes import RECIPES
 
 EXAMPLES = int(os.environ.get("TEMPER_FUZZ", "300"))
@@ -29,22 +28,13 @@ fuzzed = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None,
     derandomize="TEMPER_FUZZ" not in os.environ,
 )  # fmt: skip
-SOURCE = Source(name="rows", split="train", use=["sft"], question="question", answer="answer", solution="solution")
+pytestmark = pytest.mark.slow  # half a minute for make check
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inside: st.lists(inside, max_size=4) | st.dictionaries(st.text(max_size=8), inside, max_size=4),
     max_leaves=12,
 )
 changes = st.tuples(st.sampled_from(sorted(hostile_files.CHANGES)), st.integers(0, 2**32))
-
-
-def refusal(call: Callable[..., object], *given: object) -> str:
-    """Call; return the message with which it was refused, "" if it was not. Any other error is the test's failure."""
-    try:
-        call(*given)
-    except UserError as error:
-        return error.message
-    return ""
 
 
 def changed(content: bytes, change: tuple[str, int]) -> bytes:

@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,23 +25,14 @@ from stages.lib.model.headers import json_object, tensors_in
 from stages.lib.model.template import longest_rendering, try_template
 from stages.lib.recipe.tables import Source
 from tests.support import hostile_files
+from tests.support.hostile_files import SOURCE, refusal
 
 ROOT = Path(__file__).parents[1]
-SOURCE = Source(name="rows", split="train", use=["sft"], question="question", answer="answer", solution="solution")
 
 
 def read(path: Path, source: Source = SOURCE) -> int:
     """Read a data file whole; return the number of its rows."""
     return sum(len(piece.parsed().numbers) for piece in read_batches(source, [path]))
-
-
-def refusal(call: Callable[..., object], *given: object) -> str:
-    """Call; return the message with which it was refused, "" if it was not. Any other error is the test's failure."""
-    try:
-        call(*given)
-    except UserError as error:
-        return error.message
-    return ""
 
 
 @pytest.mark.parametrize("suffix", hostile_files.DATA)
@@ -83,6 +73,7 @@ print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, reso
 """
 
 
+@pytest.mark.slow
 def test_a_parquet_file_that_unpacks_to_forty_gigabytes_is_refused_in_bounded_time_and_memory(tmp_path):
     path = tmp_path / "bomb.parquet"
     path.write_bytes(hostile_files.parquet_bomb())
@@ -291,6 +282,7 @@ def test_a_template_of_a_kind_that_is_published_passes_and_its_longest_rendering
 # ---- the process with bounds --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_bounded_call_returns_what_the_function_returns_and_raises_what_it_raises():
     assert call_bounded(longest_rendering, "ab", {}, seconds=5, megabytes=200) == 2
     with pytest.raises(UserError, match="more than 1,048,576 characters"):

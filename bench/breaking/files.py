@@ -130,7 +130,7 @@ def text_case(kind: str, place: Path, words: list[str]) -> None:
         # up to the moment at which the stage would work: what it needs for that is not loaded here
         from stages import infer
 
-        infer.answer = lambda *given: sys.exit(0)  # type: ignore[assignment]
+        infer.answer = lambda *given: sys.exit(0)  # type: ignore[assignment]  # the file was read; no model is needed
         stage("infer", *words, place / "infer")
 
 
@@ -175,7 +175,7 @@ def run(folder: Path, seed: int, count: int) -> list[str]:
 
 def load() -> None:
     """Load what the cases need, once, before they are forked."""
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's sign for a module that can't be imported
     import pyarrow.parquet
     import transformers
 

@@ -12,6 +12,7 @@ from stages.lib.recipe.read import read_recipe
 from stages.lib.report.summary import pairs, summary
 from tests.support.uploads import write_run
 
+pytestmark = pytest.mark.slow  # each writes a whole run
 SECONDS = {"base-model": 30, "prepare-data": 9, "sft": 120, "grpo": 7000, "infer": 60, "merge": 5, "gguf": 50,
            "ollama-modelfile": 4}  # fmt: skip
 

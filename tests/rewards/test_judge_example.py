@@ -2,13 +2,14 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from stages.lib.errors import UserError
 from stages.lib.rewards.own import load_own
+from tests.support.loopback import serving
 
 PAGE = Path(__file__).parents[2] / "docs" / "rewards.md"
 
@@ -33,12 +34,9 @@ def server():
             self.wfile.write(json.dumps(answer).encode())
 
     lock = threading.Lock()
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listening.asked, listening.replies = [], []
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    yield listening
-    listening.shutdown()
-    listening.server_close()
+    with serving(Handler) as listening:
+        listening.asked, listening.replies = [], []
+        yield listening
 
 
 @pytest.fixture

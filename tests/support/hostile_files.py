@@ -8,9 +8,22 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+from stages.lib.errors import UserError
+from stages.lib.recipe.tables import Source
+
 ROWS = [{"question": f"What is {n} + 1?", "answer": str(n + 1), "solution": f"{n} + 1 = {n + 1}"} for n in range(40)]
+SOURCE = Source(name="rows", split="train", use=["sft"], question="question", answer="answer", solution="solution")
 DATA = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".jsonl.zst")
 Change = Callable[[bytes, random.Random], bytes]
+
+
+def refusal(call: Callable[..., object], *given: object) -> str:
+    """Call; return the message with which it was refused, "" if it was not. Any other error is the test's failure."""
+    try:
+        call(*given)
+    except UserError as error:
+        return error.message
+    return ""
 
 
 def good_rows(suffix: str) -> bytes:

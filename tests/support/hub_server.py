@@ -13,8 +13,10 @@ import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.support.loopback import serving
 
 LARGE = (".safetensors", ".gguf", ".model", ".png", ".bin")  # what the hub's .gitattributes sends to storage
 STORAGE_TOKEN = "short-lived"
@@ -324,14 +326,6 @@ def damaged(hub: Hub, entry: dict) -> dict:
 def running(token: str, owner: str) -> Iterator[Hub]:
     """Run the stand-in on a free port of loopback, for one user who has one token."""
     hub = Hub(token, owner)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with serving(type("Bound", (Handler,), {"hub": hub})) as server:
+        hub.url = f"http://127.0.0.1:{server.server_port}"
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

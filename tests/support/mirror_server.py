@@ -7,11 +7,12 @@ fetch a model and a dataset. `faults` let it do what servers do wrong.
 import contextlib
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.support.loopback import serving
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -159,14 +160,6 @@ class Handler(BaseHTTPRequestHandler):
 def running(host: str = "127.0.0.1") -> Iterator[Mirror]:
     """Run a stand-in on a free port of loopback."""
     mirror = Mirror()
-    server = ThreadingHTTPServer((host, 0), type("Bound", (Handler,), {"mirror": mirror}))
-    server.daemon_threads = True
-    mirror.url = f"http://{host}:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with serving(type("Bound", (Handler,), {"mirror": mirror}), host) as server:
+        mirror.url = f"http://{host}:{server.server_port}"
         yield mirror
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

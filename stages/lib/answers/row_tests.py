@@ -24,7 +24,7 @@ def passes(tests: list[str], program: Program) -> bool:
         exec(compile(tree, "<tests>", "exec"), namespace)  # noqa: S102, in the sandbox
         for name in functions_to_call(tree):
             namespace[name](*([program.function("")] if name == "check" else []))
-    except BaseException:
+    except BaseException:  # of a test, which may be anybody's: whatever ends it, SystemExit too, it was not passed
         return False
     return program.answered > 0 and not program.broken
 

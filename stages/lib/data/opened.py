@@ -92,7 +92,7 @@ def from_utf_16(path: Path, stream: IO[bytes]) -> io.BufferedReader:
     if len(raw) > MAX_WHOLE_BYTES:
         raise UserError(f"{path}: more than {MAX_WHOLE_BYTES:,} bytes of UTF-16; save it as UTF-8")
     try:
-        return io.BufferedReader(io.BytesIO(raw.decode("utf-16").encode()))  # type: ignore[type-var]
+        return io.BufferedReader(io.BytesIO(raw.decode("utf-16").encode()))  # type: ignore[type-var]  # BytesIO is no RawIOBase
     except UnicodeError as error:
         raise UserError(f"{path}: begins as UTF-16 does and is none ({error}); save it as UTF-8") from error
 

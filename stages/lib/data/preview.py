@@ -66,7 +66,7 @@ def preview(source: Source, files: list[Path], format_name: str, rows: int) -> P
 
 def rows_each(sources: int) -> int:
     """Return how many rows to show of each of so many sources."""
-    return max(1, -(-ROWS // sources)) if sources <= ROWS else 1
+    return -(-ROWS // sources)
 
 
 def read_row(source: Source, batch: Batch, place: int, values: tuple[Any, ...], format_name: str) -> Shown:
@@ -113,13 +113,9 @@ def lost_columns(source: Source, batch: Batch) -> list[str]:
     """Return the columns whose name says that they are a part of the question, and that the recipe does not name."""
     named = {name.partition(".")[0] for name in (*as_list(source.question), source.answer, source.solution)}
     named |= set(as_list(source.choices))
-    columns = list(batch.rows[0]) if batch.rows else []
-    lost = []
-    for name in columns:
-        filled = [row for row in batch.rows or [] if joined([row.get(name)])]
-        if name not in named and name.lower() in PARTS and 2 * len(filled) > len(batch.rows or []):
-            lost.append(name)
-    return lost
+    rows = batch.rows or []
+    parts = [name for row in rows[:1] for name in row if name not in named and name.lower() in PARTS]
+    return [name for name in parts if 2 * sum(bool(joined([row.get(name)])) for row in rows) > len(rows)]
 
 
 def cut(text: str, columns: int) -> str:

@@ -242,6 +242,6 @@ def add_up(rank: int, count: int, backend: str, port: int, seconds: float) -> No
         tell({"rank": rank, "sum_right": right, "seconds": best, "bytes": own.nbytes})
         with contextlib.suppress(Exception):  # a partner that has its sum may be gone
             distributed.barrier()
-    except Exception as error:
+    except Exception as error:  # of torch, NCCL or the driver, each with errors of its own: the finding says it
         tell({"rank": rank, "error": " ".join(str(error).split())[:300]})
     os._exit(0)  # NCCL waits at exit for partners that may be gone

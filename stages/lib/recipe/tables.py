@@ -44,7 +44,7 @@ SEED = Bound("0 to 4294967295", lambda value: 0 <= value < 2**32)  # what NumPy 
 VOCABULARY = Bound("327 or more", lambda value: value >= 327)
 
 
-Hub = Literal["", "modelscope"]  # where a hub name is fetched: "": the Hugging Face hub, or HF_ENDPOINT
+Hub = Literal["", "modelscope"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Model:
     dtype: Literal["float32", "bfloat16", "float16"]  # of the weights in training
     engine: Literal["trl", "unsloth"]
     revision: str = ""  # the hub commit, 40 hex digits
-    hub: Hub = ""
+    hub: Hub = ""  # which hub `name` is on; "": the Hugging Face hub, or the mirror in HF_ENDPOINT
     load_in_4bit: bool = False  # engine unsloth: the base in 4 bits (NF4) while training; merge takes its 16 bits
     rehearsal: bool = True  # prepare-data trains, merges and converts a small copy of it, and refuses what fails so
 
@@ -135,7 +135,7 @@ class Source:
     chosen_by: Literal["", "letter", "text", "from 0", "from 1"] = ""  # choices: what the answer is: a letter or label,
     #   the option's text, its number; "": any, numbers from 0, and what reads two ways is refused
     revision: str = ""  # the hub commit, 40 hex digits
-    hub: Hub = ""
+    hub: Hub = ""  # which hub `name` is on; "": the Hugging Face hub, or the mirror in HF_ENDPOINT
     config: str = ""  # the hub's name for a part of the dataset, such as "main" or "en"
     split: str = "train"
     shares: list[float] = dataclasses.field(default_factory=list)  # one a set in `use`, together at most 1: the hash
@@ -248,7 +248,7 @@ class Grpo:
     beta: Annotated[float, FROM_0]  # weight of the KL divergence from the SFT model (engine unsloth: from the base,
     #   which undoes what SFT taught); 0: not measured
     epsilon: Annotated[float, OVER_0_UNDER_1]  # a token's probability ratio is clipped below 1 - epsilon
-    epsilon_high: Annotated[float, OVER_0]  # and above 1 + epsilon_high
+    epsilon_high: Annotated[float, OVER_0]  # and clipped above 1 + epsilon_high
     mask_truncated_completions: bool  # a truncated completion teaches nothing
     learning_rate: Annotated[float, OVER_0]
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"]
@@ -280,8 +280,8 @@ class ScoreBase:
     completions_per_problem: Annotated[int, GROUP]
     batch_size: Annotated[int, FROM_1]  # completions a batch, whole groups
     seed: Annotated[int, SEED]
-    min_pass_rate: Annotated[float, FROM_0_TO_1]  # problems with a share of right answers from this one
-    max_pass_rate: Annotated[float, FROM_0_TO_1]  #   to this one are the subset for GRPO; 0.0 and 1.0: none is made
+    min_pass_rate: Annotated[float, FROM_0_TO_1]  # least share of right answers of a problem in the subset for GRPO
+    max_pass_rate: Annotated[float, FROM_0_TO_1]  # most share; 0.0 and 1.0 together: no subset is made
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ class Recipe:
 
     path: Path  # the file it was read from
     model_folder: Path | None  # where its model lies on this disk; None: on the hub, or not made yet
-    save: list[Literal["merged_16bit", "merged_4bit", "lora", "gguf"]]  # what is handed over (`make push`)
+    save: list[Literal["merged_16bit", "merged_4bit", "lora", "gguf"]]  # what is handed over (`make push`):
     #   merged_16bit and gguf are made in any case; merged_4bit has merge make a copy in NF4 (NVIDIA GPU only), lora has
     #   gguf make a GGUF file of the adapter
     model: Model

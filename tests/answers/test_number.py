@@ -8,7 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.lib.answers.number import MAX_TEXT_CHARACTERS, canonical_number, read_number, same_number
-from stages.lib.answers.words import AFTER, CARDINALS, HEDGES, NAMES, PARTS, PLAIN, SCALES, THINGS, UNITS, find_unit
+from stages.lib.answers.words import (
+    AFTER,
+    APART,
+    CARDINALS,
+    HEDGES,
+    NAMES,
+    PARTS,
+    PLAIN,
+    SCALES,
+    THINGS,
+    UNITS,
+    find_unit,
+)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +83,7 @@ def test_decimals_are_read_exactly(number):
 
 @given(st.integers(-(10**9), 10**9), st.text(alphabet="abcdefghijklmnopqrstuvwxyzäöüßéñ", min_size=2, max_size=9))
 def test_a_word_that_is_not_known_is_never_passed_over(number, word):
-    kept = (PLAIN, AFTER, HEDGES, NAMES, SCALES, CARDINALS, "minus negative below mph kph kmh".split())
+    kept = (PLAIN, APART, AFTER, HEDGES, NAMES, SCALES, CARDINALS, "minus negative below mph kph kmh".split())
     known = find_unit(word) or any(word in words for words in kept) or word.removesuffix("s") in (*PARTS, "halve")
     for text in (f"{number} {word}", f"{word} {number}", f"{number} {word} in total", f"{number}{word}"):
         assert known or read_number(text) is None
@@ -84,11 +96,28 @@ def test_no_word_that_scales_turns_or_denies_is_among_those_that_are_passed_over
         dozen score gross pm am oclock loss lost lose debt owe owes short off squared cubed root square factorial
         almost nearly between if unless wrong incorrect false may march monday first second
     """.split()
-    assert sorted(word for word in telling if word in PLAIN or word in HEDGES or word in AFTER) == []
+    assert sorted(word for word in telling if word in PLAIN or word in APART or word in HEDGES or word in AFTER) == []
+
+
+@pytest.mark.parametrize("word", sorted(APART))
+def test_a_word_that_stands_apart_is_none_at_once_before_a_number(word):
+    assert word not in PLAIN
+    for text in (
+        f"{word} 4",
+        f"The {word} 4",
+        f"it is {word} (4)",
+        f'{word} "4"',
+        f"{word} **4**",
+        f"{word} $4",
+        f"{word} -4",
+    ):
+        assert read_number(text) is None, text
+    for text in (f"The {word} is 4", f"{word}: 4", f"There are {word} of them: 4"):
+        assert canonical_number(text) == "4", text
 
 
 def test_a_unit_is_spelled_once_and_no_thing_is_a_scale():
-    assert not set(SCALES) & (THINGS | PLAIN | set(UNITS))
+    assert not set(SCALES) & (THINGS | PLAIN | APART | set(UNITS))
     assert find_unit("boxes") == find_unit("box")
     assert find_unit("T-shirts") == find_unit("t-shirt")
     assert find_unit("Dutzend") is find_unit("dozens") is None

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from stages.lib.answers import words
 from stages.lib.answers.spelling import digits_for_words, plain_text
-from stages.lib.answers.words import CURRENCIES, PLAIN, SCALES, SHORT_SCALES, THINGS, UNITS, Unit, find_unit
+from stages.lib.answers.words import APART, CURRENCIES, PLAIN, SCALES, SHORT_SCALES, THINGS, UNITS, Unit, find_unit
 
 MAX_TEXT_CHARACTERS = 1000
 FLOAT_TOLERANCE = Fraction(5, 1000)  # of a float that does not end, unless the source states another
@@ -63,6 +63,7 @@ _PER = re.compile(
 _ANOTHER_NAME = {"per cent": "percent", "mph": "mile/hour", "kph": "km/hour", "kmh": "km/hour", "or so": ""}
 _NAMED_OTHERWISE = re.compile(r"\b(?:per\s+cent|mph|kph|kmh|or\s+so)\b", re.I)
 _AROUND = frozenset(".,;:?!\"'()[]—")
+_OPENING = frozenset("\"'([")
 _INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
 
 
@@ -185,13 +186,18 @@ def _leaves_alone(before: str, signs: str) -> bool:
         return False  # "x - 5"; but "She pays -3"
     for place, word in enumerate(tokens):
         thing = word not in UNITS and find_unit(word) is not None
-        if not (thing or any(word in known for known in (PLAIN, words.HEDGES, words.NAMES, _AROUND, "=~"))):
+        if not (thing or any(word in known for known in (PLAIN, APART, words.HEDGES, words.NAMES, _AROUND, "=~"))):
             return False
         if word == "!" and (place + 1 == len(tokens) or tokens[place + 1] == "="):
             return False
+    said = [token for token in tokens if token not in _OPENING]
+    last = said[-1] if said else ""
+    if last == "as" and said.count("as") > 1:  # "as many as 5"
+        return False
     if last == "of":  # "the square of 5"
-        return len(tokens) > 1 and tokens[-2] in ("total", "cost", "price", "amount", "answer")
-    return last in PLAIN or not (thing or last in words.NAMES)  # "page 5"
+        return len(said) > 1 and said[-2] in ("total", "cost", "price", "amount", "answer")
+    names_it = last in APART or last in words.NAMES or (last not in UNITS and find_unit(last) is not None)
+    return last in PLAIN or not names_it  # "every 5", "page 5"
 
 
 def _units_after(after: str, unit: Unit | None) -> tuple[Unit | None, Unit | None] | None:
@@ -213,11 +219,12 @@ def _units_after(after: str, unit: Unit | None) -> tuple[Unit | None, Unit | Non
             return None  # "5 a.m.", "5 i"
         if is_touching and place == 0 and token not in UNITS and word not in UNITS:
             return None
-        if token_unit and not (word in PLAIN and place):
+        changes_nothing = word in PLAIN or word in APART
+        if token_unit and not (changes_nothing and place):
             if unit and token_unit.kind == "%":
                 return None
             unit = unit or token_unit
-        elif word not in PLAIN and not any(
+        elif not changes_nothing and not any(
             word in known for known in (words.AFTER, words.HEDGES, words.NAMES, _AROUND)
         ):
             return None

@@ -85,21 +85,27 @@ PLAIN = frozenset(
     """
     a an the this that these those it he she they we you i its his her their our your my him them us me is are was
     were be been being will would should must can could do does did and in of for to at on with as so then thus
-    therefore hence finally now here there which who when where how many much what because since while ans answer
-    answers final result results solution total totals sum value values number numbers amount count quantity
-    altogether overall together all each every whole entire both exactly precisely just only simply correct right
-    equal equals is gives give makes make made get gets got have has had having need needs needed want wants go goes
-    went going come comes came take takes took taken use uses used spend spends spent pay pays paid earn earns
-    earned sell sells sold buy buys bought cost costs costing eat eats ate eaten drink drinks drank read reads write
-    writes wrote run runs ran walk walks walked drive drives drove travel travels traveled work works worked see
-    sees saw find finds found receive receives received save saves saved collect collects collected bake bakes baked
-    pick picks picked plant plants planted scored know knows hold holds held contain contains contained remain
-    remains remaining live lives lived price distance length width height area volume perimeter speed rate time age
-    weight mass profit revenue income salary change temperature average mean median mode probability fraction
-    percentage angle radius diameter sq big small large little red blue green yellow white black orange brown pink
-    purple new old fresh long wide tall high deep heavy hot cold full empty different same other extra additional
-    such own good antwort lösung ergebnis lautet beträgt ist sind hat es die der das insgesamt jibu ni elle il tiene
-    son réponse est la le respuesta es el total ответ 答案 答案是 是 为 答え 答えは です 답 정답
+    therefore hence finally now here there ans answer answers final result results solution total totals sum value
+    values number numbers amount count quantity altogether overall together all each both whole entire other same
+    exactly precisely just only simply correct right equal equals gives give makes make made get gets got have has
+    had having need needs needed want wants go goes went going come comes came take takes took taken use uses used
+    spend spends spent pay pays paid earn earns earned sell sells sold buy buys bought cost costs costing eat eats
+    ate eaten drink drinks drank read reads write writes wrote run runs ran walk walks walked drive drives drove
+    travel travels traveled work works worked see sees saw find finds found receive receives received save saves
+    saved collect collects collected bake bakes baked pick picks picked plant plants planted scored know knows hold
+    holds held contain contains contained remain remains remaining live lives lived price distance length width
+    height area volume perimeter speed rate time age weight mass profit revenue income salary change temperature
+    average mean median mode probability fraction percentage angle radius diameter extra additional own good antwort
+    lösung ergebnis lautet beträgt ist sind hat es die der das insgesamt jibu ni elle il tiene son réponse est la le
+    respuesta el ответ 答案 答案是 是 为 答え 答えは です 답 정답
+    """.split()
+)
+# Words of which the same is true, but not at once before a number: `every 4`, `how many 4`, `since 4`, `the red 4`.
+APART = frozenset(
+    """
+    which who when where how many much what because since while every sq big small large little red blue green
+    yellow white black orange brown pink purple old fresh long wide tall high deep heavy hot cold full empty
+    different such new
     """.split()
 )
 # Words that do not change a number before them: `5 more`, while `more than 5` is another number.
@@ -177,7 +183,7 @@ def find_unit(word: str) -> Unit | None:
         return unit
     word = word.lower()
     *adjectives, noun = word.split("-")
-    if not all(part in PLAIN or part in THINGS or len(part) == 1 for part in adjectives):
+    if not all(part in PLAIN or part in APART or part in THINGS or len(part) == 1 for part in adjectives):
         noun = word
     for ending, singular in (("", ""), ("s", ""), ("es", ""), ("ies", "y"), ("ves", "f")):
         for counted in (word, noun):

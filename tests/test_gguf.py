@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,7 +181,9 @@ def test_the_smallest_types_need_an_importance_matrix_and_are_refused_without(tm
 def test_an_importance_matrix_is_the_mean_square_of_every_layers_inputs(tmp_path):
     model, source = tiny_models.merged() / "model", tiny_models.quantized() / "model.f16.gguf"
     rows = tiny_models.rows(3, seed=2)
+    searched = list(sys.path)
     found = gguf.weigh(model, source, rows)
+    assert sys.path == searched  # beside llama.cpp's package gguf lies one named tests
     layers = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     assert set(found) == {f"blk.{block}.{layer}.weight" for block in (0, 1) for layer in layers} | {"output.weight"}
     assert found["blk.0.ffn_down.weight"].shape == (512,)

@@ -54,9 +54,14 @@ if rank is not None or os.environ.get("PROCESSES") == "1":
         torch.save = lambda what, path, *more, **options: save(what, "/dev/full", *more, **options)
 
     def tell(number):
-        # The stage has the signal, and so has each rank, before any of them takes another step.
+        # The stage has the signal, and so has each rank, before any of them takes another step. It is sent when all
+        # listen: who had it before would wait for ever.
         came, before = [], signal.getsignal(number)
         signal.signal(number, lambda *heard: (came.append(heard), before(*heard)))
+        ears = [os.path.join(notes, f"listens-{told[1]}-{each}") for each in range(int(os.environ["PROCESSES"]))]
+        open(ears[int(rank or 0)], "x").close()
+        while not all(map(os.path.exists, ears)):
+            time.sleep(0.01)
         if rank == "0":
             os.kill(os.getppid(), number)
         elif rank is None:

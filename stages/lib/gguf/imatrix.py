@@ -41,9 +41,11 @@ def collect(model: Any, texts: Iterable[list[int]], architecture: str) -> dict[s
 
 def gguf_names(layers: Iterable[str], architecture: str, blocks: int) -> dict[str, str]:
     """Return, for those of `layers` that llama.cpp's converter knows, the tensor's name in a GGUF file."""
-    if (path := str(HOME / "gguf-py")) not in sys.path:
-        sys.path.insert(0, path)
-    import gguf
+    sys.path.insert(0, path := str(HOME / "gguf-py"))
+    try:
+        import gguf
+    finally:
+        sys.path.remove(path)  # it has packages of names that others may ask for, such as `tests`
 
     kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
     name_map = gguf.get_tensor_name_map(kind, blocks) if kind is not None else None

@@ -6,6 +6,7 @@
     python -m bench.breaks names      100 hostile names of recipes, data, models, rewards, and questions
     python -m bench.breaks ggufs      1,200 GGUF files with a changed header, to llama.cpp
     python -m bench.breaks advisories the locks against a stored list of advisories
+    python -m bench.breaks fuzz       an hour of processor time of tests/test_fuzz.py; COUNT is the seconds
     python -m bench.breaks together   two makes, two recipes, two checkouts, an input replaced while it is read
 
 All parts have a seed. They work in a checkout of the last commit in a temporary folder, with this one's environment.
@@ -21,13 +22,14 @@ from pathlib import Path
 
 import click
 
-from bench.breaking import advisories, files, ggufs, kills, names, power, together
+from bench.breaking import advisories, files, fuzz, ggufs, kills, names, power, together
 
 RESULTS = Path(__file__).parent / "results" / "breaks.md"
 HEAD = "# What was tried to break Temper\n\nWritten by `bench/breaks.py`, a part at a time.\n"
 PARTS = {
     "kills": (kills.run, 100), "power": (power.run, 40), "files": (files.run, 300), "names": (names.run, 100),
     "together": (together.run, 4), "ggufs": (ggufs.run, 1200), "advisories": (advisories.run, 1),
+    "fuzz": (fuzz.run, 3600),
 }  # fmt: skip
 
 

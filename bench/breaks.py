@@ -6,10 +6,11 @@
     python -m bench.breaks names      100 hostile names of recipes, data, models, rewards, and questions
     python -m bench.breaks ggufs      1,200 GGUF files with a changed header, to llama.cpp
     python -m bench.breaks advisories the locks against a stored list of advisories
-    python -m bench.breaks fuzz       an hour of processor time of tests/test_fuzz.py; COUNT is the seconds
-    python -m bench.breaks together   two makes, two recipes, two checkouts, an input replaced while it is read
+    python -m bench.breaks fuzz       an hour of processor time of tests/test_fuzz.py
+    python -m bench.breaks together   an input replaced while it is read, two makes, two recipes, two checkouts
 
-All parts have a seed. They work in a checkout of the last commit in a temporary folder, with this one's environment.
+All parts have a seed and a count: of fuzz the seconds, of together how many of the four. They work in a checkout of the
+last commit in a temporary folder, with this one's environment.
 """
 
 import datetime

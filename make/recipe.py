@@ -9,19 +9,19 @@ A recipe that is not TOML, or has other tables than it should, names nothing her
 
 import os
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from stages.lib.recipe.toml import tables_in
 from stages.lib.rewards.local import own_reward_files
 
 
 def main(what: str, file: Path) -> None:
     """Print what is asked for."""
     try:
-        recipe = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
+        recipe = tables_in(file)
+    except (OSError, ValueError):
         recipe = {}
     if what == "base-model":
         print("yes" if "base_model" in recipe else "no")

@@ -13,6 +13,7 @@ from stages.lib import options
 from stages.lib.artifact.manifest import write_whole
 from stages.lib.errors import UserError
 from stages.lib.recipe.read import read_recipe
+from stages.lib.recipe.toml import tables_in
 from stages.lib.recipe.write import as_toml, text_of
 
 MAX_RECIPES = 100
@@ -25,7 +26,7 @@ MARK = "# Written by a sweep"  # how a recipe begins that may be written again
 @click.option("--set", "wanted", required=True, help='Keys and values: "grpo.learning_rate=1e-5,5e-5 grpo.seed=0,1,2".')
 def main(recipe: Path, wanted: str) -> None:
     read_recipe(recipe)
-    tables = tomllib.loads(recipe.read_text(encoding="utf-8-sig"))
+    tables = tables_in(recipe)
     keys = read_set(wanted)
     combinations = list(itertools.islice(itertools.product(*keys.values()), MAX_RECIPES + 1))
     if len(combinations) > MAX_RECIPES:

@@ -20,11 +20,14 @@ from stages.lib.data import opened
 from stages.lib.data.files import read_batches
 from stages.lib.data.place import files_in
 from stages.lib.errors import UserError
-from stages.lib.model.files import model_config, vocabulary_size, weight_files
+from stages.lib.machine.shape import shape_of_config
+from stages.lib.model.files import model_config, refuse_quantized_base, vocabulary_size, weight_files
 from stages.lib.model.headers import json_object, tensors_in
+from stages.lib.model.locate import local_model
 from stages.lib.model.template import longest_rendering, try_template
+from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Source
-from tests.support import hostile_files
+from tests.support import hostile_files, recipes
 from tests.support.hostile_files import SOURCE, refusal
 
 ROOT = Path(__file__).parents[1]
@@ -119,13 +122,41 @@ def test_a_file_without_line_breaks_is_no_json_lines(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "front",
-    ["[" * 20_000, "a: 2024-13-45", "a: &a [*a]", "configs: 7", "configs: [{data_files: [{path: 7, split: train}]}]"],
+    ["[" * 20_000, "a: 2024-13-45", "a: &a [*a]", "configs: 7", "configs: [{data_files: [{path: [], split: a}]}]"],
 )
 def test_a_dataset_card_that_is_not_yaml_or_says_nonsense_is_no_traceback(tmp_path, front):
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
     (tmp_path / "train.jsonl").write_bytes(hostile_files.good_rows(".jsonl"))
     said = refusal(files_in, tmp_path, SOURCE)
     assert not said or "README.md: its first lines are not YAML" in said
+
+
+MERGED = "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, ' * 9}]}}\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "front",
+    [MERGED, "a: !!timestamp x", "a: " + "9" * 5000, "a: !!python/object:os.system x", "? {a: b}\n: c", "a: !!int x"],
+    ids=lambda text: text[:20],
+)
+def test_a_dataset_card_holds_texts_lists_and_tables_and_takes_no_time(tmp_path, front):
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
+    (tmp_path / "train.jsonl").write_bytes(hostile_files.good_rows(".jsonl"))
+    start = time.process_time()
+    said = refusal(files_in, tmp_path, SOURCE)
+    assert not said or "README.md: its first lines are not YAML" in said
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    "pattern", ["**x/a", "*" * 40 + "a", "x" * 5000, "[!", "a\0b", "/".join(["**"] * 30) + "/*", "../*", "/*", ".", ""]
+)
+def test_a_pattern_of_a_dataset_card_that_names_no_file_here_is_refused(tmp_path, pattern):
+    (tmp_path / "/".join("a" * 24)).mkdir(parents=True)
+    (tmp_path / "train.jsonl").write_bytes(hostile_files.good_rows(".jsonl"))
+    front = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": pattern}]}]}
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps(front)}\n---\n")
+    assert "for the split 'train'; there is no such file" in refusal(files_in, tmp_path, SOURCE)
 
 
 # ---- a model's files ----------------------------------------------------------------------------------------------
@@ -153,6 +184,54 @@ def test_a_config_of_many_gigabytes_is_not_read(tmp_path):
         file.truncate(1 << 40)
     with pytest.raises(UserError, match=r"config.json: has 1,099,511,627,776 bytes; expected JSON of at most"):
         json_object(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("value", ["x", [], 7, True])
+def test_a_quantization_that_is_no_object_is_named(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": value}))
+    with pytest.raises(UserError, match=r"config.json: quantization_config is '.*'; expected an object"):
+        refuse_quantized_base(tmp_path, "a model")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "chat_template.jinja", "merges.txt"])
+def test_what_is_read_whole_is_not_read_when_it_is_too_large(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)
+    recipe = read_recipe(recipes.write_tables(tmp_path / "mine.toml", of_folder(tmp_path)))
+    with pytest.raises(UserError, match=rf"{name}: has 1,099,511,627,776 bytes; expected at most 134,217,728"):
+        local_model(recipe)
+
+
+COLUMNS = {"question": "question", "answer": "answer", "solution": "solution"}
+
+
+def of_folder(folder: Path) -> dict:
+    """Return the tables of a recipe for a model's folder."""
+    tables = recipes.read_tables()
+    del tables["base_model"]
+    tables["model"] |= {"name": str(folder)}
+    tables["data"]["sources"] = [
+        {"name": "a.jsonl", "split": "train", "use": ["sft", "grpo", "eval"], "shares": [0.4, 0.4, 0.2], **COLUMNS}
+    ]
+    return tables
+
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 512,
+    "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 16, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "x", -1, 0.5, 1e308, 10**40, float("nan")], ids=str)
+@pytest.mark.parametrize("name", LLAMA)
+def test_a_size_that_is_none_is_refused_or_left_out(name, value):
+    found = []
+    said = refusal(lambda: found.append(shape_of_config(LLAMA | {name: value}, "config.json")))
+    assert said.startswith("config.json: ") != bool(found)
+    if found:
+        assert value is None  # as in a file that leaves it out
+        assert 0 < found[0].linear_parameters < found[0].parameters < 1_000_000
 
 
 @pytest.mark.parametrize("value", [None, "512", [], {"vocab_size": True}, {"text_config": []}, {"vocab_size": 1.5}])

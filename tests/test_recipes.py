@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -832,7 +833,12 @@ def test_base_model_without_its_table_is_refused(tmp_path: Path) -> None:
         (b"[model\n", "not TOML: Expected ']'"),
         (b'[model]\nname = "\xff"', "not TOML: 'utf-8' codec can't decode byte 0xff"),
         (b"[model]\n[model]\n", "not TOML: Cannot declare ('model',) twice"),
+        (b"a = " + b"[" * 100_000, "not TOML: maximum recursion depth exceeded"),
+        (b"[sft]\nsteps = " + b"9" * 5000, "not TOML: Exceeds the limit (4300 digits)"),
+        (b"a = 1\n" + b"a." * 20_000 + b"a = 1", "line 2 has 20,000 dots; expected at most 200. Break the line"),
+        (b"#" * 300_000, "has more than 262,144 bytes; expected a recipe in TOML"),
     ],
+    ids=lambda value: str(value[:20]),
 )
 def test_what_is_not_toml_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
@@ -840,6 +846,14 @@ def test_what_is_not_toml_is_refused(content: bytes, message: str, tmp_path: Pat
     with pytest.raises(UserError) as refused:
         read_recipe(path)
     assert refused.value.message.startswith(f"{path}: {message}")
+
+
+def test_a_recipe_without_an_end_is_not_read_and_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "zeros.toml").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.toml")
+    for name in ("zeros", "pipe"):
+        with pytest.raises(UserError, match=f"{name}.toml: is no file; expected a recipe in TOML"):
+            read_recipe(tmp_path / f"{name}.toml")
 
 
 def test_a_byte_order_mark_of_a_windows_editor_is_no_part_of_a_recipe(tmp_path: Path) -> None:

@@ -4,10 +4,14 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.breaking.checkout import RECIPE, end_all, held, make_checkout, stage_process, start, write_recipe
 from bench.breaking.kills import RUN_SECONDS, differences, to_the_end
+
+REFUSED = "another process is running"
+Found = Callable[..., None]
 
 
 def both(first: subprocess.Popen, second: subprocess.Popen) -> list[int]:
@@ -21,53 +25,62 @@ def said(checkout: Path) -> str:
 
 
 def run(folder: Path, seed: int, count: int) -> list[str]:
-    """Do each once; return the lines of the report. There is no chance in it, so `seed` and `count` are not used."""
+    """Do the first `count` of the four; return the lines of the report. There is no chance in it: no `seed` is used."""
     mark = f"together-{os.getpid()}"
     checkout = make_checkout(folder / "together")
-    artifacts = checkout / "artifacts"
     faults = [each for each in [to_the_end(checkout, mark)] if each]
-    expected = held(artifacts / RECIPE)
-    lines = []
+    expected = held(checkout / "artifacts" / RECIPE)
+    lines: list[str] = []
 
-    def found(what: str, codes: object, *, same: bool, words: str) -> None:
-        lines.append(f"- {what}: exit codes {codes}; {'the same bytes' if same else 'OTHER BYTES'}; {words}.")
+    def found(what: str, codes: list[int], words: str, *, is_whole: bool = True) -> None:
+        """Run make to its end, and note what came of it."""
+        faults.extend(each for each in [to_the_end(checkout, mark)] if each)
+        now = held(checkout / "artifacts" / RECIPE)
+        if not is_whole:  # made by two checkouts: `outside` holds the paths of one of them
+            now |= {name: expected[name] for name in now.keys() & expected.keys() if name.endswith("/outside")}
+        differing = differences(expected, now)
+        lines.append(f"- {what}: exit codes {codes}; {'OTHER BYTES' if differing else 'the same bytes'}; {words}.")
         print(lines[-1], flush=True)
+        if differing or "NOT SAID" in words:
+            faults.append(f"{what}: {differing or words}")
 
-    shutil.rmtree(artifacts / RECIPE)
+    for each in (replaced_input, two_makes, two_recipes, two_checkouts)[:count]:
+        each(checkout, mark, found)
+    traces = sum(path.read_text(errors="replace").count("Traceback") for path in folder.glob("*.log"))
+    faults += [f"{traces} tracebacks"] if traces else []
+    return [*lines, "", f"Wrong: {'; '.join(faults) if faults else 'nothing'}."]
+
+
+def two_makes(checkout: Path, mark: str, found: Found) -> None:
+    """Run make twice at once on one recipe."""
+    before = said(checkout).count(REFUSED)
+    shutil.rmtree(checkout / "artifacts" / RECIPE)
     codes = both(start(checkout, mark), start(checkout, mark))
-    refused = said(checkout).count("another process is running")
-    faults += [each for each in [to_the_end(checkout, mark)] if each]
-    same = not differences(expected, held(artifacts / RECIPE))
-    found("Two `make all` of one recipe", codes, same=same, words=f"{refused} refused in one line")
+    found("Two `make all` of one recipe", codes, f"{said(checkout).count(REFUSED) - before} refused in one line")
 
-    shutil.rmtree(artifacts / RECIPE)
+
+def two_recipes(checkout: Path, mark: str, found: Found) -> None:
+    """Run make on two recipes at once."""
+    shutil.rmtree(checkout / "artifacts" / RECIPE)
     write_recipe(checkout, "other", grpo={"seed": 5})
     codes = both(start(checkout, mark), start(checkout, mark, recipe="other"))
-    same = not differences(expected, held(artifacts / RECIPE))
-    found("`make all` of two recipes", codes, same=same, words="both at once")
+    found("`make all` of two recipes", codes, "both at once")
 
-    second = make_checkout(folder / "second")
+
+def two_checkouts(checkout: Path, mark: str, found: Found) -> None:
+    """Run make at once in two checkouts with one artifacts folder."""
+    before = said(checkout).count(REFUSED)
+    second = make_checkout(checkout.with_name("second"))
     shutil.rmtree(second / "artifacts", ignore_errors=True)
-    (second / "artifacts").symlink_to(artifacts)
-    shutil.rmtree(artifacts / RECIPE)
+    (second / "artifacts").symlink_to(checkout / "artifacts")
+    shutil.rmtree(checkout / "artifacts" / RECIPE)
     codes = both(start(checkout, mark), start(second, mark))
-    refused = said(second).count("another process is running") + said(checkout).count("another process is running")
-    faults += [each for each in [to_the_end(checkout, mark)] if each]
-    names = {name for name in expected if not name.endswith("/outside")}  # which holds the checkout's own paths
-    now = held(artifacts / RECIPE)
-    same = not differences({name: expected[name] for name in names}, {n: h for n, h in now.items() if n in names})
-    found("Two checkouts on one artifacts folder", codes, same=same, words=f"{refused} refused in one line so far")
-
-    code, words = replaced_input(checkout, mark)
-    faults += [each for each in [to_the_end(checkout, mark)] if each]
-    same = not differences(expected, held(artifacts / RECIPE))
-    found("An input replaced while `sft` reads it, then `make all`", [code], same=same, words=words)
-    traces = said(checkout).count("Traceback") + said(second).count("Traceback")
-    return [*lines, "", f"Tracebacks: {traces}. Wrong: {'; '.join(faults) if faults else 'nothing'}."]
+    refused = said(second).count(REFUSED) + said(checkout).count(REFUSED) - before
+    found("Two checkouts on one artifacts folder", codes, f"{refused} refused in one line", is_whole=False)
 
 
-def replaced_input(checkout: Path, mark: str) -> tuple[int, str]:
-    """Put other rows in place of sft.jsonl while sft trains; return make's exit code and whether it was said."""
+def replaced_input(checkout: Path, mark: str, found: Found) -> None:
+    """Put other rows in place of sft.jsonl while sft trains, and the first ones back when make has ended."""
     artifacts = checkout / "artifacts" / RECIPE
     for name in ("sft", "grpo", "infer", "merge", "gguf", "ollama-modelfile"):
         shutil.rmtree(artifacts / name)
@@ -86,4 +99,5 @@ def replaced_input(checkout: Path, mark: str) -> tuple[int, str]:
     other.write_bytes(good)
     other.replace(rows)
     told = "sft.jsonl: was replaced while sft read it" in said(checkout)
-    return code, "said so" if told else "NOT SAID"
+    words = "said so" if told else "NOT SAID"
+    found("An input replaced while `sft` reads it, then `make all`", [code], words)

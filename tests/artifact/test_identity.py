@@ -228,6 +228,23 @@ def test_what_is_replaced_while_it_is_read_ends_the_stage_and_nothing_is_carried
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize("error", [ValueError("a row cut in two"), UserError("sft.jsonl, line 3: is not JSON")])
+def test_what_is_replaced_is_named_also_when_the_stage_fails_on_it(tmp_path, error):
+    make(tmp_path / "given", "before")
+
+    def fail(replaced: bool) -> None:
+        if replaced:
+            rewritten(tmp_path / "given" / "sft.jsonl", "other")
+        raise error
+
+    inputs = {"before": (tmp_path / "given", ["sft.jsonl"])}
+    with pytest.raises(type(error), match=str(error)):
+        make(tmp_path / "out", inputs=inputs, body=lambda: fail(replaced=False))
+    with pytest.raises(UserError, match=r"sft.jsonl: was replaced while example read it, so nothing was finished"):
+        make(tmp_path / "out", inputs=inputs, body=lambda: fail(replaced=True))
+    assert not (tmp_path / "out").exists()
+
+
 HARMLESS = {
     "the same bytes in its place": lambda path: rewritten(path, "rows"),
     "another name for it": lambda path: os.link(path, path.with_name("linked")),

@@ -1,5 +1,8 @@
 """Modelfiles: what is written is what Ollama reads, and what it would read otherwise is refused."""
 
+import re
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +50,24 @@ def test_a_modelfile_is_read_as_ollama_reads_it(tmp_path, text, commands):
 def test_a_broken_modelfile_is_refused_by_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"FROM a\xff\n", "is not UTF-8 (byte 6); expected a Modelfile"),
+        (b"FROM a\n" * (3 << 20), "has more than 16,777,216 bytes; expected a Modelfile"),
+        (b'FROM "a\n' + b"b\n" * 1_000_000, "line 1: the value of from has no end"),
+    ],
+    ids=["not UTF-8", "too large", "a long value without an end"],
+)
+def test_what_is_no_modelfile_is_refused_in_seconds(tmp_path, content, message):
+    path = tmp_path / "Modelfile"
+    path.write_bytes(content)
+    start = time.process_time()
+    with pytest.raises(UserError, match=re.escape(message)):
+        modelfile.read(path)
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -531,6 +531,7 @@ def test_a_name_that_a_file_binds_is_not_refused_before_it_is_loaded(source, tmp
         ("[politeness for politeness in ()]\n", "has no function 'politeness'; it has: none"),
         ("\ndef politeness(completions:\n", r"my_rewards.py, line 2: SyntaxError"),
         ("a = '\0'", r"my_rewards.py.*null bytes"),
+        ("# coding: rot13\n", "my_rewards.py: LookupError: 'rot13' is not a text encoding"),
         ("# coding: utf-7-or-so\n", "my_rewards.py: SyntaxError: unknown encoding: utf-7-or-so"),
         ("'caf\xe9'\n", "my_rewards.py: SyntaxError: invalid or missing encoding declaration"),
     ],

@@ -102,7 +102,36 @@ def numbered(content: bytes, chance: random.Random) -> bytes:
     return content[:place] + packed + content[place + len(packed) :]
 
 
+VALUES = [None, [], {}, "", "x", True, -1, 0, 0.5, 1e308, 10**40, float("inf"), [[]], {"a": None}, "\ud800", "9" * 4400]
+
+
+def another_value(content: bytes, chance: random.Random) -> bytes:
+    """Put a value of another kind somewhere into JSON, or into one of its lines; into other files an extreme number."""
+    lines = content.split(b"\n")
+    for texts in ([content], lines):
+        place = chance.randrange(len(texts))
+        try:
+            whole = json.loads(texts[place])
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(whole, list | dict) and whole:
+            put_somewhere(whole, chance)
+            texts[place] = json.dumps(whole).encode()
+            return b"\n".join(texts)
+    return numbered(content, chance)
+
+
+def put_somewhere(inside: list | dict, chance: random.Random) -> None:
+    """Put one of `VALUES` in the place of a value, the deeper the less likely."""
+    key = chance.choice([*inside] if isinstance(inside, dict) else range(len(inside)))
+    if isinstance(inside[key], list | dict) and inside[key] and chance.random() < 0.6:
+        put_somewhere(inside[key], chance)
+    else:
+        inside[key] = chance.choice(VALUES)
+
+
 CHANGES: dict[str, Change] = {
+    "another value inside": another_value,
     "cut": lambda content, chance: content[: chance.randrange(len(content))],
     "emptied": lambda content, chance: b"",
     "zeros": lambda content, chance: bytes(len(content)),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 FRAME = (
     "stages/lib/artifact/", "stages/lib/bars.py", "stages/lib/bounded.py", "stages/lib/disk.py", "stages/lib/errors.py",
     "stages/lib/machine/",
-    "stages/lib/options.py", "stages/lib/recipe/read.py", "stages/lib/recipe/rules.py",
+    "stages/lib/options.py", "stages/lib/recipe/read.py", "stages/lib/recipe/rules.py", "stages/lib/recipe/toml.py",
     "stages/lib/report/figures.py", "stages/lib/report/terminal.py", "stages/lib/train/callbacks.py",
     "stages/lib/train/checkpoints.py", "stages/lib/train/health.py", "stages/lib/train/launch.py",
     "stages/lib/train/trackers.py",

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from stages.lib.artifact.environment import environment_now
-from stages.lib.artifact.identity import is_current, outside_paths, refuse_replaced, say_what_is_lost, take_identity
+from stages.lib.artifact.identity import is_current, outside_paths, refusing_replaced, say_what_is_lost, take_identity
 from stages.lib.artifact.manifest import (
     CHECKPOINTS,
     IDENTITY,
@@ -109,8 +109,8 @@ def write_artifact(
         run = Run(folder)
         if checkpoints:
             click.echo(f"{stage}: carrying on from {folder / CHECKPOINTS}")
-        yield run
-        refuse_replaced(to_read, folder, stage)
+        with refusing_replaced(to_read, folder, stage):
+            yield run
         result = {"metrics": run.metrics, "files": describe_files(folder)}
         environment |= {"world_size": run.world_size}
         manifest = {**identity, **result, "environment": environment, "wall": wall(start, run.seconds)}

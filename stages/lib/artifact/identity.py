@@ -4,6 +4,7 @@ It states the recipe's tables that the stage reads, the digests of the files tha
 outside, and the digest of its code. An input that comes out as it was, byte for byte, changes nothing.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -90,6 +91,17 @@ def refuse_replaced(read: Mapping[Path, tuple[Stamp, str]], folder: Path, stage:
                 f"{path}: was replaced while {stage} read it, so nothing was finished; expected the file of the start. "
                 f"If another make is at work there, wait for it. Then run: make {stage}"
             )
+
+
+@contextlib.contextmanager
+def refusing_replaced(read: Mapping[Path, tuple[Stamp, str]], folder: Path, stage: str) -> Iterator[None]:
+    """Raise `UserError` as `refuse_replaced` does, when the body has ended or failed: that is then the reason."""
+    try:
+        yield
+    except Exception:
+        refuse_replaced(read, folder, stage)
+        raise
+    refuse_replaced(read, folder, stage)
 
 
 def say_what_is_lost(checkpoints: Path, before: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

@@ -118,11 +118,10 @@ def files_of_card(path: Path, source: Source) -> list[Path]:
     patterns = [pattern for pattern in listed_patterns(path / "README.md", source) if isinstance(pattern, str)]
     found: list[Path] = []
     for pattern in patterns:
-        inside = not Path(pattern).is_absolute() and ".." not in Path(pattern).parts and pattern.strip("./")
-        matches = sorted(file for file in path.glob(pattern) if file.is_file()) if inside else []
+        matches = files_inside(path, pattern)
         if not matches:
             raise UserError(
-                f"{path / 'README.md'}: lists {pattern!r} for the split {source.split!r}; there is no such file"
+                f"{path / 'README.md'}: lists {pattern[:200]!r} for the split {source.split!r}; there is no such file"
             )
         if unknown := [file for file in matches if not kind_of_file(file)]:
             raise UserError(f"{unknown[0]}: can't be read as a dataset, and {path / 'README.md'} lists it as one")
@@ -132,6 +131,20 @@ def files_of_card(path: Path, source: Source) -> list[Path]:
             f"{path}: {path.name}/README.md lists files of one name for the split {source.split!r}; name one"
         )
     return found
+
+
+def files_inside(path: Path, pattern: str) -> list[Path]:
+    """Return the files in the folder `path` that a pattern of a dataset card names; [] for one that leads outside.
+
+    And for one that is none, or with more than two **: a search takes the more steps by the power of their number.
+    """
+    parts = Path(pattern).parts
+    if not pattern.strip("./") or Path(pattern).is_absolute() or ".." in parts or parts.count("**") > 2:
+        return []
+    try:
+        return sorted(file for file in path.glob(pattern) if file.is_file())
+    except (ValueError, OSError, RecursionError):  # "**x", a name too long, a thousand folders
+        return []
 
 
 def head_of(card: Path) -> str:
@@ -150,8 +163,9 @@ def listed_patterns(card: Path, source: Source) -> list[Any]:
     import yaml
 
     try:
-        fields = yaml.safe_load(front[1])
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        # Texts, lists and tables alone: no dates, and no << that makes gigabytes of a few lines
+        fields = yaml.load(front[1], yaml.BaseLoader)  # noqa: S506
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{card}: its first lines are not YAML ({str(error).splitlines()[0]})") from error
     configs = fields.get("configs") if isinstance(fields, dict) else None
     configs = [each for each in configs if isinstance(each, dict)] if isinstance(configs, list) else []

@@ -6,6 +6,7 @@ from typing import Any
 
 from stages.lib.errors import UserError
 from stages.lib.machine.layers import COUNTS, vision_parameters
+from stages.lib.model.headers import AGAIN
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Gemma3TextConfig's defaults: the published config.json of Gemma 3 4B leaves these out.
@@ -107,11 +108,16 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
         fields = plain_fields(family, sizes)
         fields["tied"] = sizes.get("tie_word_embeddings", config.get("tie_word_embeddings", family in TIED))
         fields["vision_parameters"] = vision_parameters(config, sizes)
-        return Shape(**fields | (COUNTS[family](sizes) if family in COUNTS else {}))
+        shape = Shape(**fields | (COUNTS[family](sizes) if family in COUNTS else {}))
     except KeyError as error:
         raise UserError(f"{where}: has no {error.args[0]!r}; expected a whole config.json") from error
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"{where}: config.json states a size that is none ({error}). Fetch or make it again") from error
+        raise UserError(f"{where}: config.json states a size that is none ({error}). {AGAIN}") from error
+    for name, value in vars(shape).items():
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(isinstance(each, int) and 0 <= each < 1 << 63 for each in numbers):
+            raise UserError(f"{where}: config.json states {name} as {str(value)[:80]!r}; expected a size. {AGAIN}")
+    return shape
 
 
 def plain_fields(family: str, sizes: Mapping[str, Any]) -> dict[str, Any]:

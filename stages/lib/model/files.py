@@ -9,7 +9,7 @@ from typing import Any
 
 from stages.lib.errors import UserError
 from stages.lib.mirror import keep_to_mirror
-from stages.lib.model.headers import json_object, tensors_in
+from stages.lib.model.headers import AGAIN, json_object, tensors_in
 
 
 def model_folder(name: str, revision: str | None) -> Path:
@@ -122,13 +122,23 @@ def vocabulary_size(folder: Path) -> int:
     return size
 
 
+def quantization(folder: Path) -> dict[str, Any] | None:
+    """Return the quantization_config of a config.json, None if it has none. Raises `UserError` for no object."""
+    settings = model_config(folder).get("quantization_config")
+    if settings is not None and not isinstance(settings, dict):
+        raise UserError(
+            f"{folder / 'config.json'}: quantization_config is {str(settings)[:80]!r}; expected an object. {AGAIN}"
+        )
+    return settings
+
+
 # The end of a quantized copy's name: "-unsloth-bnb-4bit", "-GPTQ-Int4", "-FP8".
 QUANTIZED_NAME = re.compile(r"[-_.]((unsloth[-_])?bnb[-_]4bit|4bit|8bit|int[48]|fp8|awq|gptq|nf4|mxfp4)\b.*", re.I)
 
 
 def refuse_quantized_base(folder: Path, name: str) -> None:
     """Raise `UserError` when config.json says that the base `name` is quantized; its weights may be on the hub."""
-    settings = model_config(folder).get("quantization_config")
+    settings = quantization(folder)
     if settings is None:
         return
     whole = QUANTIZED_NAME.sub("", name)
@@ -143,7 +153,7 @@ def refuse_quantized_base(folder: Path, name: str) -> None:
 
 def refuse_quantized(folder: Path, purpose: str) -> None:
     """Raise `UserError` for a quantized model in `folder`: `purpose` starts from 16-bit weights only."""
-    settings = model_config(folder).get("quantization_config")
+    settings = quantization(folder)
     dtypes = sorted({dtype for dtype, _ in weight_shapes(folder).values()} - {"F64", "F32", "F16", "BF16"})
     if settings is None and not dtypes:
         return

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from stages.lib import modelscope
 from stages.lib.errors import UserError
+from stages.lib.model.headers import AGAIN, MAX_JSON_BYTES
 from stages.lib.recipe.tables import Recipe
 
 MODEL_SUFFIXES = (".jinja", ".json", ".model", ".safetensors", ".txt")  # of a model's files that are read
@@ -34,9 +35,18 @@ def files_to_read(paths: list[str], folder: Path) -> list[str]:
 
 
 def local_model(recipe: Recipe) -> dict[str, Path]:
-    """Return the folder of a local model and its files, by name, for `sources`; {} for one of the hub or base-model."""
+    """Return the folder of a local model and its files, by name, for `sources`; {} for one of the hub or base-model.
+
+    Raises `UserError` for a file, other than weights, that is too large to be read whole.
+    """
     if recipe.model_folder is None or recipe.model.name == "base-model":
         return {}
     folder = Path(locate_model(recipe)[0])
     files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES)
+    for path in files:
+        if path.suffix != ".safetensors" and path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(
+                f"{path}: has {path.stat().st_size:,} bytes; expected at most {MAX_JSON_BYTES:,} of a file that is "
+                f"read whole. {AGAIN}"
+            )
     return {"model": folder} | {f"model {path.name}": path for path in files}

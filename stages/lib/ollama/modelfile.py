@@ -5,11 +5,13 @@ Ollama's reader (parser/parser.go of ollama/ollama) ends a quoted value at the f
 marks, and drops characters that are not printable. A value that it would change is refused here.
 """
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
 from stages.lib.errors import UserError
 
+MAX_BYTES = 1 << 24
 COMMANDS = (
     "from",
     "template",
@@ -53,9 +55,16 @@ def checked(where: str, value: str) -> str:
 def read(path: Path) -> list[tuple[str, str]]:
     """Return a Modelfile as Ollama reads it: (command, value) in order, a PARAMETER as ("parameter NAME", value).
 
-    Raises `UserError`, with file and line, for a file that Ollama refuses.
+    Raises `UserError`, with file and line, for a file that Ollama refuses, and for one that is not UTF-8 or too large.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path}: has more than {MAX_BYTES:,} bytes; expected a Modelfile")
+    try:
+        lines = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); expected a Modelfile") from error
     commands = []
     number = 0
     while number < len(lines):
@@ -71,25 +80,28 @@ def read(path: Path) -> list[tuple[str, str]]:
         if name == "parameter":
             of, _, raw = raw.partition(" ")
             name = f"parameter {of}"
-        while (value := unquoted(raw)) is None:
+        text, marks = printable(raw), marks_of(raw)
+        if marks and not (len(text) >= 2 * len(marks) and text.endswith(marks)):
+            while number < len(lines) and not printable(lines[number]).endswith(marks):
+                number += 1
             if number == len(lines):
                 raise UserError(f"{path}, line {start}: the value of {name} has no end; expected closing marks")
-            raw += "\n" + lines[number]
             number += 1
-        commands.append((name, value))
+            text = printable("\n".join([raw, *lines[start:number]]))
+        commands.append((name, text[len(marks) : len(text) - len(marks)]))
     if not any(name == "from" for name, _ in commands):
         raise UserError(f"{path}: has no FROM line; expected one that names the GGUF file")
     return commands
 
 
-def unquoted(raw: str) -> str | None:
-    """Return a value without its marks and unprintable characters; None while its closing marks are missing."""
-    text = "".join(c for c in raw if c.isprintable() or c in "\n\r\t").strip()
-    for marks in ('"""', '"'):
-        if text.startswith(marks):
-            whole = len(text) >= 2 * len(marks) and text.endswith(marks)
-            return text[len(marks) : -len(marks)] if whole else None
-    return text
+def printable(raw: str) -> str:
+    """Return a text without blanks around it and the characters that Ollama drops."""
+    return "".join(c for c in raw if c.isprintable() or c in "\n\r\t").strip()
+
+
+def marks_of(raw: str) -> str:
+    """Return the marks that a value begins with, which its last line has to end with; "" for a bare line."""
+    return next((marks for marks in ('"""', '"') if printable(raw).startswith(marks)), "")
 
 
 def values(commands: Iterable[tuple[str, str]], name: str) -> list[str]:

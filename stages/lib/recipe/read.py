@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import tomllib
 import types
 import typing
 from pathlib import Path
@@ -12,6 +11,7 @@ from stages.lib.answers import formats
 from stages.lib.errors import UserError, nearest
 from stages.lib.recipe.rules import check_recipe
 from stages.lib.recipe.tables import Recipe, is_hub_name
+from stages.lib.recipe.toml import tables_in
 
 
 def read_recipe(path: Path, base_model: Path | None = None) -> Recipe:
@@ -21,7 +21,12 @@ def read_recipe(path: Path, base_model: Path | None = None) -> Recipe:
     its bounds, and for what contradicts itself across tables.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        tables = tables_in(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such recipe. Run: make help") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    try:
         recipe: Recipe = build_table(Recipe, tables, "", given={"path": path, "model_folder": None})
         try:
             own_prompt = formats.get(recipe.format.name).system_prompt
@@ -31,10 +36,6 @@ def read_recipe(path: Path, base_model: Path | None = None) -> Recipe:
         folder = folder_on_disk(recipe.model.name, base_model)
         recipe = dataclasses.replace(recipe, format=answer_format, model_folder=folder)
         check_recipe(recipe)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such recipe. Run: make help") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not TOML: {error}") from error
     except UserError as error:
         raise UserError(f"{path}: {error.message}") from error
     return recipe

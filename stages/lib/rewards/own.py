@@ -43,7 +43,7 @@ def check_own(name: str, recipe_folder: Path) -> None:
     try:
         source = importlib.util.decode_source(path.read_bytes())
         tree = ast.parse(source, str(path))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # a NUL byte, thousands of brackets
+    except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError) as error:  # also of its encoding
         raise UserError(f"[rewards] {name!r}: {where(error, [str(path)])}") from error
     is_bound = name.rpartition(":")[2] in _names_bound(tree)
     if not is_bound and not re.search(r"\bimport[\s\\]*\*", source):

@@ -16,9 +16,9 @@ from stages.lib.errors import UserError
 from stages.lib.gguf import imatrix
 from stages.lib.gguf.convert import convert_lora, convert_model, name_of, quantize
 from stages.lib.gguf.prompted import Prompted, compare_prompts, conversations
-from stages.lib.gguf.tokens import Vocabulary
+from stages.lib.gguf.tokens import Vocabulary, verify_prompt
 from stages.lib.gguf.types import GGUF_TYPES
-from stages.lib.jsonl import first_rows
+from stages.lib.jsonl import first_rows, rows_of
 from stages.lib.model.files import refuse_quantized, vocabulary_size, whole_model_folder
 from stages.lib.model.locate import local_model, locate_model
 from stages.lib.model.parity import Reference, evaluate_adapter, evaluate_file, refer
@@ -63,6 +63,7 @@ def main(recipe: Path, merge: Path, prepare_data: Path, grpo: Path, base_model: 
         rows = first_rows(prepare_data / "eval.jsonl", run_recipe.gguf.prompts, "[gguf] prompts")
         run.checkpoints.mkdir(exist_ok=True)
         paths = make_files(merge / "model", prepare_data / "sft.jsonl", run_recipe, run)
+        check_tokens(min(paths.values(), key=file_size), merge / "model", rows_of(prepare_data / "eval.jsonl"), run)
         adapter = make_adapter(whole_model_folder(base, revision), lora, run_recipe, run) if lora else None
         figures = prove(merge / "model", paths, rows, run_recipe, run, adapter)
         run.metrics.update(figures)
@@ -135,6 +136,27 @@ def make_adapter(base: Path, lora: Path, recipe: Recipe, run: Run) -> tuple[Path
     return base_path, run.folder / ADAPTER
 
 
+def file_size(path: Path) -> int:
+    """Return the bytes of a file."""
+    return path.stat().st_size
+
+
+def check_tokens(path: Path, model: Path, rows: Sequence[dict], run: Run) -> None:
+    """Raise `UserError` unless the file `path` prompts with the merged `model`'s tokens in every problem of `rows`.
+
+    No network runs for it, and all files hold the same tokenizer: so all problems are read, once, and not only those
+    on which every file is compared.
+    """
+    from transformers import AutoTokenizer
+
+    start = time.monotonic()
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    with contextlib.closing(Vocabulary(path)) as file:
+        for row in rows:
+            verify_prompt(file, tokenizer, row["prompt"], f"{path}, problem {row['id']}")
+    run.seconds["tokens"] = time.monotonic() - start
+
+
 def weigh(model: Path, source: Path, rows: Sequence[dict]) -> dict[str, Any]:
     """Return the importance matrix of the model in the folder `model`, whose 16-bit GGUF is `source`, over `rows`."""
     from transformers import AutoTokenizer
@@ -166,7 +188,9 @@ def prove(
     files: dict[str, GgufFile] = {}
     for kind, path in paths.items():
         start = time.monotonic()
-        files[kind] = cast(GgufFile, evaluate_file(path, reference) | {"max_mean_kl": max_kl[kind]})
+        found = evaluate_file(path, reference)
+        run.threads[kind] = found.pop("threads")
+        files[kind] = cast(GgufFile, found | {"max_mean_kl": max_kl[kind]})
         run.seconds[f"examine {kind}"] = time.monotonic() - start
     figures: GgufFigures = {
         "reference": {
@@ -175,7 +199,7 @@ def prove(
             **cast(Accuracy, reference.completions.accuracy),
             "ended": reference.completions.ended,
         },
-        "llama_server": ask_llama_server(min(paths.values(), key=lambda path: path.stat().st_size), reference, run),
+        "llama_server": ask_llama_server(min(paths.values(), key=file_size), reference, run),
         "files": files,
     }
     if adapter:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from stages import gguf
+from stages.lib.distance import Text
 from stages.lib.errors import UserError
 from stages.lib.gguf.convert import quantize
 from stages.lib.gguf.file import Loaded
@@ -63,6 +64,29 @@ def test_the_base_with_the_adapters_file_answers_like_the_merged_model():
     assert lora["mean_kl"] < lora["max_mean_kl"] == pytest.approx(2e-4)
     assert lora["same_top"] > 0.999
     assert lora["bytes"] == (tiny_models.quantized() / "adapter-f16.gguf").stat().st_size
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_k_m"])
+def test_the_number_of_threads_changes_no_byte_of_logits_and_no_completion(kind):
+    prompts = [[2, *range(20, 30 + 40 * number)] for number in range(4)]
+    text, found = Text(prompts[-1], list(range(len(prompts[-1]) - 1))), []
+    with contextlib.closing(Loaded(tiny_models.quantized() / f"model.{kind}.gguf", 256, 4)) as file:
+        for threads in (1, 2, 3, 8):
+            file.take_threads(threads)
+            logits = b"".join(chunk.tobytes() for chunk in file.logits([text]))
+            file.forget()
+            single = [file.decode([(token, n, 0, True)]).tobytes() for n, token in enumerate(text.tokens[:20])]
+            found.append((logits, single, file.greedy(prompts, 20)))
+    assert len(found[0][0]) == (len(prompts[-1]) - 1) * 384 * 4
+    assert found[1:] == [found[0]] * 3
+
+
+@pytest.mark.torch
+def test_the_manifest_states_the_threads_of_each_file_beside_the_machine_and_in_no_figure():
+    manifest = json.loads((tiny_models.quantized() / "manifest.json").read_text())
+    assert manifest["environment"]["threads"] == {"f16": 1, "q8_0": 1, "q4_k_m": 1}  # small files
+    assert "threads" not in json.dumps(manifest["metrics"]) + (tiny_models.quantized() / "parity.json").read_text()
 
 
 @pytest.mark.torch

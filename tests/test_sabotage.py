@@ -211,6 +211,27 @@ def test_a_shifted_id_in_the_ggufs_tokenizer_is_caught(tmp_path):
         gguf_gate(merged, tmp_path)
 
 
+def test_a_shifted_id_is_caught_on_a_problem_that_is_not_compared(tmp_path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    merged = copy_of_merged(tmp_path)
+    proto = sentencepiece_model_pb2.ModelProto.FromString((merged / "tokenizer.model").read_bytes())
+    numbers = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    one, other = proto.pieces[numbers["8"]], proto.pieces[numbers["9"]]
+    one.piece, other.piece = other.piece, one.piece
+    (merged / "tokenizer.model").write_bytes(proto.SerializeToString())
+    run = Run(tmp_path / "gguf")
+    run.checkpoints.mkdir(parents=True)
+    recipe = SimpleNamespace(path=Path("t.toml"), model=SimpleNamespace(name="base-model"), gguf=Gguf(["f16"]))
+    path = gguf.make_files(merged, merged, recipe, run)["f16"]
+    without, holding = (
+        {"id": question, "prompt": [{"role": "user", "content": question}]} for question in ("What is 1?", "What is 8?")
+    )
+    gguf.check_tokens(path, merged, [without], run)
+    with pytest.raises(UserError, match=r"problem What is 8\?: .* different tokens \(a shifted id"):
+        gguf.check_tokens(path, merged, [without, holding], run)
+
+
 def test_a_doubled_bos_is_caught(tmp_path):
     merged = copy_of_merged(tmp_path)
     template = merged / "chat_template.jinja"

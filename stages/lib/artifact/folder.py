@@ -51,6 +51,7 @@ class Run:
     folder: Path
     metrics: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    threads: dict[str, int] = field(default_factory=dict)  # of llama.cpp, by GGUF file: measured, in no identity
     world_size: int = 1  # how many processes trained
 
     @property
@@ -112,7 +113,7 @@ def write_artifact(
         with refusing_replaced(to_read, folder, stage):
             yield run
         result = {"metrics": run.metrics, "files": describe_files(folder)}
-        environment |= {"world_size": run.world_size}
+        environment |= {"world_size": run.world_size} | ({"threads": run.threads} if run.threads else {})
         manifest = {**identity, **result, "environment": environment, "wall": wall(start, run.seconds)}
         write_whole(folder / OUTSIDE, outside)
         sync_files(folder)

@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING
 
 from stages.lib.distance import Text
 from stages.lib.errors import UserError
-from stages.lib.gguf.library import llama_said, threads_for
+from stages.lib.gguf.library import fastest_threads, llama_said, threads_for
 from stages.lib.gguf.tokens import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
 
 BATCH_TOKENS = 256  # a decode call; their logits take 156 MB at a vocabulary of 152k
+TRIAL_TOKENS = 8  # a decode call of the trial of threads: as many as completions at once
 
 
 class Loaded(Vocabulary):
-    """A GGUF file, loaded on the CPU: logits and greedy completions of token ids."""
+    """A GGUF file, loaded on the CPU: logits and greedy completions of token ids.
+
+    `threads`: their number, tried when it is loaded. It changes the time and no byte of a result.
+    """
 
     def __init__(self, path: Path, context_tokens: int, sequences: int = 1, adapter: Path | None = None) -> None:
         """Load `path`, with the GGUF LoRA `adapter`, for `sequences` texts at once of `context_tokens` each.
@@ -30,7 +34,6 @@ class Loaded(Vocabulary):
         parameters.n_ctx = context_tokens * sequences
         parameters.n_seq_max = sequences
         parameters.n_batch = parameters.n_ubatch = max(BATCH_TOKENS, sequences)
-        parameters.n_threads = parameters.n_threads_batch = threads_for(path)
         parameters.no_perf = True
         self.sequences = sequences
         self.batch_tokens = parameters.n_batch
@@ -39,8 +42,13 @@ class Loaded(Vocabulary):
             super().close()
             raise UserError(f"{path}: no room for {context_tokens:,} x {sequences} tokens of context:\n{llama_said()}")
         self.batch = self.llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
-        if not adapter:
-            return
+        if adapter:
+            self.apply(adapter)
+        self.threads = fastest_threads(threads_for(path), self.trial)
+        self.take_threads(self.threads)
+
+    def apply(self, adapter: Path) -> None:
+        """Put the GGUF LoRA `adapter` on the model. Raises `UserError`, all freed, when it does not fit."""
         lora = self.llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(adapter))  # freed with the model
         adapters, scales = (self.llama_cpp.llama_adapter_lora_p_ctypes * 1)(lora), (ctypes.c_float * 1)(1.0)
         if not lora or self.llama_cpp.llama_set_adapters_lora(self.context, adapters, 1, scales):
@@ -51,6 +59,16 @@ class Loaded(Vocabulary):
                 f"none of its tied embeddings ([lora] target_modules). To go on without it, take 'lora' out of save. "
                 f"llama.cpp said:\n{reason}"
             )
+
+    def trial(self, threads: int) -> None:
+        """Decode a few tokens with so many `threads`, and forget them."""
+        self.take_threads(threads)
+        self.decode([(0, position, 0, False) for position in range(TRIAL_TOKENS)])
+        self.forget()
+
+    def take_threads(self, threads: int) -> None:
+        """Have llama.cpp use so many `threads` from now on."""
+        self.llama_cpp.llama_set_n_threads(self.context, threads, threads)
 
     def close(self) -> None:
         """Free batch, context and model."""

@@ -94,7 +94,10 @@ def grade_completions(
 
 
 def evaluate_file(path: Path, reference: Reference) -> dict[str, Any]:
-    """Return the figures of a GGUF file. Raises `UserError` when it can't be loaded or reads other tokens."""
+    """Return the figures of a GGUF file, and the number of `threads` that it ran with.
+
+    Raises `UserError` when it can't be loaded or reads other tokens.
+    """
     recipe, tokenizer, rows = reference.recipe, reference.tokenizer, reference.rows
     with contextlib.closing(Loaded(path, reference.context_tokens, SEQUENCES)) as file:
         for row in rows:
@@ -103,6 +106,7 @@ def evaluate_file(path: Path, reference: Reference) -> dict[str, Any]:
         difference = compare_logits(reference.logits, reference.texts, file.logits(reference.texts))
         token_ids = file.greedy(reference.prompts, recipe.infer.max_completion_tokens)
         completions = grade_completions(token_ids, file.ends, tokenizer, rows, recipe.format.name)
+        threads = file.threads
     pairs = list(zip(reference.completions.right, completions.right, strict=True))
     same = sum(one == other for one, other in zip(reference.completions.texts, completions.texts, strict=True))
     return {
@@ -114,6 +118,7 @@ def evaluate_file(path: Path, reference: Reference) -> dict[str, Any]:
         "flipped_to_right": pairs.count((False, True)),
         "ended": completions.ended,
         "answer": completions.texts[0],
+        "threads": threads,
     }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.lib.distance import Text
+from stages.lib.gguf.library import processors_at_once
 from stages.lib.model.network import network_class
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def load_reference(folder: str | Path, revision: str | None = None) -> Any:
 
     logging.disable_progress_bar()  # one bar a tensor, and no line of its own
     give_back_freed_memory()
+    torch.set_num_threads(min(torch.get_num_threads(), processors_at_once()))  # torch does not see a container's quota
     with read_weights():
         model = network_class(folder, revision).from_pretrained(
             folder,

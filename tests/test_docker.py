@@ -598,7 +598,12 @@ FAKE_HOST_PYTHON = """\
 [[ $1 != -c ]] || exec python3 "$@"
 [[ $1 != -m ]] || { mkdir -p "$3/bin"; touch "$3/pyvenv.cfg"; cp "$FAKES/pip" "$FAKES/python" "$3/bin/"; }
 """
-FAKE_PIP = '#!/bin/bash\necho "$*" >> "$FAKES/pip.log"\nsleep "${SLOW:-0}"\n[[ -z ${BREAK:-} ]]\n'
+FAKE_PIP = """\
+#!/bin/bash
+echo "$*" >> "$FAKES/pip.log"
+until [[ -z ${WAIT_FOR:-} || -e $WAIT_FOR ]]; do sleep 0.01; done
+[[ -z ${BREAK:-} ]]
+"""
 
 
 @pytest.fixture
@@ -678,12 +683,14 @@ def test_a_set_up_that_broke_off_is_made_again(checkout, fakes):
 
 
 def test_two_set_ups_at_once_make_one_environment(checkout, fakes):
-    first = install(checkout, fakes, SLOW="0.3")
+    first = install(checkout, fakes, WAIT_FOR=str(fakes / "go"))
     deadline = time.monotonic() + 30
     while not (fakes / "pip.log").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    second = install(checkout, fakes, SLOW="0.3")
-    assert "another one is at work in ./.venv: waiting for it" in finished(second)
+    second = install(checkout, fakes)
+    assert second.stdout.readline() == "set-up: another one is at work in ./.venv: waiting for it\n"
+    (fakes / "go").touch()
+    finished(second)
     assert (checkout / ".venv" / "installed").exists()
     finished(first)
     once = calls(fakes)

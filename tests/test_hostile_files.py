@@ -74,7 +74,8 @@ try:
 except UserError as error:
     print(error.message)
 own = re.search(r"^VmHWM:\\s*(\\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)[1]
-print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+spent, children = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print(sum(each.ru_utime + each.ru_stime for each in (spent, children)), own, children.ru_maxrss)
 """
 
 
@@ -83,11 +84,10 @@ def test_a_parquet_file_that_unpacks_to_forty_gigabytes_is_refused_in_bounded_ti
     path = tmp_path / "bomb.parquet"
     path.write_bytes(hostile_files.parquet_bomb())
     assert path.stat().st_size == 838
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", READ, path], cwd=ROOT, capture_output=True, text=True, check=True)
-    said, own, children = done.stdout.rsplit(maxsplit=2)
+    said, seconds, own, children = done.stdout.rsplit(maxsplit=3)
     assert "bomb.parquet: 838 bytes of Parquet that take more than 800 MB of memory to read" in said
-    assert time.monotonic() - start < 20
+    assert float(seconds) < 20  # of processor time, as other work of the machine is no fault of the reader
     assert int(own) < 600_000  # KB
     assert int(children) < 1_000_000
 

@@ -631,7 +631,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stage(folder: Path, model: Path, sources: list[dict[str, Any]], *options: object, **knobs: Any) -> Result:
-    recipe = write_recipe(folder, sources, **{"model": {"name": str(model)}, **knobs})
+    recipe = write_recipe(folder, sources, **{"model": {"name": str(model), "rehearsal": False}, **knobs})
     arguments = ["--recipe", recipe, "--out", folder / "out", *options]
     return CliRunner().invoke(prepare_data.main, [str(argument) for argument in arguments])
 

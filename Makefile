@@ -19,6 +19,7 @@ include make/variables.mk make/where.mk make/changed.mk
 all: infer ollama-modelfile  ## Run every stage whose inputs changed
 	@$(call stage,verify) --artifacts $(out) --quick
 	@$(call stage,report) --artifacts $(out)
+	$(if $(filter-out 1,$(NODES)),@$(call stage,node) --folder $(node) --end)
 
 base-model:        ## Make the embedded tiny base model (recipes with a [base_model] table)
 base-model.reads       :=

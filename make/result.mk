@@ -3,6 +3,11 @@
 verify: | $(ready)  ## Hash every file of the recipe's artifacts, and compare it with what its stage wrote
 	@$(call stage,verify) --artifacts $(out)
 
+# Another machine lends its GPUs to node 0, which runs the stages. What node 0 hands over is kept for the next time.
+node := data/cache/node/$(RECIPE)
+node: | $(ready)  ## On another machine than node 0: train with it (NODE_RANK=1 MASTER=10.0.0.1:29400)
+	$(call stage,node) --folder $(node)
+
 ask: $(call done_of,ollama-modelfile)  ## Ask the finished GGUF: make ask Q="What is 17 + 25?"
 	@$(call stage,ask) $(call given,ollama-modelfile) --question "$$QUESTION"
 ask: export QUESTION = $(value Q)

@@ -22,6 +22,12 @@ GPUS ?=
 TRACK ?=
 ## on a CPU: how many processes train and sample, as in 2
 PROCESSES ?=
+## how many machines train together, as in 2; node 0 runs make all, the others make node; left out, one
+NODES ?=
+## with several machines: the number of this one, from 1; node 0 needs none
+NODE_RANK ?=
+## with several machines: address and port of node 0, as in 10.0.0.1:29400
+MASTER ?=
 ## the container image: cpu or cuda; left out, as GPUS asks
 IMAGE ?=
 ## more folders and files that a container sees, read-only, with : between them
@@ -103,7 +109,7 @@ define newline
 
 
 endef
-asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS PROCESSES TRACK IMAGE MEMORY PIDS VENV PORT PUBLIC YES SANDBOX TASKS LIMIT BENCHMARKS OF CHAT
+asked := RECIPE RECIPES GOAL DATA SUBSET RUNTIME GPUS PROCESSES NODES NODE_RANK MASTER TRACK IMAGE MEMORY PIDS VENV PORT PUBLIC YES SANDBOX TASKS LIMIT BENCHMARKS OF CHAT
 $(foreach each,$(asked) SET PASS PYTHON DOCKER TORCH_INDEX BASE CA_BUNDLE PIP_CONFIG HUB WHAT,$(if $(findstring $(newline),$($(each))), \
   $(error $(each)=$(subst $(newline), ,$($(each))): there is a line break in it, which make can't hand on)))
 wrong := $(shell $(foreach each,$(asked),$(each)=$(call quoted,$($(each)))) make/asked)
@@ -140,7 +146,7 @@ stages := base-model prepare-data sft score-base grpo infer merge gguf ollama-mo
 done_of = $(1:%=$(out)/%/manifest.json)
 done := $(call done_of,$(stages))
 
-.PHONY: all help check test test-gpu clean setup verify ask chat serve push ollama report compare sweep benchmark image shell lock sbom doctor FORCE
+.PHONY: all help check test test-gpu clean setup node verify ask chat serve push ollama report compare sweep benchmark image shell lock sbom doctor FORCE
 .PHONY: $(stages)
 # A manifest is never half written: make, interrupted in the moment after one appeared, must not delete it.
 .PRECIOUS: $(done)

@@ -3,7 +3,7 @@
 
 # Training takes a process a GPU where GPUS names several.
 export TEMPER_GPUS := $(GPUS)
-export PROCESSES
+export PROCESSES NODES NODE_RANK MASTER
 
 goals := $(or $(MAKECMDGOALS),help)
 ifneq ($(filter-out help clean setup check test lock doctor,$(goals)),)

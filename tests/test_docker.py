@@ -124,6 +124,7 @@ def test_podman_gets_its_own_spelling(checkout, asked, devices):
 def test_with_several_gpus_a_container_has_the_hosts_shared_memory_and_is_told_what_nccl_is_told(checkout):
     told = {
         "TEMPER_GPUS": "0,1", "PROCESSES": "2", "NCCL_DEBUG": "INFO", "NCCL_P2P_DISABLE": "1", "NCCL_NVLS_ENABLE": "0",
+        "NODES": "2", "NODE_RANK": "1", "MASTER": "10.0.0.1:29400",
         "NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0", "NCCL_OTHER": "not asked for",
     }  # fmt: skip
     words = run(checkout, "python", "-m", "stages.grpo", GPUS="0,1", **told)
@@ -264,6 +265,18 @@ def test_what_is_no_name_of_a_variable_is_refused(checkout, name):
     command = ["docker/run", "python", "-m", "stages.grpo"]
     done = subprocess.run(command, cwd=checkout, env=settings, capture_output=True, text=True, check=False)
     assert (done.returncode, f"docker/run: PASS: '{name}' is no name of a variable." in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "nodes", "network"),
+    [
+        ("sft", "", None), ("sft", "1", None), ("sft", "2", ["host"]), ("grpo", "2", ["host"]), ("node", "", ["host"]),
+        ("infer", "2", None), ("report", "2", ["none"]),
+    ],
+)  # fmt: skip
+def test_only_what_trains_with_other_machines_shares_the_network_of_this_one(checkout, stage, nodes, network):
+    words = run(checkout, "python", "-m", f"stages.{stage}", NODES=nodes)
+    assert (after("--network", words) or None) == network
 
 
 @pytest.mark.parametrize(("security", "capabilities"), [("[name=seccomp name=rootless]", ["SETFCAP"]), ("[]", None)])

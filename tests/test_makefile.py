@@ -621,6 +621,11 @@ def test_a_changed_lock_sets_up_again_and_runs_no_stage(copy):
         (["CA_BUNDLE=a\nb"], r"CA_BUNDLE=a b: there is a line break in it"),
         (["PORT=http"], r"PORT=http is not known\. Expected a number, such as 8000"),
         (['GPUS="; touch made; "'], r'GPUS="; touch made; " is not known'),
+        (["NODES=two"], r"NODES=two is not known\. Expected a number, such as 2"),
+        (["NODE_RANK=-1"], r"NODE_RANK=-1 is not known\. Expected a number, such as 2"),
+        (["NODES=2"], r"NODES=2 needs the address of node 0 as well: MASTER=10\.0\.0\.1:29400"),
+        (["MASTER=10.0.0.1"], r"MASTER=10\.0\.0\.1 is not known\. Expected address and port of node 0"),
+        (["MASTER=$$(touch made):1"], r"MASTER=\$\(touch made\):1 is not known"),
         (["MAKE_VERSION=3.81"], r"this is GNU make 3\.81; expected 4\.2 or newer\. On macOS: brew install make"),
         (["MAKE_VERSION=4.1"], r"this is GNU make 4\.1; expected 4\.2 or newer"),
         (["TASKS=--help"], r"TASKS=--help is not known\. Expected names of lm-eval's tasks with commas between them"),
@@ -698,7 +703,7 @@ def test_the_preamble_is_strict():
 def asked(*variables: str) -> dict[str, list[list[str]]]:
     """Return the options that the Makefile gives each stage, a list a call."""
     targets = ["all", "verify", "score-base", "grpo", "ask", "chat", "serve", "report", "compare", "sweep"]
-    targets += ["push", "ollama", "doctor", "benchmark"]
+    targets += ["push", "ollama", "doctor", "benchmark", "node"]
     given = ["HUB=user/name", "RECIPES=tiny tiny-gsm8k", "SET=grpo.seed=1", "TASKS=gsm8k"]
     result = make(ROOT, "-n", "-B", *targets, *given, *variables)
     assert result.returncode == 0, result.stderr
@@ -724,6 +729,8 @@ def test_the_makefiles_options_are_exactly_the_stages():
         "OF=gguf",
         "CHAT=1",
         "BENCHMARKS=tests/support",
+        "NODES=2",
+        "MASTER=10.0.0.1:29400",
     ]
     with_all += ["RUNTIME=docker", "GPUS=none"]
     for variables in (["RECIPE=tiny"], ["RECIPE=gemma3-1b-gsm8k"], with_all):

@@ -130,10 +130,40 @@ def test_the_shell_reads_what_the_machine_will_run(part):
 def test_it_runs_targets_that_the_makefile_has_on_a_recipe_that_is_there():
     task = yaml.safe_load(TASK.read_text())
     wanted = re.findall(r"\bmake ([a-z-]+)", task["run"])
-    assert wanted == ["doctor", "all"]
+    assert wanted == ["doctor", "all", "node"]
     makefile = "".join(path.read_text() for path in [ROOT / "Makefile", *(ROOT / "make").glob("*.mk")])
     assert [name for name in wanted if not re.search(rf"^{name}:", makefile, re.M)] == []
     assert (ROOT / "recipes" / f"{task['envs']['RECIPE']}.toml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ({}, ["doctor - - -", "all - - -"]),
+        ({"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"}, ["doctor - - -", "all - - -"]),
+        (
+            {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "0"},
+            ["doctor 2 0 10.0.0.7:29400", "all 2 0 10.0.0.7:29400"],
+        ),
+        (
+            {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"},
+            ["doctor 2 1 10.0.0.7:29400", "node 2 1 10.0.0.7:29400"],
+        ),
+    ],
+)
+def test_of_several_machines_the_first_runs_the_stages_and_the_others_train_with_it(tmp_path, nodes, expected):
+    for name, text in (("sg", 'exec bash -c "$3"'), ("make", 'echo "$1 ${NODES:--} ${NODE_RANK:--} ${MASTER:--}"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "RECIPE": "tiny",
+        "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8",
+        **nodes,
+    }
+    run = yaml.safe_load(TASK.read_text())["run"]
+    done = subprocess.run(["bash", "-c", run], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == expected
 
 
 def test_the_usage_at_the_top_names_options_of_its_own_file():

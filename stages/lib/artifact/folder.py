@@ -18,7 +18,14 @@ from typing import Any
 import click
 
 from stages.lib.artifact.environment import environment_now
-from stages.lib.artifact.identity import is_current, outside_paths, refusing_replaced, say_what_is_lost, take_identity
+from stages.lib.artifact.identity import (
+    is_current,
+    outside_paths,
+    refuse_other_identity,
+    refusing_replaced,
+    say_what_is_lost,
+    take_identity,
+)
 from stages.lib.artifact.manifest import (
     CHECKPOINTS,
     IDENTITY,
@@ -53,6 +60,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     threads: dict[str, int] = field(default_factory=dict)  # of llama.cpp, by GGUF file: measured, in no identity
     world_size: int = 1  # how many processes trained
+    inputs: dict[str, Path] = field(default_factory=dict)  # the finished folders that the stage reads, by stage
 
     @property
     def checkpoints(self) -> Path:
@@ -82,7 +90,7 @@ def write_artifact(
     this stage did not write, when another process is writing it, or when the disk has too little room.
     """
     if RANK_FOLDER in os.environ:  # a rank: the process that started it holds the artifact
-        yield Run(Path(os.environ[RANK_FOLDER]))
+        yield run_of_rank(stage, tables, inputs, sources or {})
         return
     if out.name in ("", ".."):
         raise UserError(f"--out {out}: expected the name of a folder for {stage} to write, such as artifacts/{stage}")
@@ -107,7 +115,7 @@ def write_artifact(
         check_room(out, stage, room_bytes)
         checkpoints = take_over(folder, stage, identity)
         environment, start = environment_now(), time.time()
-        run = Run(folder)
+        run = Run(folder, inputs={name: path for name, (path, _) in inputs.items()})
         if checkpoints:
             click.echo(f"{stage}: carrying on from {folder / CHECKPOINTS}")
         with refusing_replaced(to_read, folder, stage):
@@ -121,6 +129,22 @@ def write_artifact(
         os.utime(folder / MANIFEST, (STARTED, STARTED))
         put_in_place(folder, out, stage)
     click.echo(f"{stage}: finished {out} in {manifest['wall']['seconds']:.0f} s")
+
+
+def run_of_rank(
+    stage: str,
+    tables: Mapping[str, Any],
+    inputs: Mapping[str, tuple[Path, Sequence[str]]],
+    sources: Mapping[str, Path],
+) -> Run:
+    """Return the stage at work that this rank is part of.
+
+    Raises `UserError` on another machine than node 0, when its checkout or a file from outside is not that of node 0.
+    """
+    folder = Path(os.environ[RANK_FOLDER])
+    if os.environ.get("RANK") != os.environ.get("LOCAL_RANK"):
+        refuse_other_identity(folder, take_identity(stage, tables, inputs, sources)[0])
+    return Run(folder)
 
 
 def wall(started: float, seconds: Mapping[str, float]) -> dict[str, Any]:

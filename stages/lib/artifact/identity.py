@@ -22,6 +22,7 @@ from stages.lib.artifact.manifest import (
     faults,
     files_read,
     manifest_in,
+    object_in,
     read_manifest,
     write_json,
 )
@@ -102,6 +103,16 @@ def refusing_replaced(read: Mapping[Path, tuple[Stamp, str]], folder: Path, stag
         refuse_replaced(read, folder, stage)
         raise
     refuse_replaced(read, folder, stage)
+
+
+def refuse_other_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Raise `UserError` when a machine would train on something else than node 0, whose identity is in `folder`."""
+    expected = object_in(folder / IDENTITY)
+    if expected != identity:
+        raise UserError(
+            f"this machine would train on something else than node 0; different here: "
+            f"{what_changed(expected, identity)}. Copy checkout and files from node 0, and run the same command again"
+        )
 
 
 def say_what_is_lost(checkpoints: Path, before: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

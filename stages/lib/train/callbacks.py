@@ -11,7 +11,7 @@ from stages.lib.bars import open_bar, say, show_beside
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Health
 from stages.lib.train import health, ranks
-from stages.lib.train.checkpoints import mark_complete
+from stages.lib.train.checkpoints import collect_random_states, mark_complete
 
 
 def heeded_signals() -> list[signal.Signals]:
@@ -71,7 +71,7 @@ def make_callbacks(bar: Mapping[str, str], round_steps: int) -> tuple[Any, Any]:
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args, state, control, **kwargs):
-            ranks.largest(0)  # all ranks have written theirs
+            collect_random_states(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             if ranks.is_first():
                 mark_complete(Path(args.output_dir), state.global_step)
 

@@ -1,13 +1,32 @@
 """Checkpoints: which are whole, and from which one a run goes on."""
 
+import os
 import shutil
 from pathlib import Path
 
 import click
 
 from stages.lib.artifact.manifest import describe_files, object_in, sync, sync_files, write_json
+from stages.lib.train import ranks
 
 COMPLETE = "complete"  # in a checkpoint: size and sha256 of all its other files, written when these are on the disk
+
+
+def collect_random_states(checkpoint: Path) -> None:
+    """Return when the random states of all ranks are in the checkpoint of rank 0; all ranks call this."""
+    size = str(ranks.world_size())
+    if os.environ.get("LOCAL_WORLD_SIZE", size) == size:  # on one machine, each has written its own there
+        ranks.largest(0)
+        return
+    from accelerate.utils import gather_object
+
+    own = checkpoint / f"rng_state_{ranks.rank()}.pth"
+    states = gather_object([(own.name, own.read_bytes())])
+    if ranks.is_first():
+        for name, state in states:
+            (checkpoint / name).write_bytes(state)
+    elif os.environ["RANK"] != os.environ["LOCAL_RANK"]:
+        shutil.rmtree(checkpoint, ignore_errors=True)  # the checkpoints are on node 0
 
 
 def mark_complete(folder: Path, step: int) -> None:

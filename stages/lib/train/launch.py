@@ -1,8 +1,9 @@
-"""The launcher: training and sampling on several GPUs of one machine, a process (a rank) a GPU.
+"""The launcher: training and sampling on several GPUs, a process (a rank) a GPU.
 
 The stage's own process holds the artifact and supervises. It starts its own command once a GPU, with the variables of
 torch.distributed, and imports no torch. It hands signals on, ends all ranks when one fails, starts them anew one rung
-down the memory ladder, and alone writes the manifest. On a CPU or one GPU it trains in its own process.
+down the memory ladder, and alone writes the manifest. On a CPU or one GPU it trains in its own process. With several
+machines (`nodes.py`) each supervises its own ranks, and node 0 all.
 """
 
 import contextlib
@@ -14,57 +15,46 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from stages.lib.artifact.digests import digest_of
 from stages.lib.artifact.folder import RANK_FOLDER, Run
 from stages.lib.artifact.manifest import write_json
 from stages.lib.disk import naming_disk_faults
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe
-from stages.lib.train import ladder, ranks
+from stages.lib.train import ladder, nodes, ranks
 from stages.lib.train.checkpoints import last_checkpoint
+from stages.lib.train.failures import (
+    FAILURE,
+    Outcome,
+    cause,
+    failure_seen,
+    note_failure,
+    raise_failure,
+    read_failure,
+)
+from stages.lib.train.nodes import Group, Peer
 
 FIGURES = "figures.json"  # what rank 0 found, for the process that writes the manifest
 RANKS = "checkpoints/ranks"  # beside the checkpoints: the output of each rank but 0
-# In a rank's environment: the pipe that takes why it failed. A file could not be written on a full disk.
-FAILURE = "TEMPER_FAILURE"
-MAX_FAILURE = 10_000  # characters of a traceback's end; a pipe holds 64 KiB, and an escaped character takes up to 6
-# In the errors of a rank whose partner is gone: the partner's own failure is the cause.
-PARTNER_GONE = (
-    "onnection closed by peer",
-    "onnection reset",
-    "onnection refused",
-    "Broken pipe",
-    "NCCL",
-    "ProcessGroup",
-)
 POLL_SECONDS = 0.1
-LAST_LINES = 15
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass
-class Failure:
-    """Why a rank ended: the kind ("user", "memory", "crash"), the text to show, the optimizer step, and when."""
-
-    kind: str
-    text: str
-    step: int = 0
-    time: float = 0.0
-
-
-@dataclass
 class Rank:
-    """A process that was started, and the end of the pipe from which its failure is read."""
+    """A process that was started, the pipe from which its failure is read, its number, and how many there are."""
 
     process: subprocess.Popen
     failures: int
+    number: int
+    size: int
 
 
 def process_count(environment: Mapping[str, str] = os.environ) -> int:
@@ -95,29 +85,52 @@ def train_on_gpus(recipe: Recipe, stage: str, run: Run, train: Callable[[], Any]
     """
     if RANK_FOLDER in os.environ:
         work_as_rank(run, train)
-    run.world_size = process_count()
-    if run.world_size == 1:
+    own = process_count()
+    if own == nodes.node_count() == 1:
+        run.world_size = 1
         return train()
+    with nodes.gathered(stage) as others:
+        run.world_size = own + sum(node.processes for node in others)
+        refuse_uneven(recipe, stage, run.world_size)
+        (run.checkpoints / FIGURES).unlink(missing_ok=True)
+        command = [sys.executable, *sys.orig_argv[1:]]
+        while True:
+            # Clears away what a crash left, before all read.
+            checkpoint = last_checkpoint(run.checkpoints, getattr(recipe, stage).steps)
+            group = Group(0, own, run.world_size, *rendezvous())
+            try:
+                variables = [rank_variables(group, place) for place in range(own)]
+                if others:
+                    variables = [each | nodes.own_interface(others[0].connection) for each in variables]
+                    files = nodes.files_to_hand_over(run, checkpoint)
+                    nodes.hand_over({"stage": stage, "recipe": digest_of(recipe.path)}, group, files, others)
+                run_or_raise(command, variables, run.folder, others)
+            except ladder.OutOfMemory as error:
+                now = ladder.lowered(recipe, stage, run.checkpoints)
+                ladder.write_rung(now, stage, run.checkpoints, error.step, error)
+                continue
+            return json.loads((run.checkpoints / FIGURES).read_text())
+
+
+def refuse_uneven(recipe: Recipe, stage: str, size: int) -> None:
+    """Raise `UserError` when a step of `stage` can't be shared by `size` ranks alike."""
     rows = recipe.sft.batch_size
     if stage == "grpo":
         rows = recipe.grpo.prompts_per_step * recipe.grpo.completions_per_prompt
-    if rows % run.world_size:
+    if rows % size:
         names = "prompts_per_step x completions_per_prompt" if stage == "grpo" else "batch_size"
         raise UserError(
-            f"{recipe.path}: [{stage}] {names} = {rows} can't be shared by {run.world_size} processes alike. Choose a "
-            f"multiple of {run.world_size}, or name fewer GPUs"
+            f"{recipe.path}: [{stage}] {names} = {rows} can't be shared by {size} processes alike. Choose a "
+            f"multiple of {size}, or name fewer GPUs"
         )
-    (run.checkpoints / FIGURES).unlink(missing_ok=True)
-    while True:
-        last_checkpoint(run.checkpoints, getattr(recipe, stage).steps)  # clears away what a crash left, before all read
-        command = [sys.executable, *sys.orig_argv[1:]]
-        try:
-            supervise(command, run.world_size, run.folder)
-        except ladder.OutOfMemory as error:
-            now = ladder.lowered(recipe, stage, run.checkpoints)
-            ladder.write_rung(now, stage, run.checkpoints, error.step, error)
-            continue
-        return json.loads((run.checkpoints / FIGURES).read_text())
+
+
+def rendezvous() -> tuple[str, int]:
+    """Return the address and a free port where rank 0 waits for the others."""
+    address = nodes.master()[0] if nodes.node_count() > 1 else "127.0.0.1"
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return address, probe.getsockname()[1]
 
 
 def work_as_rank(run: Run, train: Callable[[], Any]) -> NoReturn:
@@ -139,56 +152,78 @@ def work_as_rank(run: Run, train: Callable[[], Any]) -> NoReturn:
     os._exit(code)  # libraries wait at exit for partners that may be gone
 
 
-def note_failure(error: BaseException) -> None:
-    """Tell the supervisor why this rank failed; it says it once."""
-    kind, text, step = "crash", "".join(traceback.format_exception(error))[-MAX_FAILURE:], 0
-    if isinstance(error, ladder.OutOfMemory):
-        kind, text, step = "memory", str(error), error.step
-    elif isinstance(error, click.ClickException):
-        kind, text = "user", error.message
-    record = {"kind": kind, "text": text, "step": step, "time": time.time()}
-    os.write(int(os.environ[FAILURE]), json.dumps(record).encode())
-    if kind == "crash" and not ranks.is_first():
-        traceback.print_exception(error)
-
-
 def supervise(command: Sequence[str], count: int, folder: Path, *, apart: bool = False) -> None:
-    """Run `command` in `count` ranks until all have ended; each writes under `folder`.
+    """Run `command` in `count` ranks on this machine until all have ended; each writes under `folder`.
 
-    Rank 0 speaks; the output of the others goes to files. Hands INT, TERM and HUP on to all. When a rank fails,
-    the others are killed. `apart`: they know nothing of each other, and each sees its own GPU alone. Raises `UserError`
-    or `ladder.OutOfMemory` for a rank's own, else `SystemExit` after its traceback, or with 128 + the signal.
+    `apart`: they know nothing of each other, and each sees its own GPU alone. Raises as `run_or_raise` does.
+    """
+    group = Group(0, count, count, "127.0.0.1", 0 if apart else rendezvous()[1])
+    run_or_raise(
+        command, [share_variables(n, count) if apart else rank_variables(group, n) for n in range(count)], folder
+    )
+
+
+def run_or_raise(
+    command: Sequence[str], variables: Sequence[Mapping[str, str]], folder: Path, others: Sequence[Peer] = ()
+) -> None:
+    """Run the ranks, as `run_ranks` does. Raises `UserError` or `ladder.OutOfMemory` for a rank's own, else
+    `SystemExit` after its traceback, or with 128 + the signal.
+    """
+    outcome = run_ranks(command, variables, folder, others)
+    if outcome.failure:
+        if sys.stderr.isatty():
+            click.echo(err=True)  # below the bar of a rank 0 that was killed
+        raise_failure(outcome.failure, has_checkpoint=any((folder / RANKS).parent.glob("checkpoint-*")))
+    if outcome.code:  # by a signal, and rank 0 has said so
+        raise SystemExit(outcome.code)
+
+
+def run_ranks(
+    command: Sequence[str], variables: Sequence[Mapping[str, str]], folder: Path, others: Sequence[Peer] = ()
+) -> Outcome:
+    """Run `command` once with each of `variables`, until all have ended; return how.
+
+    Rank 0 speaks; the output of the others goes to files. Hands INT, TERM and HUP on to all. When a rank fails, here
+    or on one of the `others`, all are killed.
     """
     logs = folder / RANKS
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.iterdir():
         old.unlink()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     started: list[Rank] = []
     with handing_on(started) as handed:
         try:
-            for number in range(count):
-                variables = share_variables(number, count) if apart else rank_variables(number, count, port)
-                started.append(start_rank(command, number, variables, folder))
-            codes = wait_for_all([rank.process for rank in started])
+            for each in variables:
+                started.append(start_rank(command, each, folder))
+            codes = wait_for_all([rank.process for rank in started], others)
         finally:
             for rank in started:
                 if rank.process.poll() is None:
                     rank.process.kill()
                 rank.process.wait()
-            failures = [read_failure(rank.failures) for rank in started]
-    if any(codes):
-        if sys.stderr.isatty():
-            click.echo(err=True)  # below the bar of a rank 0 that was killed
-        raise_failure(codes, failures, handed, logs)
+            told = [read_failure(rank.failures) for rank in started]
+    failed = None in codes or any(map(has_failed, codes))
+    for node in others:
+        node.settle(failed=failed)
+    failures = [failure for failure in told if failure]
+    failures += [node.failure for node in others if failed and node.failure]
+    ended = [128 - code if code < 0 else code for code in codes if code and (code >= 128 or -code in handed)]
+    if not failures and len(ended) == sum(bool(code) for code in codes):
+        return Outcome(ended[0] if ended else int(failed), None, handed)
+    for rank, code, failure in zip(started, codes, told, strict=True):
+        if code and not failure:
+            name = f"rank {rank.number} of {rank.size}"
+            failures.append(failure_seen(name, code, logs / f"{rank.number}.log"))
+    return Outcome(1, cause(failures), handed)
 
 
-def rank_variables(number: int, count: int, port: int) -> dict[str, str]:
-    """Return the variables of torch.distributed for a rank."""
-    ids = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    return {name: str(value) for name, value in ids.items()} | {"MASTER_ADDR": "127.0.0.1"}
+def rank_variables(group: Group, place: int) -> dict[str, str]:
+    """Return the variables of torch.distributed for the rank at a `place` of its machine."""
+    ids = {"RANK": group.first + place, "LOCAL_RANK": place, "WORLD_SIZE": group.size, "LOCAL_WORLD_SIZE": group.own}
+    return {name: str(value) for name, value in ids.items()} | {
+        "MASTER_ADDR": group.address,
+        "MASTER_PORT": str(group.port),
+    }
 
 
 def share_variables(number: int, count: int) -> dict[str, str]:
@@ -198,10 +233,11 @@ def share_variables(number: int, count: int) -> dict[str, str]:
     return {ranks.SHARE: f"{number}/{count}", "CUDA_VISIBLE_DEVICES": own}
 
 
-def start_rank(command: Sequence[str], number: int, variables: Mapping[str, str], folder: Path) -> Rank:
+def start_rank(command: Sequence[str], variables: Mapping[str, str], folder: Path) -> Rank:
     """Start one rank, in a session of its own: a terminal's Ctrl-C reaches it once, through the supervisor."""
-    count = int(variables.get("WORLD_SIZE") or variables[ranks.SHARE].partition("/")[2])
-    threads = max(1, (os.cpu_count() or 1) // count)
+    place, _, count = variables.get(ranks.SHARE, "").partition("/")
+    number, size = int(place or variables["RANK"]), int(count or variables["WORLD_SIZE"])
+    threads = max(1, (os.cpu_count() or 1) // int(count or variables["LOCAL_WORLD_SIZE"]))
     reading, writing = os.pipe()
     os.set_blocking(reading, False)  # a process that the rank left behind may hold the other end
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **variables}
@@ -213,17 +249,7 @@ def start_rank(command: Sequence[str], number: int, variables: Mapping[str, str]
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=errors, start_new_session=True, pass_fds=[writing]
         )
-    return Rank(process, reading)
-
-
-def read_failure(pipe: int) -> Failure | None:
-    """Return why a rank that has ended failed, if it said so; closes the pipe."""
-    try:
-        told = os.read(pipe, 1 << 16)
-    except BlockingIOError:
-        told = b""
-    os.close(pipe)
-    return Failure(**json.loads(told)) if told else None
+    return Rank(process, reading, number, size)
 
 
 @contextlib.contextmanager
@@ -248,50 +274,20 @@ def handing_on(started: Sequence[Rank]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def wait_for_all(started: Sequence[subprocess.Popen]) -> list[int | None]:
-    """Return the exit codes of all, in order, as soon as all have ended or one has failed; None: still running.
+def has_failed(code: int | None) -> bool:
+    """Say whether an exit code is a failure. A rank that saves and stops on a signal has not failed: so do all."""
+    return code is not None and (code < 0 or 0 < code < 128)
 
-    A rank that saves and stops on a signal has not failed: its partners do the same.
+
+def wait_for_all(started: Sequence[subprocess.Popen], others: Sequence[Peer]) -> list[int | None]:
+    """Return the exit codes of all that were started here, in order; None: still running.
+
+    Waits until all have ended, or one has failed, here or on one of the `others`.
     """
     while True:
         codes = [process.poll() for process in started]
-        if None not in codes or any(code is not None and (code < 0 or 0 < code < 128) for code in codes):
+        is_lost = any(has_failed(node.poll()) for node in others)
+        if None not in codes or is_lost or any(map(has_failed, codes)):
             time.sleep(POLL_SECONDS)  # the first to fail may be one whose partner is about to
             return [process.poll() for process in started]
         time.sleep(POLL_SECONDS)
-
-
-def raise_failure(
-    codes: Sequence[int | None], failures: Sequence[Failure | None], handed: Sequence[int], logs: Path
-) -> None:
-    """Raise what ended the ranks, whose exit codes are `codes`: the cause alone, not what followed in its partners."""
-    ended = [128 - code if code < 0 else code for code in codes if code and (code >= 128 or -code in handed)]
-    if not any(failures) and len(ended) == sum(bool(code) for code in codes):  # by a signal, and rank 0 has said so
-        raise SystemExit(ended[0])
-    failure = cause(codes, failures, logs)
-    if failure.kind == "memory":
-        raise ladder.OutOfMemory(failure.step, failure.text)
-    if failure.kind == "user":
-        raise UserError(failure.text)
-    click.echo(failure.text, err=True)
-    raise SystemExit(1)
-
-
-def cause(codes: Sequence[int | None], failures: Sequence[Failure | None], logs: Path) -> Failure:
-    """Return the first failure of a rank's own."""
-    told = sorted((failure.time, number, failure) for number, failure in enumerate(failures) if failure)
-    for _, number, failure in told:
-        if failure.kind != "crash":
-            return failure
-        if not any(text in failure.text for text in PARTNER_GONE):
-            return replace(failure, text=f"rank {number} failed:\n{failure.text}")
-    for number, code in enumerate(codes):
-        if code and not failures[number]:
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            log = logs / f"{number}.log"
-            last = log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
-            again = "All ranks were ended. Run the same command again"
-            again += ": it goes on from the last checkpoint" if any(logs.parent.glob("checkpoint-*")) else ""
-            return Failure("user", "\n".join([f"rank {number} of {len(codes)} {how}. {again}", *last]))
-    _, number, failure = told[0]
-    return replace(failure, text=f"rank {number} failed:\n{failure.text}")

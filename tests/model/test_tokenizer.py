@@ -31,12 +31,15 @@ ZEPHYR = (
 )
 
 
-def base(name: str, folder: Path, *, rows: int = 0, template: str | None = None) -> Path:
+def base(name: str, folder: Path, *, rows: int = 0, template: str | None = None, network: str = "") -> Path:
     """Write the tokenizer and config.json of a base like `name` to `folder`, with no weights; return the folder.
 
-    `rows` are taken off the embedding; `template` stands for its own chat template.
+    `rows` are taken off the embedding; `template` stands for its own chat template, `network` for its own network.
     """
     import transformers
+
+    network = network or NETWORKS[name]
+    folder.mkdir(exist_ok=True)
 
     if name == "tinyllama":  # its tokenizer adds BOS, its chat template writes none
         family_models.sentencepiece("llama-spm", [], TINYLLAMA)(folder, "gemma-3", "<end_of_turn>")
@@ -53,8 +56,8 @@ def base(name: str, folder: Path, *, rows: int = 0, template: str | None = None)
     if template:
         (folder / "chat_template.jinja").write_text(template)
     size = len(transformers.PreTrainedTokenizerFast.from_pretrained(folder)) - rows
-    config = getattr(transformers, f"{NETWORKS[name]}Config")(**family_models.SIZES, vocab_size=size)
-    config.architectures = [f"{NETWORKS[name].removesuffix('Text')}ForCausalLM"]
+    config = getattr(transformers, f"{network}Config")(**family_models.SIZES, vocab_size=size)
+    config.architectures = [f"{network.removesuffix('Text')}ForCausalLM"]
     config.save_pretrained(folder)
     return folder
 
@@ -138,6 +141,80 @@ def test_numbers_are_split_as_tokenizer_json_says_whatever_class_the_base_states
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").tokenize("17 +   25") == digits
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"{folder}: transformers makes another tokenizer of tokenizer_class 'GPT2Tokenizer' than")
+
+
+REBUILT = [
+    ("smollm2", "Llama", "GPT2Tokenizer"), ("smollm2", "Olmo2", "GPT2Tokenizer"),
+    ("smollm2", "Qwen3", "Qwen2Tokenizer"), ("smollm2", "Llama", "LlamaTokenizer"),
+    ("smollm2", "Llama", "CodeLlamaTokenizer"),
+    ("gemma3", "Gemma3Text", "GemmaTokenizer"), ("tinyllama", "Llama", "LlamaTokenizer"),
+    ("phi3", "Phi3", "LlamaTokenizer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "network", "stated"), REBUILT, ids=["-".join(each) for each in REBUILT])
+def test_the_tokenizer_of_tokenizer_json_is_trained_and_shipped_whatever_class_is_stated(
+    tmp_path, name, network, stated
+):
+    from tokenizers import Tokenizer
+
+    folder = base(name, tmp_path / "base", network=network)
+    edit(folder / "tokenizer_config.json", tokenizer_class=stated)
+    # Rules that no class of transformers has: letters are made small, and an "x" stands alone.
+    alone = {"type": "Split", "pattern": {"String": "x"}, "behavior": "Isolated", "invert": False}
+    split = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]
+    steps = {"type": "Sequence", "pretokenizers": [alone, split] if split else [alone]}
+    edit(folder / "tokenizer.json", normalizer={"type": "Lowercase"}, pre_tokenizer=steps)
+    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokens = written.encode("AxxB 17", add_special_tokens=False).tokens
+    trained = load_tokenizer(recipe(folder))
+    assert trained.tokenize("AxxB 17") == tokens
+    shipped = ship(trained, folder, tmp_path / "merged")
+    assert shipped.tokenize("AxxB 17") == tokens
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        assert state(shipped.backend_tokenizer, part) == state(written, part)
+
+
+def ship(tokenizer, folder: Path, out: Path):
+    """Save the tokenizer beside the config.json of its base, as merge does; return it as users load it."""
+    from transformers import AutoTokenizer
+
+    out.mkdir()
+    (out / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_tokenizer(tokenizer, folder, out)
+    return AutoTokenizer.from_pretrained(out)
+
+
+def state(tokenizer, part: str) -> bytes | None:
+    found = getattr(tokenizer, part)
+    return found.__getstate__() if found is not None else None
+
+
+def test_a_qwen2_whose_tokenizer_json_is_not_qwen2s_is_refused_as_transformers_would_read_it_otherwise(tmp_path):
+    folder = base("smollm2", tmp_path / "base", network="Qwen2")
+    run = recipe(folder)
+    with pytest.raises(
+        UserError, match=r"makes a Qwen2Tokenizer of every .* \(normalizer, pre_tokenizer\); .* another base"
+    ):
+        check_tokenizer(run, load_tokenizer(run))
+
+
+def test_a_qwen2_whose_tokenizer_json_differs_in_rare_texts_alone_is_taken_with_a_warning(tmp_path, capsys):
+    folder = base("smollm2", tmp_path / "base", network="Qwen2")
+    regex = {"type": "Split", "pattern": {"Regex": family_models.QWEN_SPLIT}, "behavior": "Isolated", "invert": False}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    # As Qwen2's, but for the normalizer, which composes an accent and its letter.
+    edit(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [regex, bytes_]})
+    edit(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    tokenizer = load_tokenizer(recipe(folder))
+    shipped = ship(tokenizer, folder, tmp_path / "merged")
+    assert shipped.tokenize("17 +   25") == tokenizer.tokenize("17 +   25")
+    assert shipped.tokenize("e\u0301") != tokenizer.tokenize("e\u0301")
+    warning = capsys.readouterr().err.strip().splitlines()[-1]
+    assert warning.startswith(
+        f"warning: {folder}: beside this config.json transformers makes a Qwen2Tokenizer of every"
+    )
+    assert warning.endswith("(normalizer); common texts give the same tokens")
 
 
 @pytest.mark.parametrize(

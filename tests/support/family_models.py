@@ -91,7 +91,7 @@ def byte_level(source: str, split: str | None, bos: str | None, tokenizer_class:
     """
 
     def write(folder: Path, template: str, end: str) -> None:
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
 
         known = vocabulary(source)
@@ -108,6 +108,8 @@ def byte_level(source: str, split: str | None, bos: str | None, tokenizer_class:
         ]) if split else pre_tokenizers.Sequence([
             pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False),
         ])  # fmt: skip
+        if tokenizer_class == "Qwen2Tokenizer":
+            core.normalizer = normalizers.NFC()
         core.decoder = decoders.ByteLevel()
         core.add_special_tokens(
             [AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]

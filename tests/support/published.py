@@ -14,7 +14,7 @@ from typing import Any
 
 from stages.lib.recipe.tables import Recipe
 from tests.support import published_configs as configs
-from tests.support.family_models import GEMMA3, byte_level, sentencepiece
+from tests.support.family_models import GEMMA3, QWEN_SPLIT, byte_level, sentencepiece
 
 END = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # DeepSeek's
 MODULES = ("q_proj", "v_proj", "down_proj")  # as in the recipes, of Llama's names
@@ -25,6 +25,7 @@ LLAMA_32, PHI_4_MINI = "meta-llama/Llama-3.2-1B-Instruct", "microsoft/Phi-4-mini
 GRANITE_TEMPLATE = "ibm-granite-granite-4.0"
 VOCABULARIES = {  # with the token that ends a turn
     "starcoder": (byte_level("starcoder", None, None, "GPT2Tokenizer"), "<|im_end|>"),
+    "qwen2": (byte_level("starcoder", QWEN_SPLIT, None, "Qwen2Tokenizer"), "<|im_end|>"),
     "gemma-3": (sentencepiece("llama-spm", ["<start_of_turn>", "<end_of_turn>"], GEMMA3), "<end_of_turn>"),
     "gemma-4": (sentencepiece("llama-spm", ["<|turn>", "<turn|>"], GEMMA3 | {"eos_token": "<turn|>"}), "<turn|>"),
 }  # fmt: skip
@@ -69,10 +70,10 @@ PUBLISHED = [
     Published(
         "HuggingFaceTB/SmolLM3-3B", configs.SMOLLM_3, "starcoder", "HuggingFaceTB-SmolLM3-3B", end="<|im_end|>"
     ),
-    Published("Qwen/Qwen2.5-3B-Instruct", configs.QWEN_2_5, "starcoder", "Qwen-Qwen2.5-7B-Instruct"),
-    Published("Qwen/Qwen3-1.7B", configs.QWEN_3_17B, "starcoder", "Qwen-Qwen3-0.6B", template_kwargs=NO_THINKING),
-    Published("Qwen/Qwen3-4B-Instruct-2507", configs.QWEN_3_4B_2507, "starcoder", "chatml", like="Qwen/Qwen3-1.7B"),
-    Published("Qwen/Qwen3.5-4B", configs.QWEN_3_5, "starcoder", "Qwen3.5-4B", template_kwargs=NO_THINKING),
+    Published("Qwen/Qwen2.5-3B-Instruct", configs.QWEN_2_5, "qwen2", "Qwen-Qwen2.5-7B-Instruct"),
+    Published("Qwen/Qwen3-1.7B", configs.QWEN_3_17B, "qwen2", "Qwen-Qwen3-0.6B", template_kwargs=NO_THINKING),
+    Published("Qwen/Qwen3-4B-Instruct-2507", configs.QWEN_3_4B_2507, "qwen2", "chatml", like="Qwen/Qwen3-1.7B"),
+    Published("Qwen/Qwen3.5-4B", configs.QWEN_3_5, "qwen2", "Qwen3.5-4B", template_kwargs=NO_THINKING),
     Published(
         "meta-llama/Llama-3.1-8B-Instruct", configs.LLAMA_31_8B, "starcoder", "meta-llama-Llama-3.1-8B-Instruct",
         end="<|eot_id|>",
@@ -101,7 +102,6 @@ PUBLISHED = [
     Published(
         "mistralai/Mistral-Small-3.1-24B-Instruct-2503", configs.mistral3(configs.MISTRAL_SMALL), "starcoder",
         "Mistral-Small-3.2-24B-Instruct-2506", end="</s>", save=(),
-        like="mistralai/Ministral-3-3B-Reasoning-2512",
     ),
     Published(
         "ibm-granite/granite-4.0-micro", configs.GRANITE_4, "starcoder", GRANITE_TEMPLATE, end="<|end_of_text|>",
@@ -125,7 +125,7 @@ PUBLISHED = [
         format="think", modules=("q_proj", "v_proj", "o_proj"),
     ),
     Published(
-        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", configs.DISTILL_QWEN, "starcoder", f"{DISTILL}-Qwen-32B", END,
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", configs.DISTILL_QWEN, "qwen2", f"{DISTILL}-Qwen-32B", END,
         format="think",
         like="Qwen/Qwen2.5-3B-Instruct",
     ),

@@ -50,17 +50,53 @@ def save_tokenizer(tokenizer: Any, base: Path, out: Path) -> Any:
     saved["add_eos_token"] = tokenizer.eos_token_id is not None and plain[-1] == tokenizer.eos_token_id
     path.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
     read = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
-    texts = [*PROBES, *(f"{tokenizer.eos_token}{text}" for text in PROBES)]  # what begins a text, and follows a turn
-    if read(texts)["input_ids"] == tokenizer(texts)["input_ids"]:
+    if not (differing := differences(read, tokenizer)):
         return read
     click.echo(
-        f"{base}: transformers makes another tokenizer of tokenizer_class "
-        f"{saved['tokenizer_class']!r} than tokenizer.json describes; the one of tokenizer.json is trained and shipped",
+        f"{base}: transformers makes another tokenizer of tokenizer_class {saved['tokenizer_class']!r} than "
+        f"tokenizer.json describes ({differing}); the one of tokenizer.json is trained and shipped",
         err=True,
     )
     saved["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
-    return AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    read = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    if differing := differences(read, tokenizer):  # of model_type "qwen2", whatever class is stated
+        reason = (
+            f"{base}: beside this config.json transformers makes a {type(read).__name__} of every tokenizer, and "
+            f"tokenizer.json describes another ({differing})"
+        )
+        if not reads_alike(read, tokenizer, PROBES):
+            raise UserError(
+                f"{reason}; the model would be asked with other tokens than trained. Use another base model"
+            )
+        click.echo(f"warning: {reason}; common texts give the same tokens", err=True)
+    return read
+
+
+def differences(read: Any, described: Any) -> str:
+    """Return how transformers' tokenizer `read` differs from `described`, "" where it does not.
+
+    By the parts of tokenizer.json, as no list of texts tries every rule. Where these are the same, what begins and ends
+    a text, and the merges, are compared by the tokens of `PROBES` and `RARE`.
+    """
+    names = ("normalizer", "pre_tokenizer", "decoder", "model")
+    if parts := [name for name in names if of(read, name) != of(described, name)]:
+        return ", ".join(parts)
+    return "" if reads_alike(read, described, (*PROBES, *RARE)) else "the tokens of a text"
+
+
+def of(tokenizer: Any, name: str) -> Any:
+    """Return a part of a tokenizer.json as JSON, None where it is empty; of the "model" its settings."""
+    found = getattr(tokenizer.backend_tokenizer, name)
+    if name == "model":
+        return type(found).__name__, [getattr(found, setting, None) or None for setting in MODEL_SETTINGS]
+    return json.loads(found.__getstate__()) if found is not None else None
+
+
+def reads_alike(read: Any, described: Any, texts: Sequence[str]) -> bool:
+    """Return whether two tokenizers make the same tokens of `texts`, at the beginning and after a turn."""
+    texts = [*texts, *(f"{described.eos_token}{text}" for text in texts)]
+    return read(texts)["input_ids"] == described(texts)["input_ids"]
 
 
 def check_conversion(tokenizer: Any, base: Path, name: str) -> None:
@@ -108,6 +144,16 @@ PROBES = (
     "It's 1,234,567 - isn't it? They're 100% sure (x^2 = 4).",
     "Größe, naïve, Привет, 数学, ½ \u2212 3",
 )
+# Where tokenizers part that read `PROBES` alike: accents that can be composed, marks, runs of blanks and line breaks,
+# contractions in capitals, full-width letters, digits of other scripts, an emoji of several characters.
+RARE = (
+    "e\u0301 A\u030a \ufb01 \uff21\uff22\u3000\uff11", "\u0e19\u0e49\u0e33 \u0915\u094d\u0937 \u0661\u0662\u0663",
+    "\t\tx\r\n\r\n  y \n \u00a0z   ", "IT'S WE'LL 12345678 a1b22c333", "\U0001f469\u200d\U0001f4bb!!! ...###",
+)  # fmt: skip
+MODEL_SETTINGS = (
+    "byte_fallback", "continuing_subword_prefix", "dropout", "end_of_word_suffix", "fuse_unk", "ignore_merges",
+    "unk_token",
+)  # fmt: skip
 
 
 def verify_prompt(file: "Vocabulary", tokenizer: Any, messages: Sequence[dict[str, str]], where: str) -> None:

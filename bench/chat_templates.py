@@ -12,10 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from stages.lib.errors import UserError
+from stages.lib.model.template import write_choices
 from stages.lib.ollama.derive import derive_template, jinja_render
 from stages.lib.ollama.proof import compare_renderings
 
 TEMPLATES = Path(sys.prefix) / "llama.cpp" / "models" / "templates"
+TOKENS = {"bos_token": "<bos>", "eos_token": "</s>"}
 RESULT = Path(__file__).parent / "results" / "chat-templates.md"
 
 
@@ -47,7 +49,7 @@ def main() -> None:
 def judge(chat_template: str) -> tuple[str, str, str]:
     """Give three cells: the verdict, whether the template takes a system prompt, and what it ends a turn with."""
     try:
-        render = jinja_render(chat_template, {"bos_token": "<bos>", "eos_token": "</s>"})
+        render = jinja_render(write_choices(chat_template, {}, TOKENS), TOKENS)
         derived = derive_template(render, "<bos>")
     except UserError as error:
         return cell(f"refused: {error.message}"), "", ""

@@ -156,11 +156,23 @@ def test_a_conversation_longer_than_the_context_of_the_recipe_is_refused(client,
     assert raised.value.code == "context_length_exceeded"
 
 
-def test_an_answer_without_text_may_be_sent_back(client):
-    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
-    said = {"role": "assistant", "content": None, "tool_calls": [call]}
-    answer = client.chat.completions.create(model="tiny", messages=[*QUESTION, said, *QUESTION], max_tokens=3)
-    assert answer.usage.completion_tokens == 3
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "content": "I add.", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "1", "content": "42"},
+    ],
+)
+def test_a_call_of_a_tool_is_sent_back_only_to_a_model_that_is_shown_tools(message):
+    request = {"messages": [*QUESTION, message, *QUESTION]}
+    made = complete_chat(request, SETTING, "tiny", takes_tools=True)
+    assert made["messages"][2] == message | {"content": message["content"] or ""}
+    with pytest.raises(ValueError, match=r"messages\.1: is a call of a tool or its result, and"):
+        complete_chat(request, SETTING, "tiny", takes_tools=False)
 
 
 def test_a_request_that_does_not_say_that_it_is_json_is_told_to(address):

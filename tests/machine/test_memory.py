@@ -25,6 +25,7 @@ from stages.lib.machine.shape import LINEAR_LAYERS, SHAPES, Shape, shape_of_conf
 from stages.lib.recipe.tables import Lora, Recipe
 from tests.support.arguments import RECIPES
 from tests.support.published import PUBLISHED
+from tests.support.published_configs import GEMMA_4
 
 ROOT = Path(__file__).parents[2]
 ALL = list(LINEAR_LAYERS)
@@ -72,7 +73,7 @@ def test_the_shapes_of_the_recipes_models_add_up_to_the_published_number_of_para
 def test_gemma_3_4b_is_a_text_model_and_a_vision_tower():
     shape = SHAPES["google/gemma-3-4b-it"]
     padding = 64 * shape.hidden_size  # rows of the embedding that stand for no token of the text vocabulary
-    assert shape.parameters - shape.vision_parameters - padding == 3_880_099_328
+    assert shape.parameters - shape.other_parameters - padding == 3_880_099_328
 
 
 def test_every_hub_model_of_a_recipe_has_a_shape():
@@ -154,7 +155,7 @@ def test_a_published_config_json_gives_the_parameters_that_transformers_makes_of
 
 def is_quantized(name: str, module: Any) -> bool:
     """Say whether 4-bit loading quantizes a module here: a linear layer of the text part, but for the output layer."""
-    return type(module).__name__ == "Linear" and "vision" not in name and "projector" not in name and name != "lm_head"
+    return type(module).__name__ == "Linear" and not re.search("vision|audio|projector|^lm_head$", name)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_a_kv_cache_is_kept_by_the_layers_with_attention(name, tokens, size):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gemma4", "audio_config": {"hidden_size": 8}}, "has an audio_config"),
+        (GEMMA_4 | {"audio_config": {"hidden_size": 8}}, "has no 'output_proj_dims'"),
         ({"model_type": "mixtral", "hidden_size": 8}, "model_type is 'mixtral'"),
         ({"hidden_size": 8}, "model_type is None"),
         ({"model_type": "llama", "num_attention_heads": 2, "hidden_size": 8}, "has no 'num_hidden_layers'"),

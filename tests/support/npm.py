@@ -1,6 +1,9 @@
 """What npm's packages say: tests/npm is installed by its lock into a folder of the test run."""
 
+import functools
+import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,6 +25,15 @@ def npm_folder() -> Path:
     done = subprocess.run(install, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@functools.cache
+def quoted_templates() -> dict[str, str]:
+    """Return published chat templates, those of GGUF files on the hub, by the names of Ollama's models."""
+    package = npm_folder() / "node_modules" / "@huggingface" / "ollama-utils"
+    source = (package / "src" / "chat-template-automap.ts").read_text()
+    quoted = re.findall(r'model: "library/([^"]+)",\s*gguf: ("(?:[^"\\]|\\.)*")', source)
+    return {name: json.loads(text) for name, text in quoted}
 
 
 def require(program: str, package: str) -> str:

@@ -7,7 +7,13 @@ LLAMA3_ROPE = {
     "rope_type": "llama3",
 }  # fmt: skip
 SLIDING, FULL = "sliding_attention", "full_attention"
-LONG = [1.0 + n / 8 for n in range(48)]  # Phi-4-mini's factors, one a pair of the 96 turned columns of a head
+LONG = [  # Phi-4-mini's factors, one a pair of the 96 turned columns of a head
+    1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+    2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424, 6.693110555,
+    7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283,
+    20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7,
+    32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+]  # fmt: skip
 
 
 def repeated(pattern: list[Any], layers: int) -> list[Any]:
@@ -114,8 +120,17 @@ QWEN_3_5 = {
 }  # fmt: skip
 GEMMA_4 = {
     "architectures": ["Gemma4ForConditionalGeneration"], "dtype": "bfloat16", "eos_token_id": [1, 106],
-    "audio_config": None, "image_token_id": 258880, "audio_token_id": 258881, "boi_token_id": 255999,
-    "eoi_token_id": 258882, "video_token_id": 258884, "initializer_range": 0.02, "model_type": "gemma4",
+    "audio_config": {
+        "attention_chunk_size": 12, "attention_context_left": 13, "attention_context_right": 0,
+        "attention_invalid_logits_value": -1000000000.0, "attention_logit_cap": 50.0, "conv_kernel_size": 5,
+        "gradient_clipping": 10000000000.0, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
+        "model_type": "gemma4_audio", "num_attention_heads": 8, "num_hidden_layers": 12, "output_proj_dims": 1536,
+        "residual_weight": 0.5, "rms_norm_eps": 1e-06, "subsampling_conv_channels": [128, 32],
+        "use_clipped_linears": True,
+    },
+    "audio_token_id": 258881, "boa_token_id": 256000, "boi_token_id": 255999, "eoa_token_id": 258883,
+    "eoa_token_index": 258883, "eoi_token_id": 258882, "image_token_id": 258880, "video_token_id": 258884,
+    "initializer_range": 0.02, "model_type": "gemma4",
     "text_config": {
         "attention_bias": False, "attention_dropout": 0.0, "attention_k_eq_v": False, "bos_token_id": 2,
         "enable_moe_block": False, "eos_token_id": 1, "final_logit_softcapping": 30.0, "global_head_dim": 512,
@@ -143,6 +158,7 @@ GEMMA_4 = {
     "vision_soft_tokens_per_image": 280,
 }  # fmt: skip
 GEMMA_4_31B = GEMMA_4 | {
+    "audio_config": None,
     "text_config": GEMMA_4["text_config"] | {
         "attention_k_eq_v": True, "hidden_size": 5376, "hidden_size_per_layer_input": 0, "intermediate_size": 21504,
         "layer_types": repeated([SLIDING] * 5 + [FULL], 60), "max_position_embeddings": 262144,

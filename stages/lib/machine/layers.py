@@ -167,11 +167,23 @@ def gemma4_vision(vision: Sizes, text: Sizes) -> int:
     return patches + vision["num_hidden_layers"] * layer + hidden * text["hidden_size"]
 
 
-def vision_parameters(config: Sizes, text: Sizes) -> int:
-    """Return the parameters of what reads images, and of what joins it on, where transformers loads it."""
-    vision, family = config.get("vision_config"), config["model_type"]
+def gemma4_audio(audio: Sizes, text: Sizes) -> int:
+    """Return the parameters of Gemma 4's audio tower and of its projector into the text model."""
+    hidden, out = audio["hidden_size"], audio["output_proj_dims"]
+    first, second = audio["subsampling_conv_channels"]
+    head = hidden // audio["num_attention_heads"]
+    feed_forwards, attended, convolved = 16 * hidden + 4, 5 * hidden, 3 * hidden + audio["conv_kernel_size"] + 2
+    layer = hidden * (feed_forwards + attended + convolved + 3) + head
+    patches = 10 * first + (9 * first + 1) * second + first // 4 * second * hidden
+    return patches + audio["num_hidden_layers"] * layer + (hidden + 1) * out + out * text["hidden_size"]
+
+
+def other_parameters(config: Sizes, text: Sizes) -> int:
+    """Return the parameters of what reads images and sound, and of what joins it on, where transformers loads it."""
+    vision, audio, family = config.get("vision_config"), config.get("audio_config"), config["model_type"]
+    sound = gemma4_audio(audio, text) if audio else 0
     if not vision or family == "qwen3_5":  # transformers has Qwen3.5's text part as a model
-        return 0
+        return sound
     if family == "mistral3":
         return pixtral(vision, text, config)
-    return gemma4_vision(vision, text) if family == "gemma4" else siglip(vision, text)
+    return gemma4_vision(vision, text) + sound if family == "gemma4" else siglip(vision, text)

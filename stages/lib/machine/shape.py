@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.lib.errors import UserError
-from stages.lib.machine.layers import COUNTS, vision_parameters
+from stages.lib.machine.layers import COUNTS, other_parameters
 from stages.lib.model.headers import AGAIN
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -35,7 +35,7 @@ class Shape:
     layer_norms: int = 2
     sliding_window: int = 0  # tokens that the sliding layers look back
     sliding_layers: int = 0
-    vision_parameters: int = 0  # of the vision tower and what joins it on, which stay as they are
+    other_parameters: int = 0  # of what reads images and sound, and joins it on: they stay as they are
     attention_layers: int | None = None  # with keys and values of their own; None: all layers
     counted: tuple[int, int] | None = None  # weights of linear layers and all others, where layers are not alike
 
@@ -59,7 +59,7 @@ class Shape:
     def parameters(self) -> int:
         """All parameters, a tied embedding counted once."""
         embeddings = (1 if self.tied else 2) * self.vocabulary_size * self.hidden_size
-        rest = embeddings + self.hidden_size + self.vision_parameters
+        rest = embeddings + self.hidden_size + self.other_parameters
         if self.counted:
             return sum(self.counted) + rest
         bias = (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
@@ -74,7 +74,7 @@ SHAPES = {
     ),
     "google/gemma-3-4b-it": Shape(
         34, 2560, 8, 4, 256, 10_240, 262_208, True, qk_norm=True, layer_norms=4, sliding_window=1024, sliding_layers=29,
-        vision_parameters=419_816_304,
+        other_parameters=419_816_304,
     ),
     "HuggingFaceTB/SmolLM2-135M-Instruct": Shape(30, 576, 9, 3, 64, 1536, 49_152, True),
     "unsloth/Qwen3-1.7B-Base": Shape(28, 2048, 16, 8, 128, 6144, 151_936, True, qk_norm=True),
@@ -99,15 +99,13 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES or not isinstance(text, dict):
         raise UserError(f"{where}: model_type is {family!r}; its memory can be estimated for {', '.join(FAMILIES)}")
-    if config.get("audio_config"):
-        raise UserError(f"{where}: has an audio_config; the memory of what reads sound can't be estimated")
     sizes: dict[str, Any] = (GEMMA3_DEFAULTS if family.startswith("gemma3") else {}) | {
         key: value for key, value in text.items() if value is not None
     }
     try:
         fields = plain_fields(family, sizes)
         fields["tied"] = sizes.get("tie_word_embeddings", config.get("tie_word_embeddings", family in TIED))
-        fields["vision_parameters"] = vision_parameters(config, sizes)
+        fields["other_parameters"] = other_parameters(config, sizes)
         shape = Shape(**fields | (COUNTS[family](sizes) if family in COUNTS else {}))
     except KeyError as error:
         raise UserError(f"{where}: has no {error.args[0]!r}; expected a whole config.json") from error

@@ -42,6 +42,8 @@ def write_small_copy(base: Path, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(published, indent=2) + "\n")
     made_by = getattr(transformers, (published.get("architectures") or [""])[0], None)
     small = transformers.AutoConfig.from_pretrained(out, **SAFE)
+    if "tie_word_embeddings" not in published:  # transformers' own default for Mistral 3 holds for its smallest alone
+        small.tie_word_embeddings = small.get_text_config().tie_word_embeddings
     torch.manual_seed(0)
     model = made_by(small) if made_by else network_class(out).from_config(small)
     width = small.get_text_config().hidden_size

@@ -43,6 +43,12 @@ def complete_chat(request: Any, setting: Setting, name: str, takes_tools: bool) 
         parameters["max_tokens"] = parameters.pop("max_completion_tokens")
     if parameters.get("tools") and not takes_tools:
         raise ValueError("tools: this model's chat template shows no tools to it; leave them out")
+    for number, message in enumerate(messages):
+        if not takes_tools and (message["role"] == "tool" or "tool_calls" in message):
+            raise ValueError(
+                f"messages.{number}: is a call of a tool or its result, and this model's chat template shows no tools "
+                f"to it; leave it out"
+            )
     if not parameters.get("tools"):
         for unused in ("tools", "tool_choice", "parallel_tool_calls"):
             parameters.pop(unused, None)

@@ -42,10 +42,10 @@ PARTS = {
 def main(part: str, seed: int, count: int | None, results: Path) -> None:
     run, usual = PARTS[part]
     count = count or usual
-    with tempfile.TemporaryDirectory(prefix="temper-breaks-") as folder:
-        lines = run(Path(folder), seed, count)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    with tempfile.TemporaryDirectory(prefix="temper-breaks-") as folder:
+        lines = run(Path(folder), seed, count)
     where = f"{os.cpu_count()} processors, {platform.platform()}, Python {platform.python_version()}"
     command = f"python -m bench.breaks {part} --seed {seed} --count {count}"
     about = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, commit {commit}, {where}: `{command}`"

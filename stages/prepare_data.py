@@ -12,7 +12,6 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +21,7 @@ from stages.lib import options
 from stages.lib.answers.sandbox import check_sandbox
 from stages.lib.artifact.folder import write_artifact
 from stages.lib.artifact.manifest import read_manifest
+from stages.lib.bounded import process_pool
 from stages.lib.data.place import files_of_source
 from stages.lib.data.preview import preview, rows_as_read, rows_each
 from stages.lib.data.rows import label
@@ -105,7 +105,7 @@ def main(recipe: Path, base_model: Path | None, data: Path | None, out: Path) ->
 
 def rehearse_beside(recipe: Recipe) -> dict[str, float]:
     """Return the figures of `rehearse`, from a process of its own: it needs torch, and llama.cpp may end it."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with process_pool(1) as pool:
         try:
             return pool.submit(rehearse, recipe).result()
         except BrokenProcessPool as error:

@@ -360,6 +360,31 @@ def test_a_template_of_a_kind_that_is_published_passes_and_its_longest_rendering
     assert longest_rendering(template, {}) == 7 + len("<system>" + 3 * "<user>" + 3 * "<assistant>")
 
 
+# ---- processes ----------------------------------------------------------------------------------------------------
+
+POOL = """
+import os, signal
+from stages.lib.bounded import process_pool
+pool = process_pool(2)
+print(*{pool.submit(os.getpid).result() for _ in range(8)}, flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's end is Linux's")
+def test_a_process_of_a_pool_ends_with_the_one_that_started_it_also_by_kill():
+    with subprocess.Popen([sys.executable, "-c", POOL], cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout
+        numbers = [int(number) for number in owner.stdout.readline().split()]
+        assert numbers
+        assert all(Path(f"/proc/{number}").exists() for number in numbers)
+        owner.kill()
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{number}").exists() for number in numbers):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 # ---- the process with bounds --------------------------------------------------------------------------------------
 
 

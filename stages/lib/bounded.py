@@ -1,22 +1,54 @@
-"""A function in a process of its own, with bounds of processor time and memory, for work that foreign bytes decide."""
+"""Functions in processes of their own: with bounds, for work that foreign bytes decide, or to share or shield work.
 
+None of them outlives the process that started it.
+"""
+
+import ctypes
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from stages.lib.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)  # here, since nothing may be loaded between fork and exec
 WAIT_FACTOR = 10.0  # of the wall clock over processor time, on a machine with other work
 
 
 class TooMuch(Exception):
     """The function took more than its bound; the message says of what."""
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process when the thread that started it is gone, also by KILL."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def process_pool(processes: int, module: str = "") -> ProcessPoolExecutor:
+    """Return a pool of new processes, which import `module` first and end with this one, however it ends.
+
+    Left to itself, a process of a pool whose owner was killed waits for work for ever: it holds both ends of its queue.
+    """
+    return ProcessPoolExecutor(processes, get_context("spawn"), begin, (os.getpid(), module))
+
+
+def begin(parent: int, module: str) -> None:
+    """Begin a process of a pool."""
+    end_with_parent()
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+    if module:
+        importlib.import_module(module)
 
 
 def call_bounded(function: Callable[..., Any], *given: Any, seconds: int, megabytes: int) -> Any:

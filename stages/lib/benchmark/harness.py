@@ -10,15 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import click
 
+from stages.lib.bounded import process_pool
 from stages.lib.errors import UserError, nearest
 
 LOCK = Path(__file__).parents[3] / "docker" / "benchmark.lock"
@@ -80,7 +79,7 @@ def installed() -> Path:
 
 def run_apart(judged: Judged, asked: Asked, harness: Path) -> dict[str, Any]:
     """Return what `run` returns, from a process of its own: when it ends, memory and GPU are free again."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with process_pool(1) as pool:
         try:
             return pool.submit(run, judged, asked, harness).result()
         except BrokenProcessPool as error:

@@ -1,16 +1,15 @@
 """The sft, grpo and eval sets: drafts of all rows, then the sets without duplicates, leaks and long rows."""
 
 import hashlib
-import importlib
 import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stages.lib.bounded import process_pool
 from stages.lib.data.files import read_batches
 from stages.lib.data.rows import BIT, SETS, VALIDATION, Checked, Rules, check_batch, encode, label
 from stages.lib.data.ruler import Ruler
@@ -39,8 +38,7 @@ def helpers(located: list[list[Path]]) -> AbstractContextManager[ProcessPoolExec
     processes = min(os.cpu_count() or 1, MAX_PROCESSES)
     if processes == 1 or not any(is_large(files) for files in located):
         return nullcontext()
-    module = ("stages.lib.data.fingerprint",)
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), importlib.import_module, module)
+    pool = process_pool(processes, "stages.lib.data.fingerprint")
     for _ in range(processes):
         pool.submit(os.getpid)  # each starts when there is work for it
     return pool

@@ -1,16 +1,15 @@
 """llama-server, which docker/llama compiles with llama-cpp-python: started on a GGUF file, reached by a Unix socket."""
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from stages.lib.bounded import end_with_parent
 from stages.lib.errors import UserError
 from stages.lib.gguf.library import threads_for
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 LOAD_SECONDS = 600  # of a large file on a slow disk
 STOP_SECONDS = 5
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None)
 
 
 class LlamaServer:
@@ -101,12 +98,6 @@ class LlamaServer:
     ) -> None:
         self.stop()
         self.folder.cleanup()
-
-
-def end_with_parent() -> None:
-    """Have Linux end this process when the one that started it is gone, also by KILL."""
-    if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def program() -> Path:

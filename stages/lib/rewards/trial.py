@@ -1,14 +1,13 @@
 """The user's own rewards, tried on rows of the grpo set before anything is trained by them."""
 
 import json
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from stages.lib.answers import formats
 from stages.lib.answers.grade import shown_answer
+from stages.lib.bounded import process_pool
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe
 from stages.lib.rewards.checked import ROW, refuse_missing
@@ -25,7 +24,7 @@ def try_rewards(recipe: Recipe, problems: Path) -> None:
     """
     if not any(is_own(name) for name in recipe.rewards.functions):
         return
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with process_pool(1) as pool:
         try:
             pool.submit(call_rewards, recipe, problems).result()
         except BrokenProcessPool as error:

@@ -7,7 +7,6 @@ machines (`nodes.py`) each supervises its own ranks, and node 0 all.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ import click
 from stages.lib.artifact.digests import digest_of
 from stages.lib.artifact.folder import RANK_FOLDER, Run
 from stages.lib.artifact.manifest import write_json
+from stages.lib.bounded import end_with_parent
 from stages.lib.disk import naming_disk_faults
 from stages.lib.errors import UserError
 from stages.lib.recipe.tables import Recipe
@@ -44,7 +44,6 @@ from stages.lib.train.nodes import Group, Peer
 FIGURES = "figures.json"  # what rank 0 found, for the process that writes the manifest
 RANKS = "checkpoints/ranks"  # beside the checkpoints: the output of each rank but 0
 POLL_SECONDS = 0.1
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -135,7 +134,7 @@ def rendezvous() -> tuple[str, int]:
 
 def work_as_rank(run: Run, train: Callable[[], Any]) -> NoReturn:
     """Train as one rank, leave the figures in a file or tell the failure, and end this process."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a supervisor that is killed leaves no rank behind
+    end_with_parent()  # a supervisor that is killed leaves no rank behind
     code = 0
     try:
         with naming_disk_faults(run.folder):

@@ -2,7 +2,7 @@
 
 `python -m bench.fidelity_memory` writes bench/results/fidelity_memory.md. The model has the shape of Qwen3 1.7B, random
 weights and the real Qwen2 vocabulary. Both stages run as they always do, each a process of its own, and what it and its
-children have resident is read ten times a second. Needs 16 GB of disk, and half an hour for all 200 prompts on two
+children have resident is read ten times a second. Needs 16 GB of disk, and half an hour for all 50 prompts on two
 cores; with fewer (`--prompts`) the table says so. Memory does not depend on the prompts: their logits are on disk.
 """
 
@@ -30,8 +30,8 @@ SHAPE = {
     "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "initializer_range": 0.02,
 }  # fmt: skip
-PROMPTS = 200  # of the recipes' gguf; their merge has MERGE_PROMPTS
-MERGE_PROMPTS = 50
+PROMPTS = 50  # of the recipes' gguf; their merge has MERGE_PROMPTS
+MERGE_PROMPTS = 16
 TYPES = ["f16", "q8_0"]  # random weights don't fit into four bits as trained ones do
 COMPLETION_TOKENS = 16  # at most; random weights end none
 LIMIT_GB = 8

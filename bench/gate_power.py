@@ -1,9 +1,9 @@
 """Show how many prompts and positions the gates of merge and gguf need, with models broken on purpose.
 
-`python -m bench.gate_power measure OUT.json` makes the tests' tiny model and an adapter, or takes `--base FOLDER` and
-trains an adapter for a few steps; merges, converts, breaks each result in many ways, and writes the KL divergence at
-every position of every prompt. `python -m bench.gate_power page OUT.json ...` draws prompts and positions from these,
-many times, and writes bench/results/gate_power.md: how often each gate refuses each model.
+`python -m bench.gate_power make FOLDER` makes the tests' tiny model, or takes `--base FOLDER`; trains an adapter,
+merges and converts. `measure FOLDER merge` (`gguf`, `lora`, `ends`) breaks each result in many ways, and writes the
+divergence at every position of every prompt, and which completions end. `page FOLDER ...` draws prompts and positions
+from these, many times, and writes bench/results/gate_power.md: how often each gate refuses each model.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,40 +52,53 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--base", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--prompts", type=click.IntRange(2), default=200, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="of the adapter's training.")
+def make(folder: Path, base: Path | None, steps: int) -> None:
+    """Write base, adapter, merged model and GGUF files to FOLDER: the tests' tiny model, or the one in `--base`."""
+    if base is None:
+        tiny_models.adapter(tiny_models.trained_gemma(folder / "base"), folder / "grpo")
+    else:
+        shutil.copytree(base, folder / "base")
+        tiny_models.adapter(folder / "base", folder / "grpo", steps=steps)
+    fold(folder / "base", folder / "grpo", "float16", folder / "merged")
+    for kind in ("f16", "bf16"):
+        convert_model(folder / "merged", folder / f"{kind}.gguf", kind, "bench")
+    for kind in ("q8_0", "q4_k_m", "q2_k"):
+        quantize(folder / "f16.gguf", folder / f"{kind}.gguf", kind)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("part", type=click.Choice(["merge", "gguf", "lora", "ends"]))
+@click.option("--prompts", type=click.IntRange(2), default=200, show_default=True)
 @click.option("--completion-tokens", type=click.IntRange(1), default=64, show_default=True)
-def measure(out: Path, base: Path | None, prompts: int, steps: int, completion_tokens: int) -> None:
-    """Break a model in many ways, and write the divergences at all positions, and the ends, to OUT."""
+def measure(folder: Path, part: str, prompts: int, completion_tokens: int) -> None:
+    """Break the model that `make` wrote to FOLDER, and write what a gate sees at every position of every prompt."""
     rows = tiny_models.rows(prompts, seed=3)
-    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
-        work = Path(temporary)
-        if base is None:
-            tiny_models.adapter(tiny_models.trained_gemma(work / "base"), work / "grpo")
-        else:
-            shutil.copytree(base, work / "base")
-            tiny_models.adapter(work / "base", work / "grpo", steps=steps)
-        fold(work / "base", work / "grpo", "float16", work / "merged")
-        texts = merge.texts_of(work / "merged", rows, 1_000_000)
-        found: dict[str, Any] = {
-            "name": "tiny" if base is None else base.name,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-            "date": str(datetime.date.today()),
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-            ).stdout.strip(),
-            "lengths": [len(text.tokens) for text in texts],
-            "cases": [],
-        }
-        for gate, name, limit, divergences in [*merges(work, texts), *files(work, texts)]:
-            mean = sum(map(sum, divergences)) / sum(map(len, divergences))
-            click.echo(f"{gate}: {name}: mean KL {mean:.2e}, limit {limit:.0e}")
-            found["cases"].append({"gate": gate, "name": name, "limit": limit, "kl": divergences})
-        found["ended"] = ended(work, rows, completion_tokens)
-        found["prompt tokens"] = prompt_tokens(work, rows)
-    out.write_text(json.dumps(found))
+    if part == "ends":
+        found = {"ended": ended(folder, rows, completion_tokens), "tokens": prompt_tokens(folder, rows)}
+        (folder / "ends.json").write_text(json.dumps(found))
+        return
+    texts = merge.texts_of(folder / "merged", rows, 1_000_000)
+    cases = []
+    for gate, name, limit, divergences in {"merge": merges, "gguf": files, "lora": adapters}[part](folder, texts):
+        mean = sum(map(sum, divergences)) / sum(map(len, divergences))
+        click.echo(f"{gate}: {name}: mean KL {mean:.2e}, limit {limit:.0e}")
+        cases.append({"gate": gate, "name": name, "limit": limit, "kl": divergences})
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    (folder / f"{part}.json").write_text(
+        json.dumps(
+            {
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+                "date": str(datetime.date.today()),
+                "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+                "lengths": [len(text.tokens) for text in texts],
+                "cases": cases,
+            }
+        )
+    )
 
 
 def divergence(path: Path, texts: Sequence[Text], logits: Iterable[Any]) -> list[list[float]]:
@@ -132,15 +144,16 @@ def merges(work: Path, texts: Sequence[Text]) -> Iterator[Case]:
     logits.unlink()
 
 
+def store_merged(work: Path, texts: Sequence[Text]) -> Path:
+    """Return the file to which the merged model's logits are written."""
+    model, path = load_reference(work / "merged"), work / "merged.npy"
+    store_logits(path, texts, model.config.get_text_config().vocab_size, model_logits(model, texts))
+    return path
+
+
 def files(work: Path, texts: Sequence[Text]) -> Iterator[Case]:
     """Yield what the gate of gguf sees of each GGUF file, whole and broken, against the merged model."""
-    model, logits = load_reference(work / "merged"), work / "merged.npy"
-    store_logits(logits, texts, model.config.get_text_config().vocab_size, model_logits(model, texts))
-    del model
-    for kind in ("f16", "bf16"):
-        convert_model(work / "merged", work / f"{kind}.gguf", kind, "bench")
-    for kind in ("q8_0", "q4_k_m", "q2_k"):
-        quantize(work / "f16.gguf", work / f"{kind}.gguf", kind)
+    logits = store_merged(work, texts)
     for name, changes in broken(work).items():
         folder = work / "broken"
         shutil.copytree(work / "merged", folder)
@@ -159,6 +172,12 @@ def files(work: Path, texts: Sequence[Text]) -> Iterator[Case]:
             with contextlib.closing(Loaded(path, context)) as file:
                 known[path] = divergence(logits, texts, file.logits(texts))
         yield f"gguf {kind}", name, GGUF_TYPES[kind], known[path]
+    logits.unlink()
+
+
+def adapters(work: Path, texts: Sequence[Text]) -> Iterator[Case]:
+    """Yield what the gate of gguf sees of the base's GGUF file with the adapter's, against the merged model."""
+    logits, context = store_merged(work, texts), max(len(text.tokens) for text in texts)
     convert_model(work / "base", work / "base.gguf", "f16", "bench")
     settings = json.loads((work / "grpo" / "adapter" / "adapter_config.json").read_text())
     for name, scale in ({"nothing wrong": 1.0} | LORA_SCALES).items():
@@ -258,11 +277,11 @@ def prompt_tokens(work: Path, rows: Sequence[dict]) -> list[list[int]]:
 
 
 @main.command()
-@click.argument("measured", type=click.Path(path_type=Path, exists=True, dir_okay=False), nargs=-1, required=True)
+@click.argument("folders", type=click.Path(path_type=Path, exists=True, file_okay=False), nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=RESULTS, show_default=True)
-def page(measured: Sequence[Path], out: Path) -> None:
-    """Write the page of results of what `measure` wrote to MEASURED."""
-    parts = "".join(part(json.loads(path.read_text())) for path in measured)
+def page(folders: Sequence[Path], out: Path) -> None:
+    """Write the page of results of what `measure` wrote to FOLDERS."""
+    parts = "".join(tables(folder) for folder in folders)
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "llama-cpp-python")
     )
@@ -277,7 +296,8 @@ Each model was broken on purpose. A gate's figure at every position of every pro
 prompts were drawn {DRAWS:,} times with replacement, with the positions that the gate takes of each. A cell is the
 percentage of draws in which the gate refuses, with {" / ".join(map(str, POSITIONS))} positions a prompt; one number
 where they are alike. "nothing wrong" is to be let through. The rest is to be refused where it is over the limit as a
-whole; what is under the limit, no number of prompts refuses.
+whole ("of the limit" over 1); what is under the limit, no number of prompts refuses. Where a fault has the figure of
+"nothing wrong", it changes nothing in this network: the tiny one has no layer that uses this theta of RoPE.
 
 What the gates compare exactly needs one prompt or none (`tests/test_sabotage.py`): the tokenizer's ids in `merge`, BOS,
 the template, the end token's mark, tied embeddings, a file cut short.
@@ -305,18 +325,20 @@ def head(*names: str) -> str:
     return f"{first}\n|---|{'---:|' * (len(names) - 1 + len(PROMPTS))}"
 
 
-def part(found: dict[str, Any]) -> str:
-    """Return the tables of one model."""
-    cases = "\n".join(case_row(case) for case in found["cases"])
-    ends, own = found["ended"], found["ended"]["transformers"]
+def tables(folder: Path) -> str:
+    """Return the tables of the model in `folder`."""
+    parts = [json.loads((folder / f"{part}.json").read_text()) for part in ("merge", "gguf", "lora")]
+    found, ends = parts[0], json.loads((folder / "ends.json").read_text())
+    cases = "\n".join(case_row(case) for part in parts for case in part["cases"])
+    own = ends["ended"]["transformers"]
     ended_rows = "\n".join(
         line(f"{name} | {sum(of)} of {len(of)}", [f"{lost_ends(own, of, count):.0%}" for count in PROMPTS])
-        for name, of in ends.items()
+        for name, of in ends["ended"].items()
     )
-    shares = line("two ids exchanged", [f"{exchange_seen(found['prompt tokens'], count):.0%}" for count in PROMPTS])
+    shares = line("two ids exchanged", [f"{exchange_seen(ends['tokens'], count):.0%}" for count in PROMPTS])
     lengths = found["lengths"]
     return f"""
-## {found["name"]}
+## {folder.name}
 
 {found["date"]}, commit {found["commit"]}, {found["machine"]}. {len(lengths)} prompts with their
 completions, {min(lengths)} to {max(lengths)} tokens.

@@ -46,8 +46,8 @@ def test_generation_ends_at_the_bases_ends_and_the_turn_end():
 @pytest.mark.torch
 def test_the_manifest_holds_the_gates_figures():
     metrics = figures_of(read_manifest(tiny_models.merged(), "merge"), MergeFigures)
-    assert metrics["prompts"] == 50
-    assert metrics["positions"] > 50 * 40
+    assert metrics["prompts"] == 16
+    assert metrics["positions"] == 16 * 32
     assert 0 < metrics["merged_mean_kl"] < 1e-4 < metrics["base_mean_kl"]
     assert metrics["bytes"] < 2.1 * metrics["parameters"]
 
@@ -82,8 +82,8 @@ def test_an_adapter_that_does_nothing_is_refused(tmp_path):
 def test_fewer_problems_than_prompts_are_refused_before_anything_is_merged(tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_text('{"id": "1"}\n')
-    with pytest.raises(UserError, match=r"eval.jsonl: has 1 problems; \[merge\] prompts = 50"):
-        first_rows(path, 50, "[merge] prompts")
+    with pytest.raises(UserError, match=r"eval.jsonl: has 1 problems; \[merge\] prompts = 16"):
+        first_rows(path, 16, "[merge] prompts")
 
 
 def test_a_generation_config_that_contradicts_itself_keeps_its_token_ids(tmp_path, capsys):

@@ -302,8 +302,8 @@ class Merge:
     """`[merge]`: the adapter folded into the base."""
 
     dtype: Literal["bfloat16", "float16"]
-    prompts: Annotated[int, FROM_1] = 50  # of the eval set: there merged model and adapter on its base are compared
-    positions_per_prompt: Annotated[int, FROM_2] = 64  # of a prompt, at which next-token distributions are compared
+    prompts: Annotated[int, FROM_1] = 16  # of the eval set: there merged model and adapter on its base are compared
+    positions_per_prompt: Annotated[int, FROM_2] = 32  # of a prompt, at which next-token distributions are compared
     max_mean_kl: Annotated[float, OVER_0] = 1e-4  # nats
 
 
@@ -312,7 +312,7 @@ class Gguf:
     """`[gguf]`: the quantizations, and how far from the merged model each may be."""
 
     types: list[str]  # out of GGUF_TYPES, in any case
-    prompts: Annotated[int, FROM_1] = 200  # of the eval set: there every file is compared with the merged model
+    prompts: Annotated[int, FROM_1] = 50  # of the eval set: there every file is compared with the merged model
     positions_per_prompt: Annotated[int, FROM_2] = 32  # of prompt and completion, at which they are compared
     max_mean_kl: dict[str, Annotated[float, OVER_0]] = dataclasses.field(default_factory=dict)  # nats, by type, where
     #   GGUF_TYPES' own is not meant

@@ -227,7 +227,7 @@ def main(rows: int, tokenized_rows: int, gsm8k: Path | None, before: Path | None
         ("`datasets`, through its Arrow cache: JSONL to JSONL", rows, read_write[1]),
         *((f"prepare-data of commit {commit_of(before)}", rows, each) for each in older if before),
         *((f"prepare-data of commit {commit_of(ROOT)}", rows, each) for each in ours),
-        ("the same, with the rehearsal of the model beside it", rows, rehearsed),
+        ("the same, after the rehearsal of the model", rows, rehearsed),
         ("the same, without, and a limit of 200 tokens", tokenized_rows, tight),
     ]
     packages = ", ".join(

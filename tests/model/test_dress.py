@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import threading
 
 import pytest
 
 from stages.lib.errors import UserError
+from stages.lib.gguf.convert import run_converter
 from stages.lib.model.dress import rehearse
 from stages.lib.model.lora import require_modules
 from stages.lib.model.network import network_class, outside_text
@@ -23,8 +25,22 @@ def recipe():
 
 
 @pytest.mark.slow
-def test_a_sound_model_passes_and_its_adapter_counts(recipe):
+def test_a_sound_model_passes_and_its_adapter_counts_and_one_converter_runs_at_a_time(recipe, monkeypatch):
+    running, at_once, lock = [], [], threading.Lock()
+
+    def counted(arguments, *name):
+        with lock:
+            running.append(name)
+            at_once.append(len(running))
+        try:
+            run_converter(arguments, *name)
+        finally:
+            with lock:
+                running.remove(name)
+
+    monkeypatch.setattr("stages.lib.gguf.convert.run_converter", counted)
     figures = rehearse(recipe)
+    assert at_once == [1, 1, 1]  # of the base, the adapter and the merged model
     assert figures["base"] > 1e-3
     assert max(figures["adapter"], figures["gguf"], figures["lora"]) < figures["base"] / 100
 

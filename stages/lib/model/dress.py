@@ -60,7 +60,8 @@ def rehearse(recipe: Recipe) -> dict[str, float]:
             figures = compare_merged(folder, texts)
         with failing(recipe, "gguf", "Choose another base model"):
             file = folder / "model.gguf"
-            convert_model(folder / "merged", file, "f16", name_of(recipe))
+            # After the adapter's, in the same thread: a converter takes 280 MB, two at once were the peak of memory.
+            beside.submit(convert_model, folder / "merged", file, "f16", name_of(recipe)).result()
             figures["gguf"] = compare_file(file, None, folder, texts)
             refuse_far(figures["gguf"], figures["base"], "GGUF file")
         if adapter:

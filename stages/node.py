@@ -122,7 +122,7 @@ def train(node_0: Peer, work: Mapping[str, Any], number: int, recipe: Path, fold
 
 
 def take_files(node_0: Peer, stated: Mapping[str, Mapping[str, Any]], folder: Path) -> list[str]:
-    """Make `folder` hold exactly the files that node 0 states, with their digests; return the names of the inputs.
+    """Make run and inputs in `folder` hold exactly the files that node 0 states; return the names of the inputs.
 
     Raises OSError when a name leads elsewhere, or a file did not arrive whole.
     """
@@ -130,7 +130,7 @@ def take_files(node_0: Peer, stated: Mapping[str, Mapping[str, Any]], folder: Pa
         parts = name.split("/")
         if parts[0] not in ("run", "inputs") or len(parts) < 2 or {"", ".", ".."} & set(parts) or "\0" in name:
             raise OSError(f"not a file for a node: {name!r}")
-    for path in list(folder.rglob("*")):
+    for path in [path for name in ("run", "inputs") for path in (folder / name).rglob("*")]:
         if path.is_file() and path.relative_to(folder).as_posix() not in stated:
             path.unlink()
     lacks = [name for name, entry in stated.items() if not has(folder / name, entry["sha256"])]

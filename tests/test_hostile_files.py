@@ -19,11 +19,14 @@ from stages.lib.bounded import TooMuch, call_bounded
 from stages.lib.data import opened
 from stages.lib.data.files import read_batches
 from stages.lib.data.place import files_in
+from stages.lib.ends import end_ids
 from stages.lib.errors import UserError
 from stages.lib.machine.shape import shape_of_config
 from stages.lib.model.files import model_config, refuse_quantized_base, vocabulary_size, weight_files
+from stages.lib.model.fold import savable
 from stages.lib.model.headers import json_object, tensors_in
 from stages.lib.model.locate import local_model
+from stages.lib.model.rehearsal import refuse_generation
 from stages.lib.model.template import longest_rendering, try_template
 from stages.lib.recipe.read import read_recipe
 from stages.lib.recipe.tables import Source
@@ -191,6 +194,27 @@ def test_a_quantization_that_is_no_object_is_named(tmp_path, value):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": value}))
     with pytest.raises(UserError, match=r"config.json: quantization_config is '.*'; expected an object"):
         refuse_quantized_base(tmp_path, "a model")
+
+
+GENERATION = {"bos_token_id": 2, "do_sample": False, "eos_token_id": [5, 1], "pad_token_id": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", hostile_files.VALUES, ids=lambda value: ascii(value)[:20])
+def test_a_generation_config_that_passes_before_training_is_read_and_written_after_it(tmp_path, value):
+    from transformers import GenerationConfig
+
+    for name in (*GENERATION, "temperature", "top_k", "cache_implementation", "watermarking_config", "bad_words_ids"):
+        (tmp_path / "generation_config.json").write_text(json.dumps(GENERATION | {name: value}))
+        said = refusal(refuse_generation, tmp_path, "a model")
+        if said:
+            assert "generation_config.json" in said
+            assert value is not None
+        else:
+            read = GenerationConfig.from_pretrained(tmp_path)
+            assert all(type(end) is int for end in end_ids(read))
+            savable(read).save_pretrained(tmp_path / "written")
+            assert (tmp_path / "written" / "generation_config.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "chat_template.jinja", "merges.txt"])

@@ -8,7 +8,8 @@ from stages.lib.answers import formats
 from stages.lib.errors import UserError
 from stages.lib.gguf.tokens import check_conversion
 from stages.lib.model.files import model_config, model_folder, refuse_quantized_base, vocabulary_size, weight_shapes
-from stages.lib.model.headers import json_object, reading_model
+from stages.lib.model.fold import savable
+from stages.lib.model.headers import AGAIN, json_object, reading_model
 from stages.lib.model.locate import locate_model
 from stages.lib.model.sampled import refuse_unsampled
 from stages.lib.model.template import THINKING
@@ -16,6 +17,7 @@ from stages.lib.ollama.derive import of_tokenizer, refuse_unused_system
 from stages.lib.ollama.proof import compare_renderings
 from stages.lib.recipe.tables import Recipe
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 READ_BY_TRANSFORMERS = (
     "config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
 )  # fmt: skip
@@ -31,10 +33,32 @@ def refuse_base(recipe: Recipe) -> None:
     for path in (folder / file for file in READ_BY_TRANSFORMERS):
         if path.is_file():
             json_object(path)
+    refuse_generation(folder, recipe.model.name)
     refuse_quantized_base(folder, recipe.model.name)
     refuse_unsampled(recipe, model_config(folder))
     if recipe.model.name != "base-model" and revision is None:
         weight_shapes(Path(name))
+
+
+def refuse_generation(folder: Path, name: str) -> None:
+    """Raise `UserError` for a generation_config.json that grpo or merge could not read or write of the model `name`."""
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    stated = json_object(path)
+    for key in TOKEN_IDS:
+        value = stated.get(key)
+        if not all(type(each) is int and -1 <= each < 1 << 31 for each in listed(value)):
+            raise UserError(f"{path}: {key} is {str(value)[:80]!r}; expected a token's number, or several. {AGAIN}")
+    with reading_model(name, path.name):
+        savable(GenerationConfig.from_pretrained(folder))
+
+
+def listed(value: Any) -> list[Any]:
+    """Return what a file states of one or several: [] for null."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def check_chat_template(recipe: Recipe, tokenizer: Any) -> None:

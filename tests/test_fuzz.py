@@ -15,7 +15,10 @@ from stages.lib.answers import formats
 from stages.lib.answers.number import canonical_number
 from stages.lib.artifact.manifest import is_emptied, manifest_in, stage_of
 from stages.lib.data.files import read_batches
+from stages.lib.data.place import files_in
 from stages.lib.errors import UserError
+from stages.lib.machine.shape import FAMILIES, shape_of_config
+from stages.lib.model.files import refuse_quantized_base, vocabulary_size
 from stages.lib.model.headers import json_object, tensors_in
 from stages.lib.ollama import modelfile
 from stages.lib.recipe.read import read_recipe
@@ -134,15 +137,59 @@ def test_a_config(tmp_path, content):
     assert not said or said.startswith(str(path))
 
 
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 512,
+    "intermediate_size": 64, "num_key_value_heads": 4, "tie_word_embeddings": True, "quantization_config": None,
+}  # fmt: skip
+
+
+@fuzzed
+@given(change=st.dictionaries(st.sampled_from([*LLAMA, "text_config", "vision_config"]), values, min_size=1),
+       family=st.sampled_from(FAMILIES))  # fmt: skip
+def test_a_config_with_other_values(tmp_path, change, family):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA | {"model_type": family} | change))
+    sizes: list = []
+    for read in (
+        lambda: sizes.append(shape_of_config(json_object(path), str(path)).parameters),
+        lambda: vocabulary_size(tmp_path),
+        lambda: refuse_quantized_base(tmp_path, str(path)),
+    ):
+        said = refusal(read)
+        assert not said or str(path) in said
+    assert all(type(each) is int and each >= 0 for each in sizes)
+
+
+yaml_pieces = [
+    "configs:", "\n", "  ", "- ", "data_files:", "path: ", "split: train", "config_name: default", "&a ", "*a", "<<: ",
+    "{", "}", "[", "]", ",", "!!timestamp ", "!!set ", "? ", ": ", "|", ">", "'", '"', "**/", "*", "../", "%", "\t",
+    "9" * 9,
+]  # fmt: skip
+CARD = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: "
+
+
+@fuzzed
+@given(parts=st.lists(st.sampled_from(yaml_pieces) | st.text(max_size=6), max_size=20), begin=st.booleans())
+def test_a_dataset_card(tmp_path, parts, begin):
+    (tmp_path / "train.jsonl").write_bytes(hostile_files.good_rows(".jsonl"))
+    front = (CARD * begin + "".join(parts)).encode(errors="replace")
+    (tmp_path / "README.md").write_bytes(b"---\n" + front + b"\n---\n")
+    found: list = []
+    said = refusal(lambda: found.extend(files_in(tmp_path, SOURCE)))
+    assert said or found == [tmp_path / "train.jsonl"]
+    assert not said or str(tmp_path) in said
+
+
 MODELFILE = 'FROM ./m.gguf\nTEMPLATE """{{ .Prompt }}"""\nPARAMETER stop "a"\nSYSTEM """two\nlines"""\n'
 pieces = ['"""', '"', "FROM ", "PARAMETER ", "TEMPLATE ", "\n", "#", " ", "\x00", "\ufeff", "stop", "'", "\u2028"]
 
 
 @fuzzed
-@given(parts=st.lists(st.sampled_from(pieces) | st.text(max_size=6), max_size=25), begin=st.booleans())
-def test_a_modelfile(tmp_path, parts, begin):
+@given(parts=st.lists(st.sampled_from(pieces) | st.text(max_size=6), max_size=25), begin=st.booleans(),
+       end=st.binary(max_size=4))  # fmt: skip
+def test_a_modelfile(tmp_path, parts, begin, end):
     path = tmp_path / "Modelfile"
-    path.write_text(MODELFILE * begin + "".join(parts), encoding="utf-8", errors="replace", newline="")
+    path.write_bytes((MODELFILE * begin + "".join(parts)).encode(errors="replace") + end)
     said = refusal(modelfile.read, path)
     assert not said or said.startswith(str(path))
 

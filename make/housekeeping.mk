@@ -47,7 +47,7 @@ doctor: export RUNTIME := $(RUNTIME)
 doctor: export GPUS := $(GPUS)
 doctor: export DATA := $(DATA)
 
-check: $(VENV)/installed  ## Look at style and types, and run the tests that need no torch: 20 seconds
+check: $(VENV)/installed  ## Look at style and types, and run the tests that need no torch: about a minute on two cores
 	$(VENV)/bin/python -m ruff check . && $(VENV)/bin/python -m ruff format --check . && $(VENV)/bin/python -m mypy && \
 	  $(VENV)/bin/python -m pytest -m "not torch and not slow" --numprocesses auto --quiet
 

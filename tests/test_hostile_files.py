@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import resource
 import shutil
@@ -407,6 +408,43 @@ def test_a_process_of_a_pool_ends_with_the_one_that_started_it_also_by_kill():
     while any(Path(f"/proc/{number}").exists() for number in numbers):
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+CONVERTER = """
+import os, sys, time
+print(os.path.basename(sys.argv[0]), sys.argv[1:], os.path.basename(sys.path[0]), __name__, file=open("said", "w"))
+print(os.getpid(), file=open("number.new", "w"), flush=True)
+os.rename("number.new", "number")
+time.sleep(60)
+"""
+OWNER = """
+import sys
+from pathlib import Path
+from stages.lib.gguf import convert
+convert.HOME = Path(sys.argv[1])
+convert.run_converter(["a b", "--c"], "slow.py")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's end is Linux's")
+def test_llama_cpps_converter_ends_with_the_stage_that_runs_it_also_by_kill(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "slow.py").write_text(CONVERTER)
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", OWNER, str(home)], cwd=tmp_path, env=variables) as owner:
+        until = time.monotonic() + 30
+        while not (tmp_path / "number").is_file():
+            assert owner.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        owner.kill()
+    number = (tmp_path / "number").read_text().strip()
+    until = time.monotonic() + 10
+    while Path(f"/proc/{number}").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert (tmp_path / "said").read_text() == "slow.py ['a b', '--c'] home __main__\n"
 
 
 # ---- the process with bounds --------------------------------------------------------------------------------------

@@ -21,6 +21,18 @@ from stages.lib.errors import UserError
 ROOT = Path(__file__).parents[2]
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)  # here, since nothing may be loaded between fork and exec
+# Runs the program that follows its parent's number, as `python PROGRAM ARGUMENTS` does, and ends with that parent.
+END_WITH_PARENT = """
+import os, runpy, sys
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() != int(sys.argv[1]):
+    os._exit(1)
+sys.argv = sys.argv[2:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name=__name__)
+"""
 WAIT_FACTOR = 10.0  # of the wall clock over processor time, on a machine with other work
 
 
@@ -32,6 +44,11 @@ def end_with_parent() -> None:
     """Have Linux end this process when the thread that started it is gone, also by KILL."""
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def python_command(program: Path, *arguments: str) -> list[str]:
+    """Return the command that runs a Python program and ends with this process, or with the thread that starts it."""
+    return [sys.executable, "-c", END_WITH_PARENT, str(os.getpid()), str(program), *arguments]
 
 
 def process_pool(processes: int, module: str = "") -> ProcessPoolExecutor:

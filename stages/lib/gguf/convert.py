@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.lib.bounded import python_command
 from stages.lib.errors import UserError
 from stages.lib.gguf.library import LOG, llama_library, llama_said, threads_for
 from stages.lib.recipe.tables import Recipe
@@ -51,7 +52,7 @@ def run_converter(arguments: list[str], name: str = "convert_hf_to_gguf.py") -> 
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSTARTUP")}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(
-        [sys.executable, str(program), *arguments],
+        python_command(program, *arguments),  # one left behind would write into the next run's file
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment | offline,
         check=False,
     )  # fmt: skip

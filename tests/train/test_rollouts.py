@@ -27,3 +27,11 @@ def test_completions_up_to_the_checkpoint_are_kept_whatever_a_power_cut_left_aft
 
 def test_no_completions_are_kept_where_there_are_none(tmp_path):
     assert lines_until(tmp_path / "completions.jsonl", 2) == b""
+
+
+def test_zeros_that_a_power_cut_left_are_not_read_whole(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    with path.open("wb") as file:
+        file.write(ROWS)
+        file.truncate(1 << 42)
+    assert lines_until(path, 2) == ROWS

@@ -8,6 +8,8 @@ from typing import Any
 
 from stages.lib.artifact.manifest import write_whole
 
+MAX_LINE_BYTES = 1 << 26  # of a completion with its prompt: longer is what a power cut left
+
 
 def keep_completions(trainer: Any, path: Path, show_steps: int) -> Any:
     """Return a callback that appends every sampled completion with its rewards to the JSON lines file `path`.
@@ -45,14 +47,17 @@ def scored(rewards: Mapping[str, Iterable[float]]) -> dict[str, list[float | Non
 
 def lines_until(path: Path, step: int) -> bytes:
     """Return the lines of completions up to `step`. After them KILL or a power cut may have left anything."""
-    kept = []
-    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
-        try:
-            if json.loads(line)["step"] > step:
+    kept: list[bytes] = []
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except (ValueError, TypeError, LookupError, RecursionError):
                 break
-        except (ValueError, TypeError, LookupError, RecursionError):
-            break
-        kept.append(line + b"\n")
+            kept.append(line)
     return b"".join(kept)
 
 

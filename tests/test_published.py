@@ -111,6 +111,14 @@ def test_embeddings_are_tied_as_the_text_part_says_where_the_wrapper_does_not_an
 
 @pytest.mark.torch
 @pytest.mark.slow
+def test_an_adapter_on_an_output_layer_of_its_own_is_taken(tmp_path):
+    model = BY_NAME["mistralai/Mistral-Small-3.1-24B-Instruct-2503"]
+    figures = rehearse(written(dataclasses.replace(model, modules=("q_proj", "v_proj", "lm_head")), tmp_path))
+    assert max(figures["adapter"], figures["gguf"]) < figures["base"] / 50
+
+
+@pytest.mark.torch
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ALIKE, ids=short)
 def test_a_model_that_is_not_rehearsed_has_the_network_and_settings_of_one_that_is(model, tmp_path):
     stand_in = BY_NAME[model.like]

@@ -37,6 +37,7 @@ DRAWS = 2000  # subsets for each share
 PROMPTS = (1, 2, 4, 8, 16, 25, 50, 100, 200)
 POSITIONS = (2, 8, 32)
 SEQUENCES = 8
+GATES = ("merge", "gguf", "lora")
 MERGE_LIMIT = Merge("float16").max_mean_kl
 LORA_LIMIT = GGUF_TYPES["f16"] + MERGE_LIMIT
 SCALES = {
@@ -54,14 +55,14 @@ def main() -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--base", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="of the adapter's training.")
+@click.option("--steps", type=click.IntRange(0), default=4, help="Steps of the adapter's training; 0: random weights.")
 def make(folder: Path, base: Path | None, steps: int) -> None:
     """Write base, adapter, merged model and GGUF files to FOLDER: the tests' tiny model, or the one in `--base`."""
     if base is None:
         tiny_models.adapter(tiny_models.trained_gemma(folder / "base"), folder / "grpo")
     else:
         shutil.copytree(base, folder / "base")
-        tiny_models.adapter(folder / "base", folder / "grpo", steps=steps)
+        tiny_models.adapter(folder / "base", folder / "grpo", steps=steps, init_lora_weights=steps > 0)
     fold(folder / "base", folder / "grpo", "float16", folder / "merged")
     for kind in ("f16", "bf16"):
         convert_model(folder / "merged", folder / f"{kind}.gguf", kind, "bench")
@@ -71,7 +72,7 @@ def make(folder: Path, base: Path | None, steps: int) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("part", type=click.Choice(["merge", "gguf", "lora", "ends"]))
+@click.argument("part", type=click.Choice([*GATES, "ends"]))
 @click.option("--prompts", type=click.IntRange(2), default=200, show_default=True)
 @click.option("--completion-tokens", type=click.IntRange(1), default=64, show_default=True)
 def measure(folder: Path, part: str, prompts: int, completion_tokens: int) -> None:
@@ -299,6 +300,9 @@ where they are alike. "nothing wrong" is to be let through. The rest is to be re
 whole ("of the limit" over 1); what is under the limit, no number of prompts refuses. Where a fault has the figure of
 "nothing wrong", it changes nothing in this network: the tiny one has no layer that uses this theta of RoPE.
 
+`tiny` is the tests' model. `smollm2-135m` is the real one (`tests/support/smollm2.py`) with a random adapter, `make
+--steps 0`. Draws of more prompts than were measured hold the same ones again: they spread less than others would.
+
 What the gates compare exactly needs one prompt or none (`tests/test_sabotage.py`): the tokenizer's ids in `merge`, BOS,
 the template, the end token's mark, tied embeddings, a file cut short.
 {parts}
@@ -326,18 +330,11 @@ def head(*names: str) -> str:
 
 
 def tables(folder: Path) -> str:
-    """Return the tables of the model in `folder`."""
-    parts = [json.loads((folder / f"{part}.json").read_text()) for part in ("merge", "gguf", "lora")]
-    found, ends = parts[0], json.loads((folder / "ends.json").read_text())
+    """Return the tables of the parts that were measured of the model in `folder`."""
+    parts = [json.loads(path.read_text()) for part in GATES if (path := folder / f"{part}.json").is_file()]
     cases = "\n".join(case_row(case) for part in parts for case in part["cases"])
-    own = ends["ended"]["transformers"]
-    ended_rows = "\n".join(
-        line(f"{name} | {sum(of)} of {len(of)}", [f"{lost_ends(own, of, count):.0%}" for count in PROMPTS])
-        for name, of in ends["ended"].items()
-    )
-    shares = line("two ids exchanged", [f"{exchange_seen(ends['tokens'], count):.0%}" for count in PROMPTS])
-    lengths = found["lengths"]
-    return f"""
+    found, lengths = parts[0], parts[0]["lengths"]
+    text = f"""
 ## {folder.name}
 
 {found["date"]}, commit {found["commit"]}, {found["machine"]}. {len(lengths)} prompts with their
@@ -345,11 +342,24 @@ completions, {min(lengths)} to {max(lengths)} tokens.
 
 {head("gate: what is wrong", "mean KL", "of the limit")}
 {cases}
+"""
+    return text + (ends_tables(folder / "ends.json") if (folder / "ends.json").is_file() else "")
 
+
+def ends_tables(path: Path) -> str:
+    """Return the tables of the completions' ends and the prompts' tokens in `path`."""
+    found = json.loads(path.read_text())
+    own = found["ended"]["transformers"]
+    rows = "\n".join(
+        line(f"{name} | {sum(of)} of {len(of)}", [f"{lost_ends(own, of, count):.0%}" for count in PROMPTS])
+        for name, of in found["ended"].items()
+    )
+    shares = line("two ids exchanged", [f"{exchange_seen(found['tokens'], count):.0%}" for count in PROMPTS])
+    return f"""
 Ends: how many greedy completions end, and the percentage of draws in which fewer end than in transformers.
 
 {head("file", "ended")}
-{ended_rows}
+{rows}
 
 Tokens: two ids, out of those that any of these prompts holds, are exchanged in the file; the percentage of draws in
 which a prompt holds one of them, and the gate of `gguf` so compares it. (`merge` compares all ids.)

@@ -106,7 +106,7 @@ def run(folder: Path, seed: int, count: int) -> list[str]:
     return [
         f"{kills} kills of `make all` in {rounds} rounds, {time.monotonic() - began:.0f} s, seed {seed}: after each "
         f"round the {len(expected)} files of the artifacts had the bytes of a run without kills in {same} of {rounds} "
-        f"rounds (manifests but for `environment` and `wall`; not the curves and `report.html`, which hold times); "
+        f"rounds (of manifests all but the times, `wall`; not the curves and `report.html`, which hold times); "
         f"`make verify` ended with {verified.returncode}.",
         "",
         "| how | kills | | in | kills |",

@@ -282,7 +282,7 @@ def test_what_is_remembered_of_data_and_subset_is_never_half_written(copy):
     folder = copy / "artifacts" / "tiny-gsm8k"
     for name in ("data.path", "subset"):  # as when the disk is full: nothing can be written beside it
         (folder / f"{name}.new").mkdir()
-    assert ran(copy, "prepare-data", recipe, "DATA=", code=2) == ["prepare_data"]
+    assert ran(copy, "prepare-data", recipe, "DATA=", code=2) == []  # it would be forgotten what it was made of
     assert make(copy, "grpo", recipe, "DATA=one", "SUBSET=").returncode == 2
     assert ((folder / "data.path").read_text(), (folder / "subset").read_text()) == ("one\n", "1\n")
 
@@ -301,6 +301,20 @@ def test_data_that_prepare_data_could_not_use_is_forgotten(copy):
     assert ran(copy, "all", recipe, "DATA=two", **broken) == ["prepare_data"]
     assert stated.read_text() == "one\n"
     assert ran(copy, "ask", recipe) == ["ask"]
+
+
+@pytest.mark.parametrize("before", [[], ["DATA=two"]])
+def test_data_is_remembered_also_when_make_is_killed_as_prepare_data_ends(copy, before):
+    recipe = "RECIPE=tiny-gsm8k"
+    for name in ("one", "two"):
+        (copy / name).mkdir()
+    ran(copy, "prepare-data", recipe, *before)
+    assert ran(copy, "all", recipe, "DATA=one", code=-15, INTERRUPT="stages.prepare_data") == ["prepare_data"]
+    assert ran(copy, "all", recipe) == ALL[2:]
+    assert (copy / "artifacts" / "tiny-gsm8k" / "data.path").read_text() == "one\n"
+    assert not (copy / "artifacts" / "tiny-gsm8k" / "data.path.began").exists()
+    touch(copy / "recipes" / "tiny-gsm8k.toml")
+    assert "--data one" in log_of(copy, "prepare-data", recipe)
 
 
 def test_remembered_data_that_is_gone_is_named_once_it_is_needed(copy):

@@ -1,6 +1,5 @@
 """The rewards: what they pay, how recipes load them, and that no completion and no user's file breaks them."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.lib.answers.formats import FORMATS, THINK, XML, Answer
-from stages.lib.answers.worker import TIMEOUT_SECONDS
+from stages.lib.answers.worker import TIMEOUT_SECONDS, WORKER
 from stages.lib.errors import UserError
 from stages.lib.rewards.names import FOR_ANY_FORMAT, SUITES
 from tests.support.rewards import check_reward_names, load_rewards
@@ -289,15 +288,14 @@ def test_math_correct_gives_up_and_goes_on(answer, math_correct):
 
 def test_math_correct_does_not_take_the_time_that_it_was_kept_waiting_for_its_own(math_correct):
     assert math_correct([XML.write(Answer("a", r"\sqrt{16} x"))], answer=["4x"]) == [1.0]
-    [worker] = [child for child in multiprocessing.active_children() if child.name == "math"]
     given = []
     completion = XML.write(Answer("a", r"\sqrt{25} x"))
-    os.kill(worker.pid, signal.SIGSTOP)
+    os.kill(WORKER.pid, signal.SIGSTOP)
     thread = threading.Thread(target=lambda: given.extend(math_correct([completion], answer=["5x"])))
     thread.start()
     thread.join(2 * TIMEOUT_SECONDS)
     assert given == []
-    os.kill(worker.pid, signal.SIGCONT)
+    os.kill(WORKER.pid, signal.SIGCONT)
     thread.join()
     assert given == [1.0]
 

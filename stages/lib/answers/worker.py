@@ -31,6 +31,7 @@ class Worker:
         self.name, self.load = name, load
         self._lock = threading.Lock()
         self._pipe: Any = None
+        self.pid: int | None = None  # of the process that grades now; multiprocessing forgets it with its server
 
     def start(self) -> None:
         """Start the process, which takes a second the first time, unless it runs."""
@@ -63,7 +64,7 @@ class Worker:
             raise UserError(
                 f"the process that grades ({self.name}) could not start: {ended or 'its error is above'}"
             ) from error
-        self._pipe = pipe
+        self._pipe, self.pid = pipe, process.pid
 
     def ask(self, true: str, given: str) -> float:
         """Return the grade of `given`, from 0 to 1, where `true` is the right answer; 0.0 if that takes too long."""

@@ -502,9 +502,8 @@ def test_where_no_python_reads_a_recipe_the_image_is_built_first_and_asked(check
     done = make(checkout, "sft", "RECIPE=mine", "RUNTIME=docker", "GPUS=none", "PYTHON=no-python")
     log = (checkout.parent / "log").read_text()
     assert log.count("== build") == 1
-    assert re.findall(r"^stages\.\w+$", log, re.MULTILINE) == ["stages.base_model", "stages.prepare_data"], (
-        done.stderr
-    )  # which makes nothing here
+    said = re.findall(r"^stages\.\w+$", log, re.MULTILINE)
+    assert said == ["stages.base_model", "stages.prepare_data", "stages.sft"], done.stderr
     dry = make(checkout, "-n", "sft", "RECIPE=mine", "RUNTIME=docker", "IMAGE=cuda", "PYTHON=no-python")
     assert dry.returncode == 0, dry.stderr
     assert (checkout.parent / "log").read_text().count("== build") == 1

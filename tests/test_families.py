@@ -26,7 +26,7 @@ def test_the_family_goes_through_merge_and_gguf_and_their_gates(tmp_path, name):
 
 def test_an_unknown_bpe_pre_tokenizer_is_refused_before_training_with_a_remedy(tmp_path):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence([
@@ -39,7 +39,7 @@ def test_an_unknown_bpe_pre_tokenizer_is_refused_before_training_with_a_remedy(t
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>")
     tokenizer.save_pretrained(tmp_path)
-    Qwen2Config(vocab_size=512, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=512, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=r"BPE pre-tokenizer is unknown to llama.cpp.* Use another base model, or a llama"
     ):

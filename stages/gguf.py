@@ -1,6 +1,7 @@
 """Make GGUF files of the merged model, and prove that each answers like it."""
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -63,7 +64,9 @@ def main(recipe: Path, merge: Path, prepare_data: Path, grpo: Path, base_model: 
         rows = first_rows(prepare_data / "eval.jsonl", run_recipe.gguf.prompts, "[gguf] prompts")
         run.checkpoints.mkdir(exist_ok=True)
         paths = make_files(merge / "model", prepare_data / "sft.jsonl", run_recipe, run)
-        check_tokens(min(paths.values(), key=file_size), merge / "model", rows_of(prepare_data / "eval.jsonl"), run)
+        check_tokens(
+            min(paths.values(), key=os.path.getsize), merge / "model", rows_of(prepare_data / "eval.jsonl"), run
+        )
         adapter = make_adapter(whole_model_folder(base, revision), lora, run_recipe, run) if lora else None
         figures = prove(merge / "model", paths, rows, run_recipe, run, adapter)
         run.metrics.update(figures)
@@ -136,11 +139,6 @@ def make_adapter(base: Path, lora: Path, recipe: Recipe, run: Run) -> tuple[Path
     return base_path, run.folder / ADAPTER
 
 
-def file_size(path: Path) -> int:
-    """Return the bytes of a file."""
-    return path.stat().st_size
-
-
 def check_tokens(path: Path, model: Path, rows: Sequence[dict], run: Run) -> None:
     """Raise `UserError` unless the file `path` prompts with the merged `model`'s tokens in every problem of `rows`.
 
@@ -199,7 +197,7 @@ def prove(
             **cast(Accuracy, reference.completions.accuracy),
             "ended": reference.completions.ended,
         },
-        "llama_server": ask_llama_server(min(paths.values(), key=file_size), reference, run),
+        "llama_server": ask_llama_server(min(paths.values(), key=os.path.getsize), reference, run),
         "files": files,
     }
     if adapter:

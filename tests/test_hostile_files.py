@@ -397,6 +397,7 @@ signal.pause()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's end is Linux's")
+@pytest.mark.slow
 def test_a_process_of_a_pool_ends_with_the_one_that_started_it_also_by_kill():
     with subprocess.Popen([sys.executable, "-c", POOL], cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout
@@ -427,6 +428,7 @@ convert.run_converter(["a b", "--c"], "slow.py")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's end is Linux's")
+@pytest.mark.slow
 def test_llama_cpps_converter_ends_with_the_stage_that_runs_it_also_by_kill(tmp_path):
     home = tmp_path / "home"
     home.mkdir()

@@ -196,15 +196,21 @@ def test_a_shifted_id_in_the_trained_tokenizer_is_caught(tmp_path):
         merge_gate(merged, tmp_path)
 
 
-def test_a_shifted_id_in_the_ggufs_tokenizer_is_caught(tmp_path):
+def with_pieces_exchanged(tmp_path, first, second):
+    """Return a copy of the merged model in whose tokenizer.model two pieces have each other's id."""
     from sentencepiece import sentencepiece_model_pb2
 
     merged = copy_of_merged(tmp_path)
     proto = sentencepiece_model_pb2.ModelProto.FromString((merged / "tokenizer.model").read_bytes())
     numbers = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    one, other = proto.pieces[numbers["What"]], proto.pieces[numbers["Think"]]
+    one, other = proto.pieces[numbers[first]], proto.pieces[numbers[second]]
     one.piece, other.piece = other.piece, one.piece
     (merged / "tokenizer.model").write_bytes(proto.SerializeToString())
+    return merged
+
+
+def test_a_shifted_id_in_the_ggufs_tokenizer_is_caught(tmp_path):
+    merged = with_pieces_exchanged(tmp_path, "What", "Think")
     with pytest.raises(
         UserError, match=r"different tokens \(a shifted id.*at token \d+, transformers has \d+ \('Think'\)"
     ):
@@ -212,14 +218,7 @@ def test_a_shifted_id_in_the_ggufs_tokenizer_is_caught(tmp_path):
 
 
 def test_a_shifted_id_is_caught_on_a_problem_that_is_not_compared(tmp_path):
-    from sentencepiece import sentencepiece_model_pb2
-
-    merged = copy_of_merged(tmp_path)
-    proto = sentencepiece_model_pb2.ModelProto.FromString((merged / "tokenizer.model").read_bytes())
-    numbers = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    one, other = proto.pieces[numbers["8"]], proto.pieces[numbers["9"]]
-    one.piece, other.piece = other.piece, one.piece
-    (merged / "tokenizer.model").write_bytes(proto.SerializeToString())
+    merged = with_pieces_exchanged(tmp_path, "8", "9")
     run = Run(tmp_path / "gguf")
     run.checkpoints.mkdir(parents=True)
     recipe = SimpleNamespace(path=Path("t.toml"), model=SimpleNamespace(name="base-model"), gguf=Gguf(["f16"]))

@@ -254,6 +254,7 @@ def test_another_word_than_a_number_of_machines_is_refused(asked):
         nodes.node_rank({"NODE_RANK": asked})
 
 
+@pytest.mark.slow
 def test_two_machines_of_one_number_and_one_of_a_number_too_high_are_refused_and_noise_is_passed_over(monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -21,7 +21,7 @@ def serve_program() -> None:
     namespace: dict[str, Any] = {"__name__": "program"}
     try:
         exec(compile(source, "<program>", "exec"), namespace)  # noqa: S102, in the sandbox
-    except BaseException as error:
+    except BaseException as error:  # of a program that may be anybody's: SystemExit too is its answer
         reply: Any = {"raised": type(error).__name__}
     else:
         reply = {"value": None}
@@ -37,7 +37,7 @@ def serve_program() -> None:
                 function = namespace[name] if name else last_function(namespace)
                 value = function(*decode(arguments), **decode(named))
                 reply = {"value": encode(value)}
-            except BaseException as error:
+            except BaseException as error:  # as above
                 reply = {"raised": type(error).__name__}
 
 
@@ -112,7 +112,7 @@ class Program:
             if "raised" not in reply:
                 return None, decode(reply["value"])
             kind = getattr(builtins, reply["raised"], Exception)
-        except Exception as error:
+        except Exception as error:  # whatever reading an answer raises that a program made up
             raise Broken from error
         if not (isinstance(kind, type) and issubclass(kind, Exception)):  # the program has asked for its end
             raise Broken

@@ -99,7 +99,7 @@ def refusing_replaced(read: Mapping[Path, tuple[Stamp, str]], folder: Path, stag
     """Raise `UserError` as `refuse_replaced` does, when the body has ended or failed: that is then the reason."""
     try:
         yield
-    except Exception:
+    except Exception:  # whatever an exchanged input led to; it goes on where none was exchanged
         refuse_replaced(read, folder, stage)
         raise
     refuse_replaced(read, folder, stage)

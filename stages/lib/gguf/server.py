@@ -65,7 +65,7 @@ class LlamaServer:
                         pass
                     time.sleep(0.02)
             raise UserError(f"{self.path}: llama-server can't serve it. llama-server said:\n{self.said()}")
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no server is left behind
             self.stop()
             raise
 

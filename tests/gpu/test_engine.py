@@ -5,6 +5,7 @@ is tested is what has to be true of any run: bench/gpu_learning.py is the run th
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -89,9 +90,10 @@ class Work:
 
 
 def gpu_mib() -> int:
-    """Return how much of the GPU's memory is in use, by whomever."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+    """Return how much memory of the first GPU that may be seen is in use, by whomever."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", gpu]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.fixture(scope="module")

@@ -272,7 +272,7 @@ def measure(run: str, work: Path) -> dict[str, Any]:
     made.checkpoints.mkdir(parents=True)
     if engine == "unsloth":
         longer = replace(recipe, grpo=replace(recipe.grpo, steps=recipe.grpo.steps + bool(profile)))
-        grpo.train(longer, problems, work / f"{shape}-adapter", made)
+        grpo.train(longer, grpo.Rows(problems, problems), work / f"{shape}-adapter", made)
     else:
         plain_trl(recipe, problems, made)
     stop.set()

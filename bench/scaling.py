@@ -81,7 +81,8 @@ def measure_rank(run: str, work: Path, folder: Path) -> dict[str, Any]:
     trainer.DEFAULT_CALLBACKS.append(Timer)
     bench.watch(VLLMGeneration, "generate", spent, "generation")
     bench.spread_out(recipe, 0.0, 0.0, [])
-    grpo.train(recipe, work / "problems.jsonl", work / f"{run.split(':')[0]}-adapter", Run(folder))
+    problems = grpo.Rows(work / "problems.jsonl", work / "problems.jsonl")
+    grpo.train(recipe, problems, work / f"{run.split(':')[0]}-adapter", Run(folder))
     return {}
 
 
